@@ -1,0 +1,120 @@
+"""Writing outputs whole or not at all.
+
+An output is written to a hidden sibling and renamed when it is complete, so that a reader never
+meets half of it. A lock beside the output refuses a second writer; it is the kernel's, so it dies
+with the process that holds it, and what a killed writer left behind is removed by the next one.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flame.errors import UserError
+
+
+def check_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
+    """Refuse an output that cannot or must not be written.
+
+    Args:
+        path: the file or folder to be written.
+        overwrite: an existing output is allowed, and will be replaced.
+        inside: a folder that the output must not lie in or equal (the source model's).
+    """
+    path = Path(path)
+    if inside is not None and _is_within(path, inside):
+        raise UserError(f"output {path} lies inside the model's folder {inside}: choose another")
+    if path.exists() and not overwrite:
+        raise UserError(f"output {path} exists: choose another, or pass --overwrite to replace it")
+    parent = _nearest_existing(path.absolute().parent)
+    if not parent.is_dir():
+        raise UserError(f"cannot write {path}: {parent} is not a folder")
+    if not _is_writable(parent):
+        raise UserError(f"cannot write {path}: {parent} is read-only for this user")
+
+
+@contextmanager
+def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` when the block ends without an error."""
+    path = Path(path).absolute()
+    check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writer_lock(path):
+        temporary = path.parent / f".{path.name}.tmp"
+        _remove(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+
+@contextmanager
+def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling file name that becomes `path` when the block ends without error."""
+    path = Path(path).absolute()
+    check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writer_lock(path):
+        temporary = path.parent / f".{path.name}.tmp"
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+
+@contextmanager
+def _writer_lock(path: Path) -> Iterator[None]:
+    lock_path = path.parent / f".{path.name}.lock"
+    try:
+        lock = open(lock_path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another job is writing {path}: wait for it to end") from error
+        try:
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; an old `path` is kept aside until the new one is in place."""
+    old = path.parent / f".{path.name}.old"
+    _remove(old)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(Path(folder).resolve())
+
+
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _is_writable(folder: Path) -> bool:
+    # access(2) says yes to root even where a file system is mounted read-only or a mode forbids
+    # others, so the mode's write bits are looked at too.
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
