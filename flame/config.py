@@ -1,0 +1,225 @@
+"""The recipe: torchtitan's job configuration plus the sections of this project.
+
+A recipe is TOML with torchtitan's sections and conventions (`--section.key value` overrides). Ours
+are `[model]` (replaced), `[data]` and `[lora]`; defaults that lose data in torchtitan are changed.
+"""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+from torchtitan.config import job_config as titan
+from torchtitan.config.manager import ConfigManager
+
+from flame.data.config import DataConfig
+from flame.errors import UserError, first_line
+
+RECIPE_FILE = "recipe.toml"
+"""Name of the resolved recipe in a run folder."""
+
+
+@dataclass
+class Model(titan.Model):
+    name: str = "causal_lm"
+    """Train spec: `causal_lm` is any causal language model of transformers or fla."""
+
+    flavor: str = "config"
+    """Unused: the shape comes from `model.config`."""
+
+    hf_assets_path: str = "."
+    """Unused: see `model.config` and `data.tokenizer`."""
+
+    config: str = ""
+    """A `config.json`, a folder that has one, or a hub name: the architecture to train."""
+
+    init: str = ""
+    """Start at step 0 from the weights of this model reference (run, step, HF folder, hub name)."""
+
+
+@dataclass
+class Lora:
+    rank: int = 0
+    """Rank of the low-rank adapters (peft); 0 trains all parameters."""
+
+    alpha: float = 64.0
+    """Scale of the adapters: the update is `alpha / rank * B @ A`."""
+
+    dropout: float = 0.0
+    """Dropout before the adapters' down-projection."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    """Linear modules that get an adapter, by the last part of their name."""
+
+    train_also: list[str] = field(default_factory=lambda: ["conv1d", "norm", "bias"])
+    """Parameters trained in full beside the adapters: those whose name contains one of these."""
+
+    merge: bool = True
+    """Write the merged model as a Hugging Face folder `merged/` at the end of training."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    enable: bool = True
+    """Save checkpoints; the last step is always saved, optimizer state included."""
+
+    keep_latest_k: int = 2
+    """Whole checkpoints to keep; 0 keeps all. 1 is safe: the old one goes after the new is whole."""
+
+    last_save_model_only: bool = False
+    """Refused if set: the last step is saved in full."""
+
+
+@dataclass
+class Metrics(titan.Metrics):
+    enable_tensorboard: bool = True
+    """Write TensorBoard events to `metrics.save_tb_folder`."""
+
+    disable_color_printing: bool = True
+    """Plain text log lines."""
+
+
+@dataclass
+class Comm(titan.Comm):
+    trace_buf_size: int = 0
+    """Entries of the NCCL flight recorder; 0 switches it off."""
+
+
+@dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    mode: str = "none"
+    """`none`, `full` (every layer) or `selective` (every `selective_ac_option`-th layer)."""
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    """torchtitan's job configuration with this project's sections."""
+
+    model: Model = field(default_factory=Model)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: Lora = field(default_factory=Lora)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    comm: Comm = field(default_factory=Comm)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+
+
+def parse_job(arguments: list[str]) -> JobConfig:
+    """The job configuration of `--job.config_file RECIPE --section.key value …`.
+
+    A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever it was moved.
+    """
+    recipe = _recipe_path(arguments)
+    if recipe is not None:
+        _check_recipe(recipe)
+    job = ConfigManager(JobConfig).parse_args(arguments)
+    if recipe is not None and is_run_folder(recipe.parent) and recipe.name == RECIPE_FILE:
+        if not _overrides(arguments, "job.dump_folder"):
+            job.job.dump_folder = str(recipe.parent)
+    return job
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether `folder` has the shape of a run: a `config.json` beside a `checkpoint/`."""
+    return (folder / "config.json").is_file() and (folder / "checkpoint").is_dir()
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The tables of a recipe file."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not TOML: {first_line(error)}") from error
+
+
+def job_from_tables(tables: dict[str, Any]) -> JobConfig:
+    """A job configuration from a recipe's tables; unknown sections and keys are refused."""
+    job = JobConfig()
+    for section, values in tables.items():
+        if not hasattr(job, section):
+            raise UserError(f"recipe section [{section}] is unknown: {_known(JobConfig)}")
+        _fill(getattr(job, section), section, values)
+    return job
+
+
+def recipe_text(job: Any) -> str:
+    """`job` as TOML: every section that differs from the defaults, with all its set keys."""
+    lines: list[str] = []
+    defaults = dataclasses.asdict(type(job)())
+    for section, values in dataclasses.asdict(job).items():
+        body = _table_lines(section, values, defaults.get(section, {}))
+        if body:
+            lines += [*body, ""]
+    return "\n".join(lines)
+
+
+def _table_lines(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    own = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
+    changed = {k: v for k, v in own.items() if v != defaults.get(k) or name in ("data", "training")}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in changed.items()]
+    if lines:
+        lines.insert(0, f"[{name}]")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += _table_lines(f"{name}.{key}", value, defaults.get(key, {}))
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value)
+    # A JSON string, number or list of them is also TOML.
+    return json.dumps(value)
+
+
+def _fill(section: Any, name: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"recipe key {name} is not a section: write [{name}]")
+    for key, value in values.items():
+        if not hasattr(section, key):
+            raise UserError(f"recipe key {name}.{key} is unknown: {_known(type(section))}")
+        current = getattr(section, key)
+        if dataclasses.is_dataclass(current):
+            _fill(current, f"{name}.{key}", value)
+        else:
+            setattr(section, key, _checked(value, current, f"{name}.{key}"))
+
+
+def _checked(value: Any, current: Any, key: str) -> Any:
+    """`value`, if it has the type of the default `current`; an unset default takes any type."""
+    if current is None or type(value) is type(current):
+        return value
+    if isinstance(current, float) and type(value) is int:
+        return float(value)
+    if isinstance(current, int) and not isinstance(current, bool) and key.endswith("max_norm"):
+        return value
+    raise UserError(f"recipe key {key} is {value!r}: it takes a {type(current).__name__}")
+
+
+def _known(cls: type) -> str:
+    return "choose from " + ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _check_recipe(path: Path) -> None:
+    job_from_tables(read_recipe(path))
+
+
+def _recipe_path(arguments: list[str]) -> Path | None:
+    for position, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key.replace("-", "_").lstrip("_") == "job.config_file":
+            if not value and position + 1 < len(arguments):
+                value = arguments[position + 1]
+            return Path(value)
+    return None
+
+
+def _overrides(arguments: list[str], key: str) -> bool:
+    return any(a.partition("=")[0].replace("-", "_").lstrip("_") == key for a in arguments)

@@ -1,0 +1,122 @@
+"""The process group, the device and the data-parallel mesh that every stage runs on.
+
+One code path serves one process, several gloo processes on CPU, and NCCL on GPUs: the device is
+chosen from what the machine has, and the model is wrapped by FSDP2 on a mesh of any size, 1 too.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from flame.errors import UserError
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+
+def device_type() -> str:
+    """`"cuda"` where there is a CUDA device, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def local_device() -> torch.device:
+    """This process's device: `cuda:LOCAL_RANK`, or the CPU."""
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
+    """Initialise the default process group, and destroy it at the end; a running one is used as is.
+
+    Reads torchrun's environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`);
+    without one, this process is a job of its own.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    _fill_environment()
+    backend = "gloo"
+    if device_type() == "cuda":
+        _check_local_devices()
+        torch.cuda.set_device(local_device())
+        backend = "cuda:nccl,cpu:gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def data_parallel_mesh() -> DeviceMesh:
+    """A one-dimensional mesh over all ranks, named `world`."""
+    return init_device_mesh(device_type(), (world_size(),), mesh_dim_names=("world",))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        gather_objects(None)
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _fill_environment() -> None:
+    if "RANK" in os.environ:
+        return
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    os.environ.update(defaults)
+
+
+def _check_local_devices() -> None:
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if wanted > torch.cuda.device_count():
+        raise UserError(
+            f"{wanted} processes on this node but {torch.cuda.device_count()} CUDA devices: "
+            f"start at most {torch.cuda.device_count()}, or set CUDA_VISIBLE_DEVICES= for the CPU"
+        )

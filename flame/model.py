@@ -1,0 +1,201 @@
+"""Causal language models of transformers and fla, built on the meta device and sharded by FSDP2.
+
+The module that is trained, calibrated and evaluated is the Hugging Face model itself, so parameter
+names are those of its published checkpoints.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flame.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+
+
+def stock_config(config: dict[str, Any]) -> Any:
+    """The configuration object of transformers or fla for a `config.json` given as a dict."""
+    import flame.register  # noqa: F401
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = config.get("model_type")
+    if not model_type:
+        raise UserError("the model's config.json has no model_type: is it a language model's?")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"unknown model family {model_type!r}: neither transformers nor fla has it")
+    try:
+        return AutoConfig.for_model(**config)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"the config of {model_type!r} is refused: {first_line(error)}") from error
+
+
+def meta_model(config: dict[str, Any]) -> nn.Module:
+    """The stock causal language model of `config`, fp32, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    stock = stock_config(config)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks in order: what it asks not to be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that the model marks with `_no_weight_decay`."""
+    return {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
+def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that compute in fp32 whatever the policy: the decay's `A_log` and `dt_bias`.
+
+    FSDP2 casts whole groups, so these stay out of it: replicated, never cast, their gradients summed
+    over the ranks by `sum_replicated_gradients`.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in ("A_log", "dt_bias")
+    }
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Wrap `model` by FSDP2, a group for each block and one for the rest; return it.
+
+    Args:
+        mesh: one dimension (FSDP) or two (replicas × shards, HSDP). Size 1 is allowed, so that one
+            process runs the same code path as many.
+        param_dtype: compute dtype; parameters, gradients and reductions stay fp32.
+    """
+    replicated = set(full_precision_parameters(model).values())
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+        "ignored_params": replicated,
+    }
+    for layer in layers(model):
+        fully_shard(layer, **options, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, **options)
+    _sum_gradients(model)
+    return model
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Sum gradients over ranks instead of averaging: the loss is divided by the global tokens."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sum_replicated_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Make every backward pass sum the gradients that FSDP2 does not reduce over `group`."""
+    if dist.get_world_size(group) == 1:
+        return
+
+    def summed(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in replicated_parameters(model):
+        if parameter.requires_grad:
+            parameter.register_hook(summed)
+
+
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a sharded model that FSDP2 leaves whole on every rank."""
+    return [p for p in model.parameters() if not isinstance(p, DTensor)]
+
+
+def build_sharded(
+    reference: "ModelReference", mesh: DeviceMesh, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model of `reference` in evaluation mode, sharded over `mesh`, computing in `dtype`.
+
+    Collective over the mesh. The weights are read tensor by tensor, slice by slice.
+    """
+    from flame.checkpoint.load import load_weights
+    from flame.distributed import local_device
+
+    model = shard(meta_model(reference.config), mesh, dtype)
+    model.to_empty(device=local_device())
+    load_weights(model, reference.source())
+    return model.eval()
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: dict[str, Any], seed: int) -> None:
+    """Fill a sharded `model` with the stock class's random initialisation. Collective.
+
+    Rank 0 builds the model on its CPU and broadcasts one tensor at a time, so the values depend on
+    `seed` alone: not on the world size, nor on how the model is sharded.
+    """
+    tensors = dict(_stock_initialisation(config, seed)) if _rank() == 0 else {}
+    for name, target in named_tensors(model):
+        full = torch.empty(target.shape, dtype=target.dtype)
+        if _rank() == 0:
+            full.copy_(tensors.pop(name))
+        copy_from_rank_zero(target, full)
+
+
+def _stock_initialisation(config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(stock_config(config), dtype=torch.float32)
+    yield from named_tensors(model)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, saved or not, each tensor once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def copy_from_rank_zero(target: Tensor, full: Tensor) -> None:
+    """Copy rank 0's `full` tensor into `target`, a plain tensor or a DTensor. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(full, src=0)
+    copy_full(target, full)
+
+
+def copy_full(target: Tensor, full: Tensor) -> None:
+    """Copy `full`, the same on every rank, into `target`, a plain tensor or a DTensor."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        source = distribute_tensor(
+            full, target.device_mesh, target.placements, src_data_rank=None
+        )
+        target.to_local().copy_(source.to_local())
+    else:
+        target.copy_(full)
+
+
+def count_parameters(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
