@@ -1,0 +1,45 @@
+"""Model families by `model_type`. To add one, write its file and add its line here."""
+
+from flame.errors import UserError
+from pruning.adapters.delta_net import DeltaNet
+from pruning.adapters.gated_deltanet import GatedDeltaNet
+from pruning.adapters.interface import Adapter, Config
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.model_type: adapter for adapter in (DeltaNet(), GatedDeltaNet())
+}
+
+TIED: dict[str, str] = {
+    "kimi_linear": "linear_head_dim is both its key and its value width",
+    "lightning": "head_dim is both its key and its value width",
+    "mesa_net": "head_dim is both its key and its value width",
+    "rwkv7": "head_dim is both its key and its value width",
+}
+"""Families with a matrix state whose config has no key width of its own, with the reason."""
+
+
+def adapter_for(config: Config) -> Adapter:
+    """The adapter of a model by its config, checked: the model can be pruned.
+
+    Raises:
+        UserError: the family is unknown, has no key width of its own, or the adapter refuses this
+            config.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ADAPTERS:
+        raise UserError(_refusal(model_type))
+    adapter = ADAPTERS[model_type]
+    adapter.check(config)
+    return adapter
+
+
+def _refusal(model_type: object) -> str:
+    known = ", ".join(sorted(ADAPTERS))
+    if model_type is None:
+        return f"config has no model_type: pruning knows the families {known}"
+    if isinstance(model_type, str) and model_type in TIED:
+        return (
+            f"key channels of {model_type} cannot be pruned: {TIED[model_type]}, so no stock "
+            f"config describes the result: use a family that keeps the two apart ({known})"
+        )
+    return f"no adapter for model family {model_type!r}: pruning knows the families {known}"

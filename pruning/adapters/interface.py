@@ -1,0 +1,63 @@
+"""What pruning must know of a model family.
+
+`config` is the model's config.json as a plain dict everywhere; a key that is absent has the
+family's default.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from pruning.spaces import Space
+
+Config = dict[str, Any]
+
+
+class Site(NamedTuple):
+    """A name in a module's namespace, where the family's layer looks a function up."""
+
+    module: str
+    attribute: str
+
+
+class Adapter(Protocol):
+    """One model family: its spaces, its taps, and how its config is resized."""
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the family's config.json."""
+        ...
+
+    @property
+    def mixer_class(self) -> tuple[str, str]:
+        """Module and name of the token mixer's class; its instances have `layer_idx`."""
+        ...
+
+    @property
+    def op_sites(self) -> tuple[Site, ...]:
+        """Where the mixer looks up the delta-rule operators."""
+        ...
+
+    @property
+    def norm_sites(self) -> tuple[Site, ...]:
+        """Where it looks up a normalisation of q, then k, that it applies before the operator."""
+        ...
+
+    def check(self, config: Config) -> None:
+        """Raise UserError, with the reason, if a model of this config cannot be pruned exactly."""
+        ...
+
+    def spaces(self, config: Config) -> list[Space]:
+        """The spaces of the model, by layer; layers without a recurrent state have none."""
+        ...
+
+    def resize(self, config: Config, widths: dict[str, int]) -> Config:
+        """A copy of the config for kept channels per space, by space name.
+
+        Raises:
+            ValueError: a width is missing, out of range, or not the same everywhere, or a name
+                is not a space of the model.
+        """
+        ...
+
+    def state_bytes(self, config: Config) -> int:
+        """Bytes of the recurrent state of one sequence over all layers, in float32."""
+        ...

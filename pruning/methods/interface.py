@@ -1,0 +1,67 @@
+"""What a selection method is, and what its options and choices have in common."""
+
+from collections.abc import Mapping
+from dataclasses import Field, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from pruning.spaces import Space, check_count
+from pruning.statistics import Statistic
+
+Statistics = Mapping[type[Statistic], Statistic]
+Weights = Mapping[str, Tensor]
+
+
+class Method(Protocol):
+    """A frozen dataclass that chooses the channels of a space to keep.
+
+    Its fields are its hyper-parameters and its command-line options (`option` declares them). A
+    method may also have `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for
+    channels that matter more and comparable between the spaces of a model; shared budgets need it.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    name: ClassVar[str]
+    """The name in METHODS and on the command line."""
+    needs: ClassVar[tuple[type[Statistic], ...]]
+    """The statistics that it chooses from; with none, no data is read."""
+
+    def select(
+        self, space: Space, k: int, weights: Weights, statistics: Statistics
+    ) -> Int64[Tensor, "H k"]:
+        """The k channels to keep in each head, in increasing order.
+
+        Deterministic: the same weights and statistics give the same choice, on every machine
+        of a job and for every number of them.
+
+        Args:
+            space: the space to choose from.
+            k: how many channels of each head to keep.
+            weights: the whole tensors of the space's axes, float32 or float64, by name.
+            statistics: the sums for this space, of the types in `needs`.
+
+        Raises:
+            ValueError: k is not within 1..head_dim, or the input has no finite answer.
+        """
+        ...
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is also a command-line option with this help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def top_channels(space: Space, k: int, scores: Float64[Tensor, "H d"]) -> Int64[Tensor, "H k"]:
+    """The k channels with the largest scores in each head, in increasing order.
+
+    Ties go to the lower index.
+    """
+    check_count(k, space.head_dim, f"{space.noun} of {space.name}")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"{space.name}: the scores hold a NaN or an infinity")
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=-1).values

@@ -1,0 +1,209 @@
+"""Taps: what a model's token mixers see while it runs, delivered layer by layer.
+
+The delta-rule tap replaces the operator in the namespace of the layer's module, where fla's layers
+look it up, for as long as the context is open. Hooks on the convolutions would miss the training
+path, which concatenates the conv weights and never calls the modules. Whatever the name is bound to
+when the tap opens, fla's kernel or another implementation, is what runs; it sees its own arguments
+and the tap changes nothing. Which layer a call belongs to is known from a pre-hook on the mixer.
+
+So it works on a plain model, under FSDP2, with activation checkpointing without a backward pass,
+and with adapters attached, in training mode and not, for chunks and for single tokens.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pruning.adapters.interface import Adapter, Site
+
+
+@dataclass
+class OpCall:
+    """One call of the delta rule, as the mathematics has it, whatever the kernel fuses.
+
+    Tensors are detached and in the model's dtype. Packed documents come as one row (B = 1) with
+    their boundaries in `cu_seqlens`; padding has been taken out by the layer where it was given
+    an attention mask.
+    """
+
+    layer: int
+    q: Float[Tensor, "B T H K"]
+    """Queries after convolution and activation, before any normalisation."""
+    k: Float[Tensor, "B T H K"]
+    """Keys after convolution and activation, before any normalisation."""
+    v: Float[Tensor, "B T HV V"]
+    """Values after convolution and activation."""
+    beta: Float[Tensor, "B T HV"]
+    """Writing strengths, after the sigmoid and the factor 2 of negative eigenvalues."""
+    g: Float[Tensor, "B T HV"] | None
+    """Log-decays, at most 0; None for a rule without decay."""
+    cu_seqlens: Int[Tensor, " n"] | None
+    """Document boundaries along T, from 0 to T."""
+
+
+@contextmanager
+def tap_ops(
+    model: nn.Module, adapter: Adapter, on_call: Callable[[OpCall], None]
+) -> Iterator[None]:
+    """Call `on_call` with each delta-rule call of `model` while the context is open.
+
+    q and k are those before the L2 norm in every configuration: fla normalises inside the operator
+    for `qk_norm="l2"`, so they are the operator's arguments; for `qk_norm="sum"` the layer divides
+    by the sum before the call, so the arguments of that function are taken instead. Calls of other
+    models, a teacher's for one, are not reported. Recomputation in a backward pass is reported
+    again, so leave activation checkpointing off where gradients are needed.
+    """
+    watch = _Watch(on_call)
+    with ExitStack() as stack:
+        for layer, mixer in find_mixers(model, adapter).items():
+            stack.enter_context(_entering(mixer, layer, watch))
+        for site in adapter.op_sites:
+            stack.enter_context(_replaced(site, watch.wrap_op))
+        for site in adapter.norm_sites:
+            stack.enter_context(_replaced(site, watch.wrap_norm))
+        yield
+
+
+@contextmanager
+def tap_mixer_inputs(
+    model: nn.Module, adapter: Adapter, on_input: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `on_input(layer, x)` with the hidden states that enter each mixer of `model`.
+
+    x is [tokens, hidden], detached, padding left out where the mixer is given an attention mask.
+    """
+
+    def deliver(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            on_input(layer, _real_tokens(*args, **kwargs))
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, mixer in find_mixers(model, adapter).items():
+            handle = mixer.register_forward_pre_hook(deliver(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def find_mixers(model: nn.Module, adapter: Adapter) -> dict[int, nn.Module]:
+    """The linear-attention mixers of `model` by layer index; softmax layers are not among them.
+
+    Raises:
+        ValueError: the model has none, so it is not of the adapter's family.
+    """
+    module, name = adapter.mixer_class
+    mixer_class = getattr(importlib.import_module(module), name)
+    found = {int(m.layer_idx): m for m in model.modules() if isinstance(m, mixer_class)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no {name} layer to tap")
+    return dict(sorted(found.items()))
+
+
+class _Watch:
+    """Knows which layer runs, and turns its operator calls into `OpCall`s."""
+
+    def __init__(self, on_call: Callable[[OpCall], None]) -> None:
+        self.on_call = on_call
+        self.layer: int | None = None
+        self.unnormalised: list[Tensor] = []
+
+    def enter(self, layer: int) -> None:
+        self.layer = layer
+        self.unnormalised.clear()
+
+    def leave(self) -> None:
+        self.layer = None
+        self.unnormalised.clear()
+
+    def wrap_op(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(op)
+
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            if self.layer is not None:
+                self.report(self.layer, signature.bind(*args, **kwargs).arguments)
+            return op(*args, **kwargs)
+
+        return tapped
+
+    def wrap_norm(self, norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def tapped(x: Tensor) -> Tensor:
+            if self.layer is not None:
+                self.unnormalised.append(x)
+            return norm(x)
+
+        return tapped
+
+    def report(self, layer: int, arguments: dict[str, Any]) -> None:
+        # The layer normalises q, then k; with the norm inside the operator nothing was recorded.
+        q, k = self.unnormalised or (arguments["q"], arguments["k"])
+        with torch.no_grad():
+            call = OpCall(
+                layer=layer,
+                q=q.detach(),
+                k=k.detach(),
+                v=arguments["v"].detach(),
+                beta=_writing_strength(arguments),
+                g=_log_decay(arguments),
+                cu_seqlens=arguments.get("cu_seqlens"),
+            )
+        self.on_call(call)
+
+
+def _writing_strength(arguments: dict[str, Any]) -> Tensor:
+    beta = arguments["beta"].detach()
+    if not arguments.get("use_beta_sigmoid_in_kernel", False):
+        return beta
+    return beta.sigmoid() * (2.0 if arguments.get("allow_neg_eigval", False) else 1.0)
+
+
+def _log_decay(arguments: dict[str, Any]) -> Tensor | None:
+    # fla's ops take the gate's parameters by **kwargs in one place and by name in another.
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    g = arguments.get("g")
+    if g is None or not arguments.get("use_gate_in_kernel", False):
+        return None if g is None else g.detach()
+    g = g.float()
+    if arguments.get("dt_bias") is not None:
+        g = g + arguments["dt_bias"].float()
+    return -arguments["A_log"].float().exp() * F.softplus(g)
+
+
+@contextmanager
+def _entering(mixer: nn.Module, layer: int, watch: _Watch) -> Iterator[None]:
+    before = mixer.register_forward_pre_hook(lambda module, args: watch.enter(layer))
+    # always_call: a forward pass that raises must not leave its layer behind.
+    after = mixer.register_forward_hook(lambda module, args, out: watch.leave(), always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@contextmanager
+def _replaced(site: Site, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    module = importlib.import_module(site.module)
+    original = getattr(module, site.attribute)
+    setattr(module, site.attribute, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(module, site.attribute, original)
+
+
+def _real_tokens(
+    hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+) -> Float[Tensor, "n hidden"]:
+    x = hidden_states.detach()
+    if attention_mask is None:
+        return x.flatten(0, 1)
+    return x[attention_mask[:, -x.shape[1] :].bool()]
