@@ -38,16 +38,32 @@ def stock_config(config: dict[str, Any]) -> Any:
 
 
 def meta_model(config: dict[str, Any]) -> nn.Module:
-    """The stock causal language model of `config`, fp32, on the meta device."""
+    """The stock causal language model of `config`, fp32, all tensors on the meta device.
+
+    What the constructor put into buffers (rotary frequencies, which no checkpoint holds) is kept on
+    the CPU as `model.initial_buffers`, for `restore_buffers`.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     stock = stock_config(config)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("cpu"), init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
     except (ValueError, AssertionError) as error:
         raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
+    model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.no_weight_decay_names = no_weight_decay(model)
+    return model.to("meta")
+
+
+@torch.no_grad()
+def restore_buffers(model: nn.Module) -> None:
+    """Put the constructor's values back into the buffers of a model that was materialised empty."""
+    buffers = dict(model.named_buffers())
+    for name, value in model.initial_buffers.items():
+        buffers[name].copy_(value)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -140,6 +156,7 @@ def build_sharded(
 
     model = shard(meta_model(reference.config), mesh, dtype)
     model.to_empty(device=local_device())
+    restore_buffers(model)
     load_weights(model, reference.source())
     return model.eval()
 

@@ -41,7 +41,9 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path).absolute()
     check_output(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _writer_lock(path):
+    with writer_lock(path):
+        _restore_old(path)
+        check_output(path, overwrite)
         temporary = path.parent / f".{path.name}.tmp"
         _remove(temporary)
         temporary.mkdir()
@@ -59,7 +61,7 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path).absolute()
     check_output(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _writer_lock(path):
+    with writer_lock(path):
         temporary = path.parent / f".{path.name}.tmp"
         try:
             yield temporary
@@ -70,7 +72,10 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _writer_lock(path: Path) -> Iterator[None]:
+def writer_lock(path: Path) -> Iterator[None]:
+    """Hold the lock beside `path`; a second job that asks for it is refused."""
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = path.parent / f".{path.name}.lock"
     try:
         lock = open(lock_path, "w")  # noqa: SIM115
@@ -79,6 +84,9 @@ def _writer_lock(path: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A writer that ended just now may have removed the file that was opened here.
+            if os.stat(lock_path).st_ino != os.fstat(lock.fileno()).st_ino:
+                raise BlockingIOError
         except OSError as error:
             raise UserError(f"another job is writing {path}: wait for it to end") from error
         try:
@@ -95,6 +103,13 @@ def _replace(temporary: Path, path: Path) -> None:
         os.rename(path, old)
     os.rename(temporary, path)
     _remove(old)
+
+
+def _restore_old(path: Path) -> None:
+    """Put back an output that a job set aside before it was killed between two renames."""
+    old = path.parent / f".{path.name}.old"
+    if old.exists() and not path.exists():
+        os.rename(old, path)
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Saving and resuming a training run: what torchtitan's checkpointer does, without its data loss.
+
+Differences to torchtitan 0.2.2's: a step is written under a temporary name with a hash for each file
+and renamed when whole; purging counts whole steps only, so keeping one is safe; the last step is
+saved in full; the loader's state is JSON and resumes at another world size. The layout of a step is
+torchtitan's, plus `checksums.json` and `dataloader.json`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from flame.checkpoint.safe import SafeLoadPlanner, SafeReader
+from flame.checkpoint.steps import latest_whole_step, purge, save_step
+from flame.distributed import barrier, from_rank_zero, gather_objects, rank
+from flame.errors import UserError
+
+LOADER_FILE = "dataloader.json"
+log = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Saves steps of one run into `folder` and resumes from its latest whole one.
+
+    Args:
+        folder: the run's `checkpoint/`.
+        model: the sharded model; what `tensors` returns for it is saved under those names.
+        states: stateful parts saved beside the model (`optimizer`, `lr_scheduler`, `train_state`).
+        loader: the data loader, with JSON-able `state_dict()`, and `merge_states`.
+        interval: steps between checkpoints.
+        keep: whole steps to keep, 0 for all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        states: dict[str, Any],
+        loader: Any,
+        *,
+        interval: int,
+        keep: int,
+        first_step: bool = False,
+        tensors: Callable[[nn.Module], dict[str, Any]] = get_model_state_dict,
+    ) -> None:
+        self.folder = folder
+        self.model = model
+        self.states = states
+        self.loader = loader
+        self.interval = interval
+        self.keep = keep
+        self.first_step = first_step
+        self.tensors = tensors
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save step `curr_step` if it is due or the last. Collective."""
+        due = curr_step % self.interval == 0 or (curr_step == 1 and self.first_step)
+        if not (due or last_step) or latest(self.folder) == curr_step:
+            return
+        begin = time.monotonic()
+        save_step(
+            self._state_dict(), self.folder, curr_step, {LOADER_FILE: self._loader_state()}
+        )
+        if self.keep > 0 and rank() == 0:
+            purge(self.folder, self.keep)
+        barrier()
+        log.info("saved step %d in %.2f s", curr_step, time.monotonic() - begin)
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Load `step`, or the latest whole one; `False` if there is none. Collective.
+
+        Step 0 holds a model alone: training starts there with a fresh optimizer, schedule and data.
+        """
+        step = latest(self.folder) if step == -1 else step
+        if step < 0:
+            return False
+        source = self.folder / f"step-{step}"
+        if not source.is_dir():
+            raise UserError(f"checkpoint.load_step is {step}, but {source} does not exist")
+        state = self.tensors(self.model) if step == 0 else self._state_dict()
+        dcp.load(state, storage_reader=SafeReader(source), planner=SafeLoadPlanner())
+        if step > 0:
+            self._load_loader(source / LOADER_FILE)
+        log.info("loaded %s", source)
+        return True
+
+    def maybe_wait_for_staging(self) -> None:
+        """Nothing is staged: saving is synchronous."""
+
+    def close(self) -> None:
+        """Nothing is held open between saves."""
+
+    def _state_dict(self) -> dict[str, Any]:
+        return {**self.tensors(self.model), **self.states}
+
+    def _loader_state(self) -> bytes:
+        states = gather_objects(self.loader.state_dict())
+        return json.dumps(self.loader.merge_states(states), sort_keys=True).encode()
+
+    def _load_loader(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path.parent} has no {path.name}: it is not a training checkpoint")
+        self.loader.load_state_dict(json.loads(path.read_text()))
+
+
+def latest(folder: Path) -> int:
+    """The latest whole step in `folder` as rank 0 sees it, -1 if there is none. Collective."""
+    step = latest_whole_step(folder) if rank() == 0 else None
+    step = from_rank_zero(step)
+    return -1 if step is None else step

@@ -1,0 +1,143 @@
+"""What can be wrong with a training job, checked before its first worker starts."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError
+from flame.output import check_output
+
+BYTES_PER_PARAMETER = 12
+"""fp32 weight and two fp32 moments in a checkpoint."""
+
+UNSUPPORTED_DEGREES = (
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+)
+
+
+def check_job(job: Any, world_size: int) -> None:
+    """Raise `UserError` for the first thing that would fail later.
+
+    Args:
+        job: a `flame.config.JobConfig`.
+        world_size: processes that will train.
+    """
+    _check_parallelism(job.parallelism, world_size)
+    _check_numbers(job)
+    _check_batch(job, world_size)
+    _check_checkpoint(job)
+    _check_folder(Path(job.job.dump_folder))
+    _check_model_and_data(job, world_size)
+
+
+def _check_parallelism(parallelism: Any, world_size: int) -> None:
+    for name in UNSUPPORTED_DEGREES:
+        if getattr(parallelism, name) != 1:
+            raise UserError(
+                f"parallelism.{name} is {getattr(parallelism, name)}: only data parallelism "
+                "(FSDP2, HSDP) is supported, set it to 1"
+            )
+    replicas, shards = (
+        parallelism.data_parallel_replicate_degree,
+        parallelism.data_parallel_shard_degree,
+    )
+    if replicas < 1 or world_size % replicas or (shards != -1 and replicas * shards != world_size):
+        raise UserError(
+            f"{replicas} replicas of {shards} shards do not make {world_size} processes: "
+            "data_parallel_replicate_degree times data_parallel_shard_degree must (-1: the rest)"
+        )
+
+
+def _check_numbers(job: Any) -> None:
+    positive = {
+        "training.steps": job.training.steps,
+        "training.seq_len": job.training.seq_len,
+        "training.local_batch_size": job.training.local_batch_size,
+        "training.max_norm": job.training.max_norm,
+        "optimizer.lr": job.optimizer.lr,
+        "checkpoint.interval": job.checkpoint.interval,
+        "metrics.log_freq": job.metrics.log_freq,
+        "data.virtual_shards": job.data.virtual_shards,
+    }
+    for name, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} is {value}: it must be above 0")
+    if job.lora.rank < 0 or (job.lora.rank > 0 and not job.model.init):
+        raise UserError(
+            f"lora.rank is {job.lora.rank}: adapters need a base, give --init MODEL (0 for none)"
+        )
+    if job.training.dtype != "float32":
+        raise UserError("training.dtype must be float32: bf16 compute is mixed_precision_param")
+    if job.activation_checkpoint.mode not in ("none", "full", "selective"):
+        raise UserError(
+            f"activation_checkpoint.mode is {job.activation_checkpoint.mode!r}: "
+            "choose none, full or selective"
+        )
+    if not str(job.activation_checkpoint.selective_ac_option).isdigit():
+        raise UserError("activation_checkpoint.selective_ac_option must be a number of layers")
+
+
+def _check_batch(job: Any, world_size: int) -> None:
+    batch, local = job.training.global_batch_size, job.training.local_batch_size
+    if batch < 1:
+        raise UserError(
+            "training.global_batch_size must be set: the batch must not depend on the processes"
+        )
+    if batch % (local * world_size):
+        raise UserError(
+            f"training.global_batch_size {batch} is not a multiple of local_batch_size {local} "
+            f"times {world_size} processes"
+        )
+    if job.data.virtual_shards % world_size:
+        raise UserError(
+            f"{world_size} processes do not divide {job.data.virtual_shards} virtual shards: "
+            "choose a divisor, or set data.virtual_shards before training starts"
+        )
+
+
+def _check_checkpoint(job: Any) -> None:
+    if job.checkpoint.async_mode != "disabled":
+        raise UserError("checkpoint.async_mode must be disabled: saving is synchronous")
+    if job.checkpoint.last_save_model_only or job.checkpoint.last_save_in_hf:
+        raise UserError("the last step is saved in full: convert it with `slimstate convert`")
+    if not job.checkpoint.enable:
+        raise UserError("checkpoint.enable must be true: a run without its last step is lost")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"job.dump_folder {folder} is a file: choose a folder")
+    check_output(folder, overwrite=True)
+
+
+def _check_model_and_data(job: Any, world_size: int) -> None:
+    from flame.data.loader import check_enough, check_vocabulary
+    from flame.data.sources import build_documents
+    from flame.model import count_parameters, meta_model
+    from flame.spec import model_config, tokenizer_of
+
+    config = model_config(job)
+    tokenizer = tokenizer_of(job)
+    check_vocabulary(tokenizer, config["vocab_size"])
+    parameters = count_parameters(meta_model(config).parameters())
+    _check_space(job, parameters)
+    documents = build_documents(job.data, job.data.split)
+    check_enough(documents, tokenizer, job.data, job.training.seq_len, job.training.global_batch_size)
+
+
+def _check_space(job: Any, parameters: int) -> None:
+    folder = Path(job.job.dump_folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    needed = BYTES_PER_PARAMETER * parameters
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and one checkpoint of {parameters:,} "
+            f"parameters takes {needed / 2**30:.1f} GiB"
+        )

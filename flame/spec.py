@@ -1,0 +1,225 @@
+"""The torchtitan train spec for any causal language model of transformers or fla."""
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
+
+from flame.checkpoint.load import load_weights
+from flame.checkpoint.reference import resolve
+from flame.data.loader import PackedLoader
+from flame.data.sources import build_documents
+from flame.data.tokenizer import load_tokenizer
+from flame.distributed import device_type
+from flame.errors import UserError
+from flame.lora import initialise_adapters, inject
+from flame.model import (
+    count_parameters,
+    initialise,
+    layers,
+    meta_model,
+    restore_buffers,
+    shard,
+    sum_replicated_gradients,
+)
+from flame.optimizer import build_optimizers
+
+NAME = "causal_lm"
+
+
+@dataclass
+class CausalLMArgs(BaseModelArgs):
+    """The model's `config.json` and what of the job its construction needs."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+
+    # Not a field: torchtitan logs the fields.
+    job = None
+
+    def update_from_config(self, job_config: Any, **_: Any) -> None:
+        self.config = model_config(job_config)
+        self.job = job_config
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and floating-point operations a token: 6 for each weight of a product."""
+        embedding = model.get_input_embeddings().weight.numel()
+        total = count_parameters(model.parameters())
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        return total, 6 * (total if tied else total - embedding)
+
+
+def model_config(job: Any) -> dict[str, Any]:
+    """The `config.json` that the job trains: its run folder's own, `model.init`'s or `model.config`."""
+    own = Path(job.job.dump_folder) / "config.json"
+    if own.is_file():
+        return read_config(own)
+    if job.model.init:
+        return resolve(job.model.init).config
+    if not job.model.config:
+        raise UserError("no model: give model.config (a config.json) or --init MODEL")
+    path = Path(job.model.config)
+    if path.is_file():
+        return read_config(path)
+    if (path / "config.json").is_file():
+        return read_config(path / "config.json")
+    return hub_config(job.model.config)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a model's config: it holds no JSON object")
+    return config
+
+
+def hub_config(name: str) -> dict[str, Any]:
+    """The `config.json` of a hub model, from the cache or the network."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json")))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.config {name!r} is neither a file, a folder with a config.json nor a hub model "
+            "that can be reached from here"
+        ) from error
+
+
+def build_model(args: CausalLMArgs) -> nn.Module:
+    """The model on the meta device, adapters on; `model.init_weights` fills it once materialised."""
+    model = meta_model(args.config)
+    if args.job.lora.rank > 0:
+        inject(model, args.job.lora)
+        model.no_weight_decay_names = {
+            name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)
+        }
+    # torchtitan calls model.init_weights(buffer_device=…); transformers' method takes no argument.
+    model.init_weights = partial(init_weights, model, args)
+    return model
+
+
+def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None) -> None:
+    """Fill a sharded, materialised model: from `model.init`, or at random by the seed."""
+    job = args.job
+    seed = job.debug.seed if job.debug.seed is not None else 0
+    restore_buffers(model)
+    if job.model.init:
+        load_weights(model, resolve(job.model.init).source())
+    else:
+        initialise(model, args.config, seed)
+    initialise_adapters(model, seed)
+    sum_replicated_gradients(model)
+
+
+def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
+    """Apply activation checkpointing, torch.compile (CUDA) and FSDP2 or HSDP, in this order."""
+    apply_activation_checkpointing(model, job.activation_checkpoint)
+    if job.compile.enable and "model" in job.compile.components:
+        compile_layers(model, job.compile.backend)
+    policy = job.parallelism.fsdp_reshard_after_forward
+    return shard(
+        model,
+        data_mesh(parallel_dims),
+        compute_dtype(job.training.mixed_precision_param),
+        reshard_after_forward=policy != "never",
+    )
+
+
+def data_mesh(parallel_dims: Any) -> DeviceMesh:
+    """All ranks as shards, or replicas × shards (HSDP). A mesh of one rank is a mesh too."""
+    replicas, shards = parallel_dims.dp_replicate, parallel_dims.dp_shard
+    if replicas == 1:
+        return init_device_mesh(device_type(), (shards,), mesh_dim_names=("fsdp",))
+    names = ("dp_replicate", "fsdp")
+    return init_device_mesh(device_type(), (replicas, shards), mesh_dim_names=names)
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The recipe's compute dtype on CUDA; fp32 on a CPU."""
+    return TORCH_DTYPE_MAP[name] if device_type() == "cuda" else torch.float32
+
+
+def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:
+    """Recompute every layer (`full`) or every n-th (`selective`) in the backward pass."""
+    if config.mode == "none":
+        return
+    every = 1 if config.mode == "full" else int(config.selective_ac_option)
+    # The layers' own checkpointing (transformers' GradientCheckpointingLayer) keeps names as they are.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for position, layer in enumerate(layers(model)):
+        layer.gradient_checkpointing = position % every == 0
+
+
+def compile_layers(model: nn.Module, backend: str) -> None:
+    if device_type() != "cuda":
+        logger.info("compile.enable is ignored on a CPU")
+        return
+    for layer in layers(model):
+        layer.compile(backend=backend)
+
+
+def build_loader(
+    dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any
+) -> PackedLoader:
+    data, training = job_config.data, job_config.training
+    return PackedLoader(
+        build_documents(data, data.split),
+        tokenizer,
+        data,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        rank=dp_rank,
+        world_size=dp_world_size,
+    )
+
+
+def tokenizer_of(job: Any) -> Any:
+    """The run folder's own tokenizer, `data.tokenizer`, or that of `model.init`."""
+    own = Path(job.job.dump_folder)
+    if (own / "tokenizer.json").is_file() or (own / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(own))
+    if job.data.tokenizer:
+        return load_tokenizer(job.data.tokenizer)
+    if job.model.init:
+        folder = resolve(job.model.init).tokenizer
+        if folder is not None:
+            return load_tokenizer(str(folder))
+    raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
+
+
+SPEC = TrainSpec(
+    model_cls=build_model,
+    model_args={"config": CausalLMArgs()},
+    parallelize_fn=parallelize,
+    pipelining_fn=None,
+    build_optimizers_fn=build_optimizers,
+    build_lr_schedulers_fn=build_lr_schedulers,
+    build_dataloader_fn=build_loader,
+    build_tokenizer_fn=tokenizer_of,
+    build_loss_fn=build_cross_entropy_loss,
+)
+
+
+def register() -> None:
+    """Register the train spec with torchtitan, once."""
+    from torchtitan.protocols.train_spec import _extra_train_specs
+
+    if NAME not in _extra_train_specs:
+        register_train_spec(NAME, SPEC)

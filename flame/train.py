@@ -1,0 +1,157 @@
+"""Stage `train`: pretraining and recovery from a recipe.
+
+`slimstate train --config RECIPE.toml [--init MODEL] [--section.key VALUE …]`, or the same arguments
+after `torchrun … -m flame.train`.
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError, run_stage
+from flame.output import writer_lock
+
+SHORTHANDS = {"--config": "--job.config_file", "--init": "--model.init"}
+"""Options of the command line for torchtitan's dotted ones."""
+
+USAGE = """usage: slimstate train --config RECIPE.toml [--init MODEL] [--section.key VALUE …]
+
+Train a causal language model from a TOML recipe with torchtitan's sections. A run folder
+(job.dump_folder) that has checkpoints is resumed.
+
+  --config RECIPE.toml   the recipe (or the recipe.toml of a run folder)
+  --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
+  --section.key VALUE    override a key of the recipe, e.g. --training.steps 200"""
+
+
+@dataclass(frozen=True)
+class Options:
+    arguments: tuple[str, ...]
+    """torchtitan's command line: `--job.config_file RECIPE --section.key value …`."""
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; `--help` prints the usage and exits."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
+        raise SystemExit(0)
+    arguments = [_long_form(argument) for argument in argv]
+    if not any(argument.split("=")[0] == "--job.config_file" for argument in arguments):
+        raise UserError("train needs a recipe: --config RECIPE.toml")
+    return Options(tuple(arguments))
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.config import parse_job
+    from flame.job_checks import check_job
+
+    check_job(parse_job(list(options.arguments)), world_size)
+
+
+def run(options: Options) -> None:
+    """Train as the options say. Collective; inside a process group, or starting one."""
+    from flame.config import parse_job
+
+    train(parse_job(list(options.arguments)))
+
+
+def train(job: Any) -> None:
+    """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
+    import flame.titan_cpu  # noqa: F401
+    from torchtitan.tools.logging import init_logger
+
+    import flame.register  # noqa: F401
+    from flame.distributed import barrier, process_group, rank, world_size
+    from flame.job_checks import check_job
+
+    if rank() == 0 and int(os.environ.get("RANK", "0")) == 0:
+        init_logger()
+    else:
+        logging.getLogger().setLevel(logging.WARNING)
+    with process_group(), _only_writer(Path(job.job.dump_folder)):
+        check_job(job, world_size())
+        barrier()
+        if rank() == 0:
+            prepare_run_folder(job)
+        barrier()
+        _train(job)
+        if job.lora.rank > 0 and job.lora.merge and rank() == 0:
+            merge(Path(job.job.dump_folder))
+        barrier()
+
+
+def _train(job: Any) -> None:
+    from flame.trainer import Trainer
+
+    trainer = Trainer(job)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+
+
+def merge(run_folder: Path) -> None:
+    """Write the merged model of a LoRA run as a Hugging Face folder `merged/` in it."""
+    from flame.checkpoint.convert import convert
+
+    convert(str(run_folder), run_folder / "merged", "hf", overwrite=True, inside_source=True)
+
+
+def prepare_run_folder(job: Any) -> None:
+    """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base."""
+    from flame.config import RECIPE_FILE, recipe_text
+    from flame.spec import model_config, tokenizer_of
+
+    folder = Path(job.job.dump_folder)
+    config, tokenizer = model_config(job), tokenizer_of(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+    (folder / RECIPE_FILE).write_text(recipe_text(job))
+    if job.lora.rank > 0:
+        _write_base(job, folder, config)
+
+
+def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
+    from flame.checkpoint.fingerprint import fingerprint
+    from flame.checkpoint.reference import resolve
+    from flame.lora import write_adapter_files
+
+    base = resolve(job.model.init)
+    mark = fingerprint(base.config, base.source())
+    path = Path(job.model.init)
+    name = str(path.resolve()) if path.exists() else job.model.init
+    write_adapter_files(folder, job.lora, name, mark, config)
+
+
+def _only_writer(folder: Path) -> Any:
+    """Rank 0's lock on the run folder: a second job that trains into it is refused."""
+    from contextlib import nullcontext
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        return nullcontext()
+    return writer_lock(folder)
+
+
+def _long_form(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    return SHORTHANDS.get(key, key) + equals + value
+
+
+def main(argv: list[str] | None = None) -> None:
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()
