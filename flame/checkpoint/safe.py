@@ -1,0 +1,230 @@
+"""Reading DCP checkpoints without running what they contain, and without trusting their bytes.
+
+DCP keeps its index `.metadata` as a pickle, and some entries of a state as pickles too: as stock
+readers load them, a checkpoint is a program. Here the index goes through an unpickler that knows
+the index's own classes and nothing else, entries through `torch.load(weights_only=True)`, and every
+file is compared with its recorded hash before it is used.
+"""
+
+import io
+import pathlib
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from flame.checkpoint.checksums import check_file, hash_bytes, read_checksums
+from flame.checkpoint.peers import Peers, raise_cause
+from flame.checkpoint.steps import METADATA
+from flame.errors import UserError, first_line
+
+_METADATA_CLASSES = (
+    "Metadata",
+    "MetadataIndex",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(metadata.__name__, name): getattr(metadata, name) for name in _METADATA_CLASSES},
+    (filesystem.__name__, "_StorageInfo"): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): dict,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def read_checkpoint(state_dict: dict[str, Any], step: Path, peers: Peers) -> None:
+    """Load `state_dict` from a step; see `flame.checkpoint.steps.load_step`."""
+    reader = SafeReader(step)
+    # DCP would log a traceback and look for per-rank metadata, so the index is read beforehand.
+    peers.agree(reader.read_metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            dcp.load(
+                state_dict,
+                storage_reader=reader,
+                planner=SafeLoadPlanner(),
+                process_group=peers.group,
+                no_dist=peers.alone,
+            )
+        except CheckpointException as error:
+            raise_cause(error, f"cannot read {step}")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader of step folders, with checked hashes and an allow-list for the index."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._folder = Path(path)
+        self._index: Metadata | None = None
+        self._hashes: dict[str, str] = {}
+        self._checked: set[str] = set()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The step's index; raises `UserError` if it is missing, damaged or hostile."""
+        if self._index is None:
+            content = _read_index(self._folder / METADATA)
+            self._hashes = read_checksums(self._folder)
+            if hash_bytes(content) != self._hashes.get(METADATA):
+                raise UserError(
+                    f"{self._folder / METADATA} is damaged (its hash differs): use another step"
+                )
+            self._index = load_index(content, self._folder / METADATA)
+            self.storage_data = self._index.storage_data
+        return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the items of `plan`, after checking the hash of each file once."""
+        for item in plan.items:
+            self._check(item)
+        try:
+            return super().read_data(plan, planner)
+        except (*_UNPICKLING_ERRORS, OSError) as error:
+            entries = _some(sorted({item.storage_index.fqn for item in plan.items}))
+            raise UserError(
+                f"cannot read {entries} of {self._folder}: {first_line(error)}"
+            ) from error
+
+    def _check(self, item: ReadItem) -> None:
+        entry = self.storage_data.get(item.storage_index)
+        if entry is None:
+            name = item.storage_index.fqn
+            raise UserError(f"{self._folder / METADATA} does not say where {name} is")
+        name = entry.relative_path
+        if name not in self._checked:
+            check_file(self._folder, name, self._hashes)
+            self._checked.add(name)
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """DCP's load planner with `weights_only=True` and complaints that a person can read."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = self.metadata.state_dict_metadata
+        missing = sorted(set(self.state_dict) - set(saved))
+        if missing:
+            raise UserError(f"the checkpoint lacks {_some(missing)}: it is of another model or run")
+        for name, value in self.state_dict.items():
+            _check_kind(name, value, saved[name])
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        set_element(self.original_state_dict, self.mappings[name], load_bytes(name, value))
+
+
+def load_bytes(name: str, value: io.BytesIO) -> Any:
+    """Unpickle the entry `name` as data: numbers, strings, containers and tensors."""
+    try:
+        return torch.load(value, map_location="cpu", weights_only=True)
+    except _UNPICKLING_ERRORS as error:
+        reason = f"{type(error).__name__}"
+        raise UserError(f"entry {name} of the checkpoint is not plain data: {reason}") from error
+
+
+def load_index(content: bytes, path: Path) -> Metadata:
+    """Unpickle DCP's index with nothing but its own classes; `path` is named in errors."""
+    try:
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+    except _Forbidden as error:
+        raise UserError(
+            f"{path} asks for {error}, which no checkpoint index needs: do not use this file"
+        ) from None
+    except _UNPICKLING_ERRORS as error:
+        reason = type(error).__name__
+        raise UserError(f"{path} is not a DCP index ({reason}): use another step") from error
+    if not _is_index(index):
+        raise UserError(f"{path} is not a DCP index: use another step")
+    return index
+
+
+class _Forbidden(pickle.UnpicklingError):
+    """The index names a class or function that is not on the list."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _ALLOWED.get((module, name))
+        if found is None and module == "torch" and "." not in name:
+            candidate = getattr(torch, name, None)
+            found = candidate if isinstance(candidate, torch.dtype) else None
+        if found is None:
+            raise _Forbidden(f"{module}.{name}")
+        return found
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        return False
+    entries = index.state_dict_metadata
+    kinds = (TensorStorageMetadata, BytesStorageMetadata)
+    return (
+        isinstance(entries, dict)
+        and all(isinstance(name, str) and isinstance(e, kinds) for name, e in entries.items())
+        and all(isinstance(key, MetadataIndex) for key in index.storage_data)
+        and all(isinstance(place, _StorageInfo) for place in index.storage_data.values())
+    )
+
+
+def _read_index(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the step was not written to its end") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _check_kind(name: str, value: Any, saved: Any) -> None:
+    if not isinstance(saved, TensorStorageMetadata):
+        return
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"the checkpoint's {name} is a tensor, this run expects another value")
+    if value.shape != saved.size:
+        raise UserError(
+            f"the checkpoint's {name} has shape {tuple(saved.size)}, this run expects "
+            f"{tuple(value.shape)}: it is of another model"
+        )
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
