@@ -1,0 +1,34 @@
+"""`import flame.register`: the one import that lets fla's models run anywhere.
+
+Importing has side effects, on purpose; they are idempotent:
+
+- our `kernels` folder becomes part of the `kernels` namespace even where the Hugging Face package
+  of that name is installed, which as a regular package would hide it;
+- fla's operators get a CPU path (`kernels.fla_cpu`); tensors of an accelerator go on to fla's own
+  kernels;
+- model classes of this project are registered with `AutoModel` (there are none yet).
+
+It imports fla, which imports transformers, and nothing of torchtitan.
+"""
+
+import importlib
+from pathlib import Path
+
+_KERNELS = str(Path(__file__).resolve().parent.parent / "kernels")
+
+
+def _join_kernels() -> None:
+    """Append our folder to the path of whatever package is called `kernels`."""
+    path = importlib.import_module("kernels").__path__
+    if _KERNELS not in list(path):
+        path.append(_KERNELS)
+
+
+def register() -> None:
+    """Do what importing this module does; calling it again changes nothing."""
+    _join_kernels()
+    importlib.import_module("fla.models")
+    importlib.import_module("kernels.fla_cpu").install()
+
+
+register()

@@ -1,0 +1,81 @@
+"""The delta rule without decay, on the core of `kernels.gated_delta_rule`."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.gated_delta_rule.chunk import delta_rule
+from kernels.gated_delta_rule.recurrent import recurrent_delta_rule
+
+__all__ = ["chunk_delta_rule", "fused_recurrent_delta_rule"]
+
+
+def chunk_delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | None]:
+    """Return outputs and final states; the signature is that of fla 0.6.0's operator.
+
+    `beta` is what multiplies the update, after any sigmoid. `scale` is `K ** -0.5` unless given.
+    Computes in float32 (fla's Triton kernel refuses it), in float64 for float64 input. Raises
+    ValueError for shapes and options that do not fit.
+    """
+    if "head_first" in kwargs:
+        raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
+    return delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        None,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=use_qk_l2norm_in_kernel,
+        state_v_first=False,
+        cu_seqlens=cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
+        chunk_size=kwargs.get("chunk_size"),
+    )
+
+
+def fused_recurrent_delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | None]:
+    """Return outputs and final states: one step for one token, else the chunked form.
+
+    Arguments as in `chunk_delta_rule`; without `beta` it is 1.
+    """
+    if beta is None:
+        beta = torch.ones_like(v[..., 0])
+    return recurrent_delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        None,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=use_qk_l2norm_in_kernel,
+        state_v_first=False,
+        cu_seqlens=cu_seqlens,
+    )

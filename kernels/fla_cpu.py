@@ -1,0 +1,144 @@
+"""Put the CPU operators under fla 0.6.0: the one place that changes fla.
+
+Three kinds of entry point:
+
+- Where fla dispatches, the operators are registered in `fla.backends` with a verifier that accepts
+  CPU tensors only, so tensors of an accelerator go on to fla's own kernels.
+- The delta rule, and the recurrent operators, do not dispatch in fla 0.6.0. They get fla's own
+  dispatcher here, and every fla module that holds the bare function gets the dispatching one.
+- `FusedCrossEntropyLoss.forward` asserts an accelerator before it calls anything that dispatches:
+  for CPU tensors the same computation runs without the assertion.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from fla.backends import BaseBackend, dispatch, register
+from torch import Tensor
+
+from kernels import activations, cross_entropy, delta_rule, gated_delta_rule, norms, short_conv
+
+
+class CpuBackend(BaseBackend):
+    """Plain PyTorch operators for CPU tensors, asked before every other backend."""
+
+    backend_type = "slimstate_cpu"
+    priority = -1
+
+
+class GatedDeltaRuleCpuBackend(CpuBackend):
+    """The chunk operator only: fla asks this registry for other functions too."""
+
+    chunk_gated_delta_rule = staticmethod(gated_delta_rule.chunk_gated_delta_rule)
+
+
+@cache
+def install() -> None:
+    """Make fla's models run on CPU tensors; calling it again does nothing."""
+    register("gated_delta_rule", verifier=_accepts_cpu)(GatedDeltaRuleCpuBackend)
+    for entry, implementation in _dispatched():
+        register(entry, backend=CpuBackend, verifier=_accepts_cpu)(implementation)
+    for entry, implementation in _undispatched():
+        _replace(entry, _dispatching(entry, implementation))
+    _allow_cpu_loss()
+
+
+def _accepts_cpu(*args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device.type == "cpu", f"the input is on {value.device}"
+    return False, "no tensor among the arguments"
+
+
+def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
+    """Return the entry points that fla dispatches, each with our operator."""
+    from fla.modules.activations import ops as fla_activations
+    from fla.modules.causal_conv1d import ops as fla_conv
+    from fla.modules.fused_cross_entropy import ops as fla_loss
+    from fla.modules.fused_linear_cross_entropy import ops as fla_linear_loss
+    from fla.modules.norm import fused_norm_gate, l2norm, layernorm
+
+    found: list[tuple[Any, Callable[..., Any]]] = [
+        (fla_conv.causal_conv1d_update_states, short_conv.causal_conv1d_states),
+    ]
+    pairs = [
+        (fla_conv, short_conv, ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"]),
+        (layernorm, norms, ["layer_norm_fwd", "layer_norm_bwd"]),
+        (fused_norm_gate, norms, ["layer_norm_gated_fwd", "layer_norm_gated_bwd"]),
+        (l2norm, norms, ["l2norm_fwd", "l2norm_bwd"]),
+        (fla_activations, activations, activations.__all__),
+        (fla_loss, cross_entropy, ["cross_entropy_fwd", "cross_entropy_bwd"]),
+        (fla_linear_loss, cross_entropy, ["fused_linear_cross_entropy_bwd"]),
+    ]
+    for theirs, ours, names in pairs:
+        found += [(getattr(theirs, name), getattr(ours, name)) for name in names]
+    return found
+
+
+def _undispatched() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Return the operators that fla calls directly, each with ours."""
+    from fla.ops import delta_rule as fla_delta
+    from fla.ops import gated_delta_rule as fla_gated
+
+    return [
+        (fla_delta.chunk_delta_rule, delta_rule.chunk_delta_rule),
+        (fla_delta.fused_recurrent_delta_rule, delta_rule.fused_recurrent_delta_rule),
+        (
+            fla_gated.fused_recurrent_gated_delta_rule,
+            gated_delta_rule.fused_recurrent_gated_delta_rule,
+        ),
+    ]
+
+
+def _dispatching(
+    entry: Callable[..., Any], implementation: Callable[..., Any]
+) -> Callable[..., Any]:
+    wrapped = dispatch(entry)
+    register(wrapped, backend=CpuBackend, verifier=_accepts_cpu)(implementation)
+    return wrapped
+
+
+def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Rebind `old` to `new` in every fla module that holds it under any name."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "fla" and module is not None:
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)
+
+
+def _allow_cpu_loss() -> None:
+    from fla.modules.fused_cross_entropy.ops import FusedCrossEntropyLoss
+
+    theirs = FusedCrossEntropyLoss.forward
+
+    @wraps(theirs)
+    def forward(self: Any, input: Tensor, target: Tensor) -> Any:
+        return (_cpu_loss if input.device.type == "cpu" else theirs)(self, input, target)
+
+    FusedCrossEntropyLoss.forward = forward
+
+
+def _cpu_loss(module: Any, logits: Tensor, target: Tensor) -> Any:
+    from fla.modules.fused_cross_entropy.ops import cross_entropy_loss
+
+    options = {
+        name: getattr(module, name)
+        for name in (
+            "label_smoothing",
+            "logit_scale",
+            "lse_square_scale",
+            "logit_softcapping",
+            "ignore_index",
+            "inplace_backward",
+            "process_group",
+        )
+    }
+    losses = cross_entropy_loss(logits, target, **options)
+    if module.reduction != "none":
+        losses = [loss.sum() for loss in losses]
+    if module.reduction == "mean":
+        losses = [loss / (target != module.ignore_index).sum() for loss in losses]
+    return tuple(losses) if module.return_z_loss else losses[0]

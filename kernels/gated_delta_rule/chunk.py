@@ -1,0 +1,239 @@
+"""The (gated) delta rule chunk by chunk: the WY form, derived in `kernels/README.md`.
+
+Everything inside a chunk is batched over all chunks of all documents (two products and one
+triangular solve), so that only the state's way from chunk to chunk is sequential.
+
+C tokens a chunk, H value heads, K and V the head dimensions of keys and values.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.gated_delta_rule.layout import (
+    ChunkLayout,
+    chunk_layout,
+    document_lengths,
+    from_chunks,
+    to_chunks,
+)
+from kernels.gated_delta_rule.recurrence import chunk_recurrence
+
+CHUNK_SIZES = (16, 32, 64)
+L2_EPS = 1e-6
+
+
+def chunk_gated_delta_rule(
+    q: Float[Tensor, "B T Hk K"],
+    k: Float[Tensor, "B T Hk K"],
+    v: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: Any = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
+    """Return outputs and final states; the signature is that of fla 0.6.0's operator.
+
+    `g` is the log-decay, or with `use_gate_in_kernel=True` the input of the gate
+    `-exp(A_log) softplus(g + dt_bias)`. `beta` is a logit with `use_beta_sigmoid_in_kernel`,
+    doubled after the sigmoid with `allow_neg_eigval`. States are `[N, H, K, V]` or, with
+    `state_v_first`, `[N, H, V, K]`, one for each row or packed document. `scale` is `K ** -0.5`
+    unless given. Computes in float32, in float64 for float64 input. Raises ValueError for
+    shapes and flags that do not fit, NotImplementedError for context parallelism.
+    """
+    if cp_context is not None:
+        raise NotImplementedError("context parallelism has no CPU path: leave cp_context out")
+    state_v_first = _state_layout(state_v_first, kwargs)
+    beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    if kwargs.get("use_gate_in_kernel", False):
+        g = log_decay(g, kwargs.get("A_log"), kwargs.get("dt_bias"))
+    return delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
+        chunk_size=kwargs.get("chunk_size"),
+    )
+
+
+def delta_rule(
+    q: Float[Tensor, "B T Hk K"],
+    k: Float[Tensor, "B T Hk K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H"] | None,
+    *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    normalize: bool,
+    state_v_first: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
+    """Run the delta rule on ready `beta` and log-decay `g` (None: no decay).
+
+    The common core of the gated and the plain operator; see `chunk_gated_delta_rule`.
+    """
+    lengths = document_lengths(*q.shape[:2], cu_seqlens)
+    _check(q, k, v, initial_state, len(lengths), chunk_size)
+    layout = chunk_layout(lengths, chunk_size or _chunk_size(lengths), q.device)
+    dtype = compute_dtype(q)
+    if normalize:
+        q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    groups = v.shape[2] // k.shape[2]
+    parts = [to_chunks(x.to(dtype), layout) for x in (q * scale, k, v, beta)]
+    decay = None if g is None else _mask(to_chunks(g.double(), layout), layout)
+    queries, keys = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in parts[:2])
+    initial = _initial_state(initial_state, layout, parts[2], keys, state_v_first)
+    out, final = _chunks(queries, keys, parts[2], _mask(parts[3], layout), decay, initial, layout)
+    o = from_chunks(out, layout, v.shape).to(v.dtype)
+    return o, _final_state(final, layout, state_v_first) if output_final_state else None
+
+
+def _chunks(
+    q: Float[Tensor, "chunks H C K"],
+    k: Float[Tensor, "chunks H C K"],
+    v: Float[Tensor, "chunks H C V"],
+    beta: Float[Tensor, "chunks H C"],
+    g: Float[Tensor, "chunks H C"] | None,
+    initial: Float[Tensor, "N H K V"],
+    layout: ChunkLayout,
+) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "N H K V"]]:
+    beta = beta.unsqueeze(-1)
+    k_beta, scores = k * beta, q @ k.transpose(-1, -2)
+    system = k_beta @ k.transpose(-1, -2)
+    if g is None:
+        gamma, k_end, k_start, q_start = None, k, k_beta, q
+        scores = scores.tril()
+    else:
+        decay, from_start, to_end, gamma = _decays(g, q.dtype)
+        system, scores = system * decay, scores * decay
+        k_start, q_start, k_end = k_beta * from_start, q * from_start, k * to_end
+    # the solve reads the strict lower triangle only, so the system needs no mask of its own
+    right = torch.cat([v * beta, k_start], -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+    v_new, states, final = chunk_recurrence(u, w, k_end, gamma, initial, layout.alive)
+    return q_start @ states + scores @ v_new, final
+
+
+def _decays(
+    g: Float[Tensor, "chunks H C"], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the decays between tokens, from the chunk's start, to its end, and over it.
+
+    Sums and differences are float64: a chunk may decay by thousands of nats while two of its
+    tokens lie a hundredth apart, which float32 sums would lose. Only differences that are a
+    decay are raised to exp; the rest is masked before, so no gradient becomes NaN.
+    """
+    total = g.cumsum(-1)
+    later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
+    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype)
+    between = between.masked_fill(later, -torch.inf).exp()
+    from_start = total.to(dtype).exp().unsqueeze(-1)
+    to_end = (total[..., -1:] - total).to(dtype).exp().unsqueeze(-1)
+    return between, from_start, to_end, from_start[..., -1:, :]
+
+
+def gate_beta(beta: Tensor, sigmoid: bool, allow_neg_eigval: bool) -> Tensor:
+    """Return beta after the sigmoid and the doubling that the flags ask for."""
+    if allow_neg_eigval and not sigmoid:
+        raise ValueError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
+    if not sigmoid:
+        return beta
+    beta = beta.to(compute_dtype(beta)).sigmoid()
+    return 2 * beta if allow_neg_eigval else beta
+
+
+def log_decay(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+    """Return `-exp(A_log) softplus(g + dt_bias)`, shape of `g` `[B, T, H]`."""
+    if A_log is None:
+        raise ValueError("use_gate_in_kernel=True needs A_log")
+    dtype = compute_dtype(g)
+    g = g.to(dtype) if dt_bias is None else g.to(dtype) + dt_bias.to(dtype)
+    return -A_log.to(dtype).exp() * F.softplus(g)
+
+
+def l2_normalize(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Return `x / sqrt(|x|^2 + 1e-6)` over the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunk_size(lengths: tuple[int, ...]) -> int:
+    """Return the chunk size: small for short documents, whose padding would cost more."""
+    mean = sum(lengths) / max(len(lengths), 1)
+    return next((size for size in CHUNK_SIZES if mean <= 2 * size), CHUNK_SIZES[-1])
+
+
+def _mask(x: Float[Tensor, "chunks H C"], layout: ChunkLayout) -> Tensor:
+    if not layout.padded:
+        return x
+    filled = layout.filled.view(layout.chunks, 1, layout.size)
+    return x.masked_fill(~filled, 0)
+
+
+def _initial_state(
+    state: Tensor | None, layout: ChunkLayout, v: Tensor, k: Tensor, state_v_first: bool
+) -> Float[Tensor, "N H K V"]:
+    if state is None:
+        return v.new_zeros(len(layout.order), v.shape[1], k.shape[-1], v.shape[-1])
+    state = state.transpose(-1, -2) if state_v_first else state
+    return state.to(v.dtype).index_select(0, layout.order)
+
+
+def _final_state(final: Tensor, layout: ChunkLayout, state_v_first: bool) -> Tensor:
+    final = final.index_select(0, layout.rank)
+    return final.transpose(-1, -2).contiguous() if state_v_first else final
+
+
+def _state_layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
+    if "head_first" in kwargs:
+        raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
+    if "transpose_state_layout" not in kwargs:
+        return state_v_first
+    if state_v_first:
+        raise ValueError("give state_v_first or its old name transpose_state_layout, not both")
+    message = "transpose_state_layout is now state_v_first"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return bool(kwargs["transpose_state_layout"])
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, documents: int, chunk_size: int | None
+) -> None:
+    if q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: must be the same")
+    if v.shape[2] % k.shape[2]:
+        raise ValueError(f"{v.shape[2]} value heads are no multiple of {k.shape[2]} key heads")
+    if state is not None and state.shape[0] != documents:
+        raise ValueError(f"{state.shape[0]} initial states for {documents} documents")
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size is {chunk_size}, must be one of {CHUNK_SIZES}")

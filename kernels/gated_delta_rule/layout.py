@@ -1,0 +1,143 @@
+"""Where the tokens of documents of any length lie once they are cut into chunks.
+
+Every document is cut into chunks of `size` tokens, the last one padded. The chunks are stored
+level by level: first the first chunk of every document, then the second chunk of those that have
+one, and so on, documents in decreasing order of length. So the chunk-to-chunk recurrence advances
+all documents at once, and each of its steps reads one contiguous block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The cut of one batch of documents into chunks."""
+
+    size: int
+    """Tokens per chunk."""
+    alive: tuple[int, ...]
+    """Number of documents that have an i-th chunk, for each i; decreasing."""
+    order: Int64[Tensor, "N"]
+    """The documents in decreasing order of length."""
+    rank: Int64[Tensor, "N"]
+    """The place of each document in `order`."""
+    source: Int64[Tensor, "S"]
+    """For each slot of each chunk the token that lies there; padding repeats a token."""
+    slot: Int64[Tensor, "T"]
+    """For each token the slot in which it lies."""
+    filled: Bool[Tensor, "S"]
+    """False where a slot is padding."""
+    padded: bool
+    """Whether any slot is padding."""
+    identity: bool
+    """Whether the chunks lie as the tokens do, with no padding."""
+
+    @property
+    def chunks(self) -> int:
+        return sum(self.alive)
+
+
+@lru_cache(maxsize=64)
+def chunk_layout(lengths: tuple[int, ...], size: int, device: torch.device) -> ChunkLayout:
+    """Return the layout of consecutive documents of these `lengths` in tokens (0 is allowed)."""
+    total = torch.tensor(lengths, dtype=torch.int64)
+    counts = (total + size - 1) // size
+    order = torch.argsort(counts, descending=True, stable=True)
+    levels = int(counts.max()) if len(lengths) else 0
+    alive = tuple(int((counts > level).sum()) for level in range(levels))
+    document = torch.cat([order[:n] for n in alive]) if alive else order[:0]
+    level = torch.repeat_interleave(torch.arange(levels), torch.tensor(alive, dtype=torch.int64))
+    offset = level[:, None] * size + torch.arange(size)
+    length = total[document, None]
+    filled = (offset < length).flatten()
+    first = (total.cumsum(0) - total)[document, None]
+    source = (first + torch.minimum(offset, length - 1)).flatten()
+    slot = torch.empty(int(total.sum()), dtype=torch.int64)
+    slot[source[filled]] = torch.nonzero(filled).flatten()
+    padded = not bool(filled.all())
+    return ChunkLayout(
+        size=size,
+        alive=alive,
+        order=order.to(device),
+        rank=torch.argsort(order).to(device),
+        source=source.to(device),
+        slot=slot.to(device),
+        filled=filled.to(device),
+        padded=padded,
+        identity=not padded and bool((source == torch.arange(len(source))).all()),
+    )
+
+
+def document_lengths(
+    batch: int, tokens: int, cu_seqlens: Tensor | Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the lengths of the documents of a `[batch, tokens]` input.
+
+    `cu_seqlens` are the N+1 boundaries of the documents packed in one row, None where each row is
+    one document. Raises ValueError where they do not cover the row.
+    """
+    if cu_seqlens is None:
+        return (tokens,) * batch
+    if batch != 1:
+        raise ValueError(
+            f"the batch size is {batch}, must be 1 with cu_seqlens: flatten the documents first"
+        )
+    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens go from {bounds[0]} to {bounds[-1]}, must rise from 0 to {tokens} tokens"
+        )
+    return lengths
+
+
+class _ToChunks(torch.autograd.Function):
+    """Gather tokens into slots; backward gathers too, because padding has no gradient."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return tokens.index_select(0, layout.source)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.layout.slot), None
+
+
+class _FromChunks(torch.autograd.Function):
+    """Gather slots back into tokens; the gradient of padding is zero."""
+
+    @staticmethod
+    def forward(ctx, slots: Tensor, layout: ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return slots.index_select(0, layout.slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        slots = grad.new_zeros(len(layout.source), *grad.shape[1:])
+        return slots.index_copy_(0, layout.slot, grad), None
+
+
+def to_chunks(tokens: Tensor, layout: ChunkLayout) -> Tensor:
+    """Return `[B, T, H, ...]` tokens as contiguous `[chunks, H, size, ...]`.
+
+    Padded slots repeat a token; their gradient is taken to be zero, so the caller must make
+    what it computes from them zero (a delta rule does with beta = 0).
+    """
+    flat = tokens.flatten(0, 1)
+    slots = flat if layout.identity else _ToChunks.apply(flat, layout)
+    return slots.unflatten(0, (layout.chunks, layout.size)).transpose(1, 2).contiguous()
+
+
+def from_chunks(slots: Tensor, layout: ChunkLayout, shape: Sequence[int]) -> Tensor:
+    """Return `[chunks, H, size, D]` as tokens of `shape` `[B, T, H, D]`."""
+    flat = slots.transpose(1, 2).flatten(0, 1)
+    tokens = flat if layout.identity else _FromChunks.apply(flat, layout)
+    return tokens.reshape(*shape)
