@@ -1,0 +1,139 @@
+"""The `slimstate` command: its first word names a stage, the rest are the stage's arguments.
+
+A stage is a module with `parse`, `check`, `run` and `main`; it is imported when it is asked for, so
+that `slimstate --help` imports nothing heavy.
+"""
+
+import contextlib
+import difflib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from flame.errors import UserError, run_stage
+from launch import launcher
+
+
+@dataclass(frozen=True)
+class Command:
+    module: str
+    summary: str
+    """One line of `slimstate --help`."""
+
+    launched: bool = True
+    """Whether the stage runs in the processes that the launcher's options ask for."""
+
+
+COMMANDS = {
+    "train": Command("flame.train", "pretrain, continue or recover a model, as a recipe says"),
+    "calibrate": Command("pruning.calibrate", "sum a model's statistics over training data"),
+    "plan": Command("pruning.plan_command", "choose the channels to keep"),
+    "apply": Command("pruning.apply", "apply a plan to a checkpoint"),
+    "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
+    "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
+    "eval": Command("launch.evaluate", "measure held-out perplexity"),
+    "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model here"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: this process's) and exit on any error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    run_stage(lambda: dispatch(words))
+
+
+def dispatch(words: list[str]) -> None:
+    """Check and run one command line, e.g. `["eval", "runs/demo/dense", "--nproc", "2"]`.
+
+    Raises:
+        UserError: what a person can mend, found before any worker started.
+        SystemExit: a worker failed, and the reason has been printed.
+    """
+    if not words:
+        raise UserError(f"no command: choose from {', '.join(COMMANDS)} (slimstate --help)")
+    name, *arguments = words
+    if name in ("-h", "--help", "help"):
+        print(overview())
+    elif name == "--version":
+        print(f"slimstate {_version()}")
+    else:
+        _run(name, _command(name), arguments)
+
+
+def overview() -> str:
+    """The text of `slimstate --help`."""
+    lines = ["usage: slimstate COMMAND [ARGUMENTS …] [--nproc N …] [--dry-run]", "", "commands:"]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`slimstate COMMAND --help` lists a command's arguments."]
+    return "\n".join(lines)
+
+
+def _command(name: str) -> Command:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command {name}: {hint}")
+
+
+def _run(name: str, command: Command, arguments: list[str]) -> None:
+    stage = import_module(command.module)
+    if {"-h", "--help"} & set(arguments):
+        _print_help(name, command, stage)
+        return
+    topology, dry_run, rest = launcher.Topology(), False, arguments
+    if command.launched:
+        topology, dry_run, rest = launcher.split_options(arguments)
+    options = _parsed(name, stage, rest)
+    job = launcher.Job(stage, rest, options, topology)
+    job.check()
+    if dry_run:
+        print(job.command_line())
+    else:
+        job.run()
+
+
+def _print_help(name: str, command: Command, stage: ModuleType) -> None:
+    with _program_name(name), contextlib.suppress(SystemExit):
+        stage.parse(["--help"])
+    if command.launched:
+        print(f"\n{launcher.options_help()}")
+
+
+def _parsed(name: str, stage: ModuleType, arguments: list[str]) -> Any:
+    """The stage's options; what its argument parser complains of becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with _program_name(name), contextlib.redirect_stderr(complaint):
+            return stage.parse(arguments)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        lines = complaint.getvalue().strip().splitlines() or [str(exit_.code)]
+        message = lines[-1].partition(": error: ")[2] or lines[-1]
+        raise UserError(f"{message} (slimstate {name} --help)") from None
+
+
+@contextlib.contextmanager
+def _program_name(name: str) -> Any:
+    """Let argparse call the program `slimstate NAME`, however it was started."""
+    before = sys.argv[0]
+    sys.argv[0] = f"slimstate {name}"
+    try:
+        yield
+    finally:
+        sys.argv[0] = before
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("slimstate")
+
+
+if __name__ == "__main__":
+    main()

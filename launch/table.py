@@ -1,0 +1,88 @@
+"""One table, written as text for a terminal, CSV, Markdown or HTML."""
+
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MISSING = "-"
+"""What a cell without a value reads, but in CSV, where it is empty."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: the key of its values in a row, its heading, and how a value is written."""
+
+    key: str
+    heading: str = ""
+    """What the reader sees; the key if empty. CSV keeps the key, for programs."""
+
+    number: str = ""
+    """Format specification of numbers, e.g. `,.2f`; text is written as it is."""
+
+    align: Literal["left", "right"] = "right"
+
+    def cell(self, value: Any) -> str:
+        """`value` as a reader sees it, on one line."""
+        if value is None:
+            return MISSING
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return format(value, self.number)
+        return " ".join(str(value).split())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows are mappings from column keys to values; a key that a row lacks is a missing value."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+
+    def text(self) -> str:
+        """Aligned columns under a rule, for a terminal."""
+        lines = [self._headings(), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join(self._padded(line, widths).rstrip() for line in lines)
+
+    def markdown(self) -> str:
+        rule = ["---:" if column.align == "right" else ":---" for column in self.columns]
+        lines = [[_escaped(cell) for cell in line] for line in [self._headings(), *self._cells()]]
+        lines.insert(1, rule)
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def csv(self) -> str:
+        """Keys as the header and values unrounded, with `\\n` line ends (else as RFC 4180)."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow([column.key for column in self.columns])
+        writer.writerows([row.get(column.key) for column in self.columns] for row in self.rows)
+        return buffer.getvalue()
+
+    def html(self) -> str:
+        """A `<table>` whose cells carry their alignment as a class, for a page's own style."""
+        lines = [self._html_line("th", self._headings())]
+        lines += [self._html_line("td", cells) for cells in self._cells()]
+        return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+    def _headings(self) -> list[str]:
+        return [column.heading or column.key for column in self.columns]
+
+    def _cells(self) -> list[list[str]]:
+        return [[column.cell(row.get(column.key)) for column in self.columns] for row in self.rows]
+
+    def _padded(self, line: Sequence[str], widths: Sequence[int]) -> str:
+        cells = zip(self.columns, line, widths, strict=True)
+        pad = {"left": str.ljust, "right": str.rjust}
+        return "  ".join(pad[column.align](cell, width) for column, cell, width in cells)
+
+    def _html_line(self, tag: str, line: Sequence[str]) -> str:
+        cells = zip(self.columns, line, strict=True)
+        written = [f'<{tag} class="{c.align}">{html.escape(cell)}</{tag}>' for c, cell in cells]
+        return f"<tr>{''.join(written)}</tr>"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|")

@@ -1,0 +1,103 @@
+"""A stage that does on command what stages do: work, be misused, break, hang."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from flame.errors import UserError, run_stage
+
+
+def parse(argv: list[str]) -> list[str]:
+    return argv
+
+
+def check(options: list[str], world_size: int = 1) -> None:
+    if options[0] == "refuse":
+        raise UserError(f"refused for {world_size} processes")
+
+
+def run(options: list[str]) -> None:
+    rank = int(os.environ["RANK"])
+    getattr(sys.modules[__name__], f"_{options[0]}")(rank, *options[1:])
+
+
+def main(argv: list[str]) -> None:
+    run_stage(lambda: run(parse(argv)))
+
+
+def _environment(rank: int, folder: str) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    lines = [f"{name}={os.environ.get(name)}" for name in names]
+    Path(folder, f"rank-{rank}").write_text("\n".join([*lines, f"pid={os.getpid()}"]))
+    print(f"stdout of rank {rank}")
+    print(f"stderr of rank {rank}", file=sys.stderr)
+
+
+def _misuse(rank: int) -> None:
+    raise UserError("every rank sees that the ratio is 2")
+
+
+def _misuse_of_one(rank: int) -> None:
+    """Rank 1 alone finds a damaged file, while rank 0 waits for it in a collective."""
+    if rank == 1:
+        raise UserError("shard 1 is damaged")
+    _wait_in_collective()
+
+
+def _bug_of_one(rank: int) -> None:
+    if rank == 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        raise ZeroDivisionError("a bug of rank 1")
+    _wait_in_collective()
+
+
+def _bug(rank: int) -> None:
+    raise ZeroDivisionError(f"a bug of rank {rank}")
+
+
+def _killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _status(rank: int) -> None:
+    if rank == 1:
+        print("words of rank 1", file=sys.stderr)
+        sys.exit(7)
+    time.sleep(60)
+
+
+def _flaky(rank: int, folder: str) -> None:
+    """Break in the first attempt."""
+    marker = Path(folder, f"attempt-{rank}")
+    if not marker.exists():
+        marker.write_text("")
+        raise ZeroDivisionError("a bug of the first attempt")
+
+
+def _hang(rank: int, folder: str) -> None:
+    """Wait for a signal, and clean up after it."""
+    half_written = Path(folder, f"half-written-{rank}")
+    half_written.write_text("")
+    Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
+    try:
+        time.sleep(120)
+    finally:
+        half_written.unlink()
+
+
+def _wait_in_collective() -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.zeros(1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
