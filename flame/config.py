@@ -4,8 +4,11 @@ A recipe is TOML with torchtitan's sections and conventions (`--section.key valu
 are `[model]` (replaced), `[data]` and `[lora]`; defaults that lose data in torchtitan are changed.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,11 +118,26 @@ def parse_job(arguments: list[str]) -> JobConfig:
     recipe = _recipe_path(arguments)
     if recipe is not None:
         _check_recipe(recipe)
-    job = ConfigManager(JobConfig).parse_args(arguments)
+    job = _parse_overrides(arguments)
     if recipe is not None and is_run_folder(recipe.parent) and recipe.name == RECIPE_FILE:
         if not _overrides(arguments, "job.dump_folder"):
             job.job.dump_folder = str(recipe.parent)
     return job
+
+
+def _parse_overrides(arguments: list[str]) -> JobConfig:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return ConfigManager(JobConfig).parse_args(arguments)
+    except SystemExit as error:
+        raise UserError(_boxed_message(said.getvalue())) from error
+
+
+def _boxed_message(text: str) -> str:
+    """The message in tyro's printed box: what stands between its first two rules."""
+    parts = re.split(r"[-─]{8,}", re.sub(r"[│╭╮╰╯]", " ", text))
+    return " ".join(parts[min(1, len(parts) - 1)].split()) or "the command line is not understood"
 
 
 def is_run_folder(folder: Path) -> bool:

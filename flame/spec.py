@@ -1,6 +1,5 @@
 """The torchtitan train spec for any causal language model of transformers or fla."""
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from flame.checkpoint.load import load_weights
-from flame.checkpoint.reference import resolve
+from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
 from flame.data.loader import PackedLoader
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
@@ -62,7 +61,7 @@ class CausalLMArgs(BaseModelArgs):
 
 def model_config(job: Any) -> dict[str, Any]:
     """The `config.json` that the job trains: its run folder's own, `model.init`'s or `model.config`."""
-    own = Path(job.job.dump_folder) / "config.json"
+    own = Path(job.job.dump_folder) / CONFIG_FILE
     if own.is_file():
         return read_config(own)
     if job.model.init:
@@ -72,21 +71,9 @@ def model_config(job: Any) -> dict[str, Any]:
     path = Path(job.model.config)
     if path.is_file():
         return read_config(path)
-    if (path / "config.json").is_file():
-        return read_config(path / "config.json")
+    if path.is_dir():
+        return read_config(path / CONFIG_FILE)
     return hub_config(job.model.config)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a model's config: it holds no JSON object")
-    return config
 
 
 def hub_config(name: str) -> dict[str, Any]:
@@ -94,7 +81,7 @@ def hub_config(name: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return read_config(Path(hf_hub_download(name, "config.json")))
+        return read_config(Path(hf_hub_download(name, CONFIG_FILE)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.config {name!r} is neither a file, a folder with a config.json nor a hub model "

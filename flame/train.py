@@ -120,13 +120,19 @@ def prepare_run_folder(job: Any) -> None:
 
 def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
     from flame.checkpoint.fingerprint import fingerprint
-    from flame.checkpoint.reference import resolve
-    from flame.lora import write_adapter_files
+    from flame.checkpoint.reference import read_json, resolve
+    from flame.lora import BASE_FILE, write_adapter_files
 
     base = resolve(job.model.init)
     mark = fingerprint(base.config, base.source())
-    path = Path(job.model.init)
-    name = str(path.resolve()) if path.exists() else job.model.init
+    recorded = folder / BASE_FILE
+    if recorded.is_file() and read_json(recorded).get("fingerprint") != mark:
+        raise UserError(
+            f"{job.model.init} is not the base that the adapters in {folder} were trained on: "
+            "give that base, or another job.dump_folder"
+        )
+    # The step folder, relative: right when the base trains on, and when both are moved together.
+    name = os.path.relpath(base.weights, folder) if Path(job.model.init).exists() else job.model.init
     write_adapter_files(folder, job.lora, name, mark, config)
 
 

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from flame.checkpoint.safe import SafeLoadPlanner, SafeReader
-from flame.checkpoint.steps import latest_whole_step, purge, save_step
+from flame.checkpoint.steps import (
+    latest_whole_step,
+    load_step,
+    purge,
+    save_step,
+    step_folder,
+)
 from flame.distributed import barrier, from_rank_zero, gather_objects, rank
 from flame.errors import UserError
 
@@ -67,9 +71,7 @@ class CheckpointManager:
         if not (due or last_step) or latest(self.folder) == curr_step:
             return
         begin = time.monotonic()
-        save_step(
-            self._state_dict(), self.folder, curr_step, {LOADER_FILE: self._loader_state()}
-        )
+        save_step(self._state_dict(), self.folder, curr_step, {LOADER_FILE: self._loader_state()})
         if self.keep > 0 and rank() == 0:
             purge(self.folder, self.keep)
         barrier()
@@ -84,11 +86,11 @@ class CheckpointManager:
         step = latest(self.folder) if step == -1 else step
         if step < 0:
             return False
-        source = self.folder / f"step-{step}"
+        source = step_folder(self.folder, step)
         if not source.is_dir():
             raise UserError(f"checkpoint.load_step is {step}, but {source} does not exist")
         state = self.tensors(self.model) if step == 0 else self._state_dict()
-        dcp.load(state, storage_reader=SafeReader(source), planner=SafeLoadPlanner())
+        load_step(state, source)
         if step > 0:
             self._load_loader(source / LOADER_FILE)
         log.info("loaded %s", source)

@@ -1,0 +1,331 @@
+"""Training jobs on real gloo processes: resume, start, world sizes, LoRA, gradients."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flame.errors import UserError
+from tests.distributed import run_distributed
+
+TINY = {
+    "model_type": "gated_deltanet",
+    "architectures": ["GatedDeltaNetForCausalLM"],
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "expand_v": 1.5,
+    "vocab_size": 300,
+    "hidden_ratio": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model config, a tokenizer and a text file to train on."""
+    from flame.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("assets")
+    lines = [f"def f{i}(x):\n    return x * {i} + {i * i % 7}\n" * (1 + i % 5) for i in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    train_tokenizer(lines, 300, folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def make_job(assets: Path, out: Path, **overrides: Any) -> Any:
+    """A job of 6 steps of 8 sequences of 64 tokens; `section__key=value` overrides."""
+    from flame.config import job_from_tables
+
+    tables: dict[str, Any] = {
+        "job": {"dump_folder": str(out)},
+        "model": {"config": str(assets / "config.json")},
+        "data": {
+            "dataset": str(assets / "text.jsonl"),
+            "tokenizer": str(assets / "tokenizer"),
+            "virtual_shards": 4,
+        },
+        "training": {"seq_len": 64, "local_batch_size": 2, "global_batch_size": 8, "steps": 6},
+        "optimizer": {"lr": 3e-3},
+        "lr_scheduler": {"warmup_steps": 2, "total_steps": 6, "decay_type": "cosine"},
+        "checkpoint": {"interval": 3, "keep_latest_k": 0},
+        "metrics": {"log_freq": 1},
+        "debug": {"seed": 1},
+    }
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        tables.setdefault(section, {})[name] = value
+    return job_from_tables(tables)
+
+
+def train_job(assets: Path, out: Path, **overrides: Any) -> None:
+    from flame.train import train
+
+    train(make_job(assets, out, **overrides))
+
+
+def tensors_of(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a step, optimizer state included."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from flame.checkpoint.safe import SafeReader
+    from flame.checkpoint.steps import load_step
+
+    entries = SafeReader(step).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load_step(state, step, alone=True)
+    return state
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Largest absolute difference between two steps' tensors, in units of the largest entry."""
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys()
+    return max(
+        float((first[n] - second[n]).abs().max() / first[n].abs().max().clamp_min(1e-12))
+        for n in first
+    )
+
+
+def losses_of(run: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses: dict[int, float] = {}
+    for folder in sorted((run / "tb").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        losses |= {e.step: e.value for e in events.Scalars("loss_metrics/global_avg_loss")}
+    return [losses[step] for step in sorted(losses)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run on two processes."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    run_distributed(train_job, 2, assets, run)
+    return run
+
+
+def test_training_lowers_the_loss(two_ranks: Path) -> None:
+    losses = losses_of(two_ranks)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_run_folder_is_complete(two_ranks: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "recipe.toml", "checkpoint/step-6/checksums.json"):
+        assert (two_ranks / name).is_file(), name
+
+
+def test_resume_at_the_same_world_size_is_bit_for_bit(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    run_distributed(train_job, 2, assets, tmp_path / "run", training__steps=3)
+    run_distributed(train_job, 2, assets, tmp_path / "run")
+    final = "checkpoint/step-6"
+    assert largest_difference(two_ranks / final, tmp_path / "run" / final) == 0.0
+    assert losses_of(two_ranks) == losses_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_resume_at_another_world_size_is_equal_to_rounding(
+    assets: Path, two_ranks: Path, tmp_path: Path, world_size: int
+) -> None:
+    run_distributed(train_job, 2, assets, tmp_path / "run", training__steps=3)
+    run_distributed(train_job, world_size, assets, tmp_path / "run")
+    final = "checkpoint/step-6"
+    torch.testing.assert_close(
+        losses_of(tmp_path / "run"), losses_of(two_ranks), rtol=2e-5, atol=2e-5
+    )
+    loaders = [(run / final / "dataloader.json").read_text() for run in (two_ranks, tmp_path / "run")]
+    assert loaders[0] == loaders[1]
+
+
+def test_accumulation_and_recomputation_give_the_same_losses(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    run_distributed(
+        train_job,
+        2,
+        assets,
+        tmp_path / "run",
+        training__local_batch_size=1,
+        activation_checkpoint__mode="full",
+    )
+    torch.testing.assert_close(
+        losses_of(tmp_path / "run"), losses_of(two_ranks), rtol=2e-5, atol=2e-5
+    )
+
+
+def test_replicas_of_shards_give_the_same_losses(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    run_distributed(
+        train_job, 4, assets, tmp_path / "run", parallelism__data_parallel_replicate_degree=2
+    )
+    torch.testing.assert_close(
+        losses_of(tmp_path / "run"), losses_of(two_ranks), rtol=2e-5, atol=2e-5
+    )
+
+
+def test_init_starts_at_step_zero_from_published_weights(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    from flame.checkpoint.convert import convert
+
+    convert(str(two_ranks), tmp_path / "published", "hf")
+    run_distributed(
+        train_job, 1, assets, tmp_path / "run", model__init=str(tmp_path / "published"),
+        training__steps=1, optimizer__lr=1e-9,
+    )
+    start, base = tensors_of(tmp_path / "run/checkpoint/step-1"), tensors_of(
+        two_ranks / "checkpoint/step-6"
+    )
+    name = "model.layers.0.attn.q_proj.weight"
+    torch.testing.assert_close(start[name], base[name], rtol=0, atol=1e-7)
+    assert losses_of(tmp_path / "run")[0] < losses_of(two_ranks)[0] - 0.3
+
+
+# LoRA and gradients ---------------------------------------------------------------------------
+
+
+def gathered_gradients(job: Any) -> dict[str, torch.Tensor]:
+    """Full gradients of the first global batch, by parameter name."""
+    from torch.distributed.tensor import DTensor
+
+    import flame.register  # noqa: F401
+    from flame.trainer import Trainer
+
+    trainer = Trainer(job)
+    trainer.step = 1
+    trainer.optimizers.step = lambda *_: None
+    job.training.max_norm = 1e9
+    trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    gradients = {}
+    for name, parameter in trainer.model_parts[0].named_parameters():
+        if parameter.grad is not None:
+            whole = parameter.grad
+            gradients[name] = whole.full_tensor() if isinstance(whole, DTensor) else whole.clone()
+    trainer.close()
+    return gradients
+
+
+def gradients_job(assets: Path, out: Path, **overrides: Any) -> dict[str, torch.Tensor]:
+    return gathered_gradients(make_job(assets, out, **overrides))
+
+
+def assert_same_gradients(one: dict[str, Any], many: dict[str, Any]) -> None:
+    assert one.keys() == many.keys()
+    for name, expected in one.items():
+        scale = float(expected.abs().max())
+        assert scale > 0 or ".lora_A." in name, name
+        torch.testing.assert_close(many[name], expected, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gathered_gradients_equal_one_process(
+    assets: Path, two_ranks: Path, tmp_path: Path, lora_rank: int
+) -> None:
+    options = {"lora__rank": lora_rank, "model__init": str(two_ranks), "metrics__enable_tensorboard": False}
+    one = run_distributed(gradients_job, 1, assets, tmp_path / "one", **options)[0]
+    many = run_distributed(gradients_job, 2, assets, tmp_path / "two", **options)
+    assert any(name.endswith("dt_bias") for name in one)
+    assert lora_rank == 0 or any(".lora_B." in name for name in one)
+    for gradients in many:
+        assert_same_gradients(one, gradients)
+
+
+@pytest.fixture(scope="module")
+def lora_run(assets: Path, two_ranks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("lora") / "run"
+    run_distributed(
+        train_job, 2, assets, run, lora__rank=4, lora__alpha=8.0, model__init=str(two_ranks)
+    )
+    return run
+
+
+def test_lora_checkpoint_holds_what_was_trained_in_pefts_names(lora_run: Path) -> None:
+    names = [n for n in tensors_of(lora_run / "checkpoint/step-6") if not n.startswith("optimizer.")]
+    assert "base_model.model.model.layers.0.attn.q_proj.lora_A.weight" in names
+    assert "base_model.model.model.layers.1.attn_norm.weight" in names
+    assert not any("embeddings" in n or "base_layer" in n for n in names)
+
+
+def test_merged_model_equals_base_plus_adapters(lora_run: Path, two_ranks: Path) -> None:
+    """Logits of the merged folder in the stock class against peft on the base, step for step."""
+    import flame.register  # noqa: F401
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    from flame.checkpoint.load import load_model
+    from flame.checkpoint.reference import resolve
+    from flame.config import Lora
+    from flame.lora import peft_config, peft_name
+
+    adapted = load_model(resolve(str(two_ranks)))
+    inject_adapter_in_model(peft_config(Lora(rank=4, alpha=8.0)), adapted)
+    trained = tensors_of(lora_run / "checkpoint/step-6")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if peft_name(name) in trained:
+                parameter.copy_(trained[peft_name(name)])
+    merged = AutoModelForCausalLM.from_pretrained(lora_run / "merged")
+    tokens = torch.randint(300, (2, 80), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = adapted.eval()(tokens).logits
+        actual = merged.eval()(tokens).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_lora_resumes_bit_for_bit(
+    assets: Path, two_ranks: Path, lora_run: Path, tmp_path: Path
+) -> None:
+    options = {"lora__rank": 4, "lora__alpha": 8.0, "model__init": str(two_ranks)}
+    run_distributed(train_job, 2, assets, tmp_path / "run", training__steps=3, **options)
+    run_distributed(train_job, 2, assets, tmp_path / "run", **options)
+    final = "checkpoint/step-6"
+    assert largest_difference(lora_run / final, tmp_path / "run" / final) == 0.0
+
+
+# What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "words"),
+    [
+        ({"parallelism__tensor_parallel_degree": 2}, 2, "tensor_parallel_degree"),
+        ({"training__global_batch_size": -1}, 1, "global_batch_size must be set"),
+        ({"training__global_batch_size": 6}, 2, "not a multiple"),
+        ({"data__virtual_shards": 3}, 2, "virtual shards"),
+        ({"optimizer__lr": float("nan")}, 1, "optimizer.lr"),
+        ({"lora__rank": 4}, 1, "--init"),
+        ({"training__steps": 0}, 1, "training.steps"),
+        ({"model__config": "/no/such/file"}, 1, "model.config"),
+        ({"checkpoint__async_mode": "async"}, 1, "async_mode"),
+    ],
+)
+def test_bad_jobs_are_refused(
+    assets: Path, tmp_path: Path, overrides: dict[str, Any], world_size: int, words: str
+) -> None:
+    from flame.job_checks import check_job
+
+    with pytest.raises(UserError, match=words):
+        check_job(make_job(assets, tmp_path / "run", **overrides), world_size)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(assets: Path, tmp_path: Path) -> None:
+    from flame.job_checks import check_job
+
+    small = tmp_path / "config.json"
+    small.write_text(json.dumps(TINY | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="100"):
+        check_job(make_job(assets, tmp_path / "run", model__config=str(small)), 1)
