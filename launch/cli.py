@@ -24,8 +24,8 @@ class Command:
     summary: str
     """One line of `slimstate --help`."""
 
-    launched: bool = True
-    """Whether the stage runs in the processes that the launcher's options ask for."""
+    nproc: int = 1
+    """Processes without `--nproc`, if the machine has GPUs for them or none at all."""
 
 
 COMMANDS = {
@@ -36,7 +36,7 @@ COMMANDS = {
     "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
     "eval": Command("launch.evaluate", "measure held-out perplexity"),
-    "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model here"),
+    "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }
 
 
@@ -83,11 +83,9 @@ def _command(name: str) -> Command:
 def _run(name: str, command: Command, arguments: list[str]) -> None:
     stage = import_module(command.module)
     if {"-h", "--help"} & set(arguments):
-        _print_help(name, command, stage)
+        _print_help(name, stage)
         return
-    topology, dry_run, rest = launcher.Topology(), False, arguments
-    if command.launched:
-        topology, dry_run, rest = launcher.split_options(arguments)
+    topology, dry_run, rest = launcher.split_options(arguments, command.nproc)
     options = _parsed(name, stage, rest)
     job = launcher.Job(stage, rest, options, topology)
     job.check()
@@ -97,11 +95,10 @@ def _run(name: str, command: Command, arguments: list[str]) -> None:
         job.run()
 
 
-def _print_help(name: str, command: Command, stage: ModuleType) -> None:
+def _print_help(name: str, stage: ModuleType) -> None:
     with _program_name(name), contextlib.suppress(SystemExit):
         stage.parse(["--help"])
-    if command.launched:
-        print(f"\n{launcher.options_help()}")
+    print(f"\n{launcher.options_help()}")
 
 
 def _parsed(name: str, stage: ModuleType, arguments: list[str]) -> Any:

@@ -98,8 +98,7 @@ class Job:
         takes_size = "world_size" in inspect.signature(self.stage.check).parameters
         with _environment(self._rank_zero()):
             self.stage.check(self.options, **(size if takes_size else {}))
-        if self.topology.nproc > 1:
-            _check_devices(self.topology.nproc)
+        _check_devices(self.topology.nproc)
 
     def command_line(self) -> str:
         """The torchrun command that runs the same job, quoted for a shell."""
@@ -146,11 +145,15 @@ def start(stage: ModuleType, arguments: Sequence[str], topology: Topology | None
     job.run()
 
 
-def split_options(arguments: Sequence[str]) -> tuple[Topology, bool, list[str]]:
-    """The launcher's options in `arguments`, whether it is a dry run, and the stage's own."""
+def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
+    """The launcher's options in `arguments`, whether it is a dry run, and the stage's own.
+
+    Without `--nproc` there are `nproc` processes, or as many as there are CUDA devices if fewer.
+    """
     known, rest = _parser().parse_known_args(list(arguments))
     values = vars(known)
     dry_run = values.pop("dry_run")
+    values["nproc"] = values["nproc"] or min(nproc, _device_count(nproc))
     return Topology(**values), dry_run, rest
 
 
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="slimstate", add_help=False, allow_abbrev=False)
     add = parser.add_argument_group("processes").add_argument
     one, zero, default = _at_least(1), _at_least(0), Topology()
-    add("--nproc", type=one, default=1, metavar="N", help="processes on this node (default: 1)")
+    add("--nproc", type=one, metavar="N", help="processes on this node")
     add("--nnodes", type=one, default=1, metavar="N", help="nodes; run the same command on each")
     add("--node-rank", type=zero, metavar="R", help="this node's rank (default: they agree on it)")
     add("--rdzv-endpoint", default="", metavar="HOST:PORT", help="where the nodes meet: one node")
@@ -206,13 +209,21 @@ def _check_port(host: str, port: int, must_be_free: bool) -> None:
 
 
 def _check_devices(nproc: int) -> None:
-    import torch
-
-    if torch.cuda.is_available() and nproc > torch.cuda.device_count():
+    devices = _device_count(nproc)
+    if nproc > devices:
         raise UserError(
-            f"--nproc {nproc} but {torch.cuda.device_count()} CUDA devices: "
+            f"--nproc {nproc} but {devices} CUDA devices: "
             "start at most as many, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
+
+
+def _device_count(nproc: int) -> int:
+    """CUDA devices of this node; without any, CPU processes take the place of `nproc`."""
+    if nproc == 1:
+        return 1
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else nproc
 
 
 def _free_port() -> int:
@@ -227,6 +238,7 @@ def _worker_defaults(nproc: int) -> dict[str, str]:
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}

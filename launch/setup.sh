@@ -83,7 +83,7 @@ install_all() {
     echo "slimstate: setting up $VENV with $("$1" -V) (once; some minutes)" >&2
     rm -f "$STAMP"
     "$1" -m venv "$VENV" || fail "$1 -m venv $VENV failed: see above"
-    pip_install torch -c constraints.txt
+    pip_install -c constraints.txt torch
     pip_install -c constraints.txt -e ".[dev]"
     wanted >"$STAMP"
 }

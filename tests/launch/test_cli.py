@@ -1,0 +1,158 @@
+"""The command line: what it says, how fast, and that each mistake is one line."""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import cli
+from launch.launcher import Job
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "launch.cli"]
+
+
+def test_overview_imports_nothing_heavy() -> None:
+    code = (
+        "import json, sys; from launch import cli; cli.dispatch(['--help']); "
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    before = _children_cpu_seconds()
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert _children_cpu_seconds() - before < 0.3
+    *overview, modules = out.splitlines()
+    assert not {"torch", "numpy", "transformers", "torchtitan", "fla"} & set(json.loads(modules))
+    for name, command in cli.COMMANDS.items():
+        assert any(line.split() == [name, *command.summary.split()] for line in overview)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command: choose from train, calibrate"),
+        (["prnue"], "unknown command prnue: did you mean prune?"),
+        (["xyz"], "unknown command xyz: choose from train, calibrate"),
+        (["--nproc", "2"], "unknown command --nproc: choose from"),
+        (
+            ["toy", "--size", "3", "--color", "red"],
+            "unrecognized arguments: --color red (slimstate toy --help)",
+        ),
+        (["toy", "--size", "big"], "argument --size: invalid int value: 'big' (slimstate toy"),
+        (["toy"], "the following arguments are required: --size (slimstate toy --help)"),
+        (["toy", "--size", "3", "--nproc", "0"], "--nproc: 0 is not a whole number of at least 1"),
+        (["toy", "--size", "3", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+    ],
+)
+def test_mistakes_are_one_line(
+    toy: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"slimstate: error: {message}")
+    assert err.count("\n") == 1
+    assert toy.ran == []
+
+
+def test_stage_runs_with_its_own_options(toy: Any) -> None:
+    cli.main(["toy", "--size", "3", "--nproc", "1"])
+    assert toy.ran == [3]
+
+
+def test_dry_run_checks_and_prints(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["toy", "--size", "3", "--note", "a b", "--nproc", "4", "--dry-run"])
+    assert toy.ran == []
+    assert toy.checked == [4]
+    out = capsys.readouterr().out
+    assert out == "torchrun --standalone --nproc-per-node 4 -m toy_stage --size 3 --note 'a b'\n"
+
+
+def test_demo_takes_two_processes_by_default(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.COMMANDS["demo"].nproc == 2
+    monkeypatch.setitem(cli.COMMANDS, "toy", cli.Command("toy_stage", "a toy", nproc=2))
+    cli.main(["toy", "--size", "3", "--dry-run"])
+    cli.main(["toy", "--size", "3", "--nproc", "1", "--dry-run"])
+    assert toy.checked == [2, 1]
+
+
+def test_help_is_the_stages_and_the_launchers(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["toy", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: slimstate toy [-h] --size SIZE")
+    assert "--nproc N" in out
+    assert "--dry-run" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_stage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = cli.COMMANDS[name].module
+    before = _loaded_by(f"import {module}, sys")
+    assert not {"torchtitan", "fla", "transformers", "peft"} & before
+    cli.main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: slimstate {name}")
+
+
+def test_installed_module_runs_as_a_program() -> None:
+    done = subprocess.run([*COMMAND, "prnue"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "slimstate: error: unknown command prnue: did you mean prune?\n"
+
+
+def test_keyboard_interrupt_is_silent(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "run", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["toy", "--size", "3"])
+    assert exit_.value.code == 130
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stage with an argparse command line, registered as `slimstate toy`."""
+    stage: Any = types.ModuleType("toy_stage")
+    stage.ran, stage.checked = [], []
+
+    def parse(argv: list[str]) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--size", type=int, required=True)
+        parser.add_argument("--note")
+        return parser.parse_args(argv)
+
+    def check(options: argparse.Namespace, world_size: int = 1) -> None:
+        assert os.environ["WORLD_SIZE"] == str(world_size)
+        stage.checked.append(world_size)
+
+    stage.parse, stage.check = parse, check
+    stage.run = lambda options: stage.ran.append(options.size)
+    monkeypatch.setitem(sys.modules, "toy_stage", stage)
+    monkeypatch.setitem(cli.COMMANDS, "toy", cli.Command("toy_stage", "a toy"))
+    return stage
+
+
+def _children_cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _loaded_by(statement: str) -> set[str]:
+    code = f"{statement}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
