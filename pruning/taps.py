@@ -129,7 +129,7 @@ class _Watch:
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if self.layer is not None:
-                self.report(self.layer, signature.bind(*args, **kwargs).arguments)
+                self.report(self.layer, _by_name(signature, args, kwargs))
             return op(*args, **kwargs)
 
         return tapped
@@ -158,6 +158,15 @@ class _Watch:
         self.on_call(call)
 
 
+def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, those that the operator takes by **kwargs among them."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments
+
+
 def _writing_strength(arguments: dict[str, Any]) -> Tensor:
     beta = arguments["beta"].detach()
     if not arguments.get("use_beta_sigmoid_in_kernel", False):
@@ -166,8 +175,6 @@ def _writing_strength(arguments: dict[str, Any]) -> Tensor:
 
 
 def _log_decay(arguments: dict[str, Any]) -> Tensor | None:
-    # fla's ops take the gate's parameters by **kwargs in one place and by name in another.
-    arguments = {**arguments, **arguments.get("kwargs", {})}
     g = arguments.get("g")
     if g is None or not arguments.get("use_gate_in_kernel", False):
         return None if g is None else g.detach()

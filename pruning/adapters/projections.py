@@ -71,7 +71,13 @@ def _key_axes(prefix: str, layout: HeadMajor, short_conv: bool) -> tuple[Axis, .
 
 
 def check_exact(config: Config) -> None:
-    """Refuse convolutions with a bias: a zeroed channel then comes out of them as silu(bias)."""
+    """Raise UserError if there is nothing to prune, or removing a channel is not zeroing it.
+
+    A convolution with a bias turns a zeroed channel into silu(bias).
+    """
+    positive_integer(config, "num_hidden_layers")
+    if not linear_layers(config):
+        raise UserError("config: attn names every layer, so there is no linear-attention layer")
     if config["use_short_conv"] and config.get("conv_bias"):
         raise UserError(
             "config: conv_bias is true, so removing a key channel is not the same as zeroing it "

@@ -1,0 +1,229 @@
+"""The transform: a plan and a checkpoint make the pruned checkpoint.
+
+It streams: a tensor is read, sliced, written and forgotten, so memory holds one. Optimizer moments
+have the shape of their parameter and are sliced like it; step, schedules, counters and the loader's
+state are kept, so that a pruned run trains on from where it stood. A LoRA run is transformed as the
+merged model it stands for, without training state, which belongs to the adapters.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from flame.checkpoint.checksums import check_file, hash_file, read_checksums
+from flame.checkpoint.convert import (
+    check_space,
+    copy_companions,
+    copy_recipe,
+    write_hf,
+    write_run,
+)
+from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, ModelReference
+from flame.checkpoint.source import (
+    DcpSource,
+    TensorInfo,
+    TensorSource,
+    open_safetensors,
+    total_bytes,
+)
+from flame.checkpoint.steps import METADATA, save_step
+from flame.errors import UserError
+from pruning.adapters.interface import Config
+from pruning.choose import check_tensor_finite
+from pruning.plan import PLAN_FILE, Plan, plan_text, planned_spaces
+from pruning.spaces import positions
+
+Form = Literal["dcp", "hf"]
+
+OPTIMIZER_STATE = "optimizer.state."
+"""Beginning of the names of optimizer entries in a step: then the parameter's, then the entry's."""
+
+Cuts = Mapping[str, tuple[tuple[int, Int64[Tensor, " n"]], ...]]
+"""By parameter: which positions survive along which dimensions."""
+
+
+class SlicedSource:
+    """A source as it is after a plan: sliced, replaced where the plan says so, and finite.
+
+    Tensors that the plan does not touch come out as they are, bit for bit.
+
+    Args:
+        source: the tensors before, those of the optimizer among them or not.
+        cuts: from `cuts_of`.
+        replaced: handle of a safetensors file, whose tensors take the place of sliced ones.
+    """
+
+    def __init__(self, source: TensorSource, cuts: Cuts, replaced: Any = None) -> None:
+        self._source, self._cuts, self._replaced = source, cuts, replaced
+        self._names = set(source.names())
+        self._new = set(replaced.keys()) if replaced is not None else set()
+        self._check_names()
+
+    def names(self) -> list[str]:
+        return sorted(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        info = self._source.info(name)
+        shape = list(info.shape)
+        for dim, kept in self._cuts_of(name):
+            shape[dim] = len(kept)
+        return TensorInfo(tuple(shape), info.dtype)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor after the plan, or rows of it; UserError if it holds NaN or infinite values."""
+        tensor = self._read_new(name) if name in self._new else self._read_sliced(name)
+        check_tensor_finite(name, tensor)
+        return tensor if rows is None else tensor[rows]
+
+    def _read_sliced(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        for dim, kept in self._cuts_of(name):
+            tensor = tensor.index_select(dim, kept)
+        return tensor
+
+    def _read_new(self, name: str) -> Tensor:
+        tensor, info = self._replaced.get_tensor(name), self.info(name)
+        if tuple(tensor.shape) != info.shape:
+            raise UserError(
+                f"the plan replaces {name} by shape {tuple(tensor.shape)}, its channels leave "
+                f"{info.shape}"
+            )
+        return tensor.to(info.dtype)
+
+    def _cuts_of(self, name: str) -> tuple[tuple[int, Int64[Tensor, " n"]], ...]:
+        parameter = parameter_of(name)
+        if parameter == name:
+            return self._cuts.get(name, ())
+        if parameter not in self._cuts:
+            return ()
+        same_shape = self._source.info(name).shape == self._source.info(parameter).shape
+        return self._cuts[parameter] if same_shape else ()
+
+    def _check_names(self) -> None:
+        for name in sorted({*self._cuts, *self._new} - self._names):
+            raise UserError(f"the checkpoint lacks {name}, which the plan prunes")
+        for name, cuts in self._cuts.items():
+            for dim, kept in cuts:
+                self._check_dim(name, dim, int(kept.max()))
+
+    def _check_dim(self, name: str, dim: int, last: int) -> None:
+        shape = self._source.info(name).shape
+        if dim >= len(shape) or shape[dim] <= last:
+            raise UserError(f"{name} has shape {shape} in the checkpoint: is config.json its own?")
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that an entry of a step belongs to; other names are returned as they are."""
+    if not name.startswith(OPTIMIZER_STATE):
+        return name
+    return name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
+
+
+def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[tuple[int, Int64[Tensor, " n"]], ...]]:
+    """Which positions of which dimensions survive, by parameter, for a plan that fits the config."""
+    cuts: dict[str, tuple[tuple[int, Tensor], ...]] = {}
+    for space in planned_spaces(plan, config):
+        for axis in space.axes:
+            cut = (axis.dim, positions(axis, plan.kept[space.name]))
+            cuts[axis.fqn] = (*cuts.get(axis.fqn, ()), cut)
+    return cuts
+
+
+def write_pruned(
+    plan: Plan,
+    reference: ModelReference,
+    folder: Path,
+    form: Form,
+    destination: Path,
+    plan_folder: Path | None = None,
+) -> None:
+    """Write what `plan` makes of a model into the existing `folder`, the plan along with it.
+
+    One process does it alone; the plan has been checked against the model.
+
+    Args:
+        plan: the channels to keep.
+        reference: the model.
+        folder: becomes a run folder (`dcp`) or a Hugging Face folder (`hf`).
+        form: which of the two.
+        destination: the name that the folder will get; its recipe says it.
+        plan_folder: where the plan's replaced tensors lie, if it has any.
+
+    Raises:
+        UserError: a tensor is missing, not finite or damaged, or the disk is too small.
+    """
+    source = full_source(reference) if form == "dcp" else reference.source()
+    replaced = _copy_replaced(plan, plan_folder, folder)
+    sliced = SlicedSource(source, cuts_of(plan, reference.config), replaced)
+    check_space(destination, total_bytes(sliced))
+    copy_companions(reference, folder)
+    (folder / PLAN_FILE).write_text(plan_text(plan))
+    if form == "dcp" and has_training_state(reference):
+        _write_training_state(plan, reference, sliced, folder)
+    else:
+        write = write_hf if form == "hf" else write_run
+        infos = {name: sliced.info(name) for name in sliced.names()}
+        write(folder, plan.config_after, infos, sliced.read)
+    if form == "dcp":
+        copy_recipe(reference, folder, destination)
+
+
+def has_training_state(reference: ModelReference) -> bool:
+    """Whether the reference is a step of a run that trains the model itself."""
+    return reference.step_folder is not None and not reference.is_lora
+
+
+def full_source(reference: ModelReference) -> TensorSource:
+    """The tensors of a reference, those of the optimizer among them where it has them."""
+    if not has_training_state(reference):
+        return reference.source()
+    assert reference.step_folder is not None
+    return DcpSource(reference.step_folder, everything=True)
+
+
+def _write_training_state(
+    plan: Plan, reference: ModelReference, sliced: SlicedSource, folder: Path
+) -> None:
+    """Write a step with the number, the schedules and the loader's state of the reference's."""
+    step = reference.step_folder
+    assert step is not None
+    state: dict[str, Any] = {name: _promise(sliced.info(name)) for name in sliced.names()}
+    state |= DcpSource(step, everything=True).values()
+    number = int(step.name.removeprefix("step-"))
+    checkpoints = folder / CHECKPOINT_FOLDER
+    save_step(state, checkpoints, number, _extra_files(step), read=sliced.read, alone=True)
+    config = json.dumps(plan.config_after, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(config + "\n")
+
+
+def _promise(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def _extra_files(step: Path) -> dict[str, bytes]:
+    """The small files of a step that are not DCP's: the loader's state."""
+    hashes = read_checksums(step)
+    names = [name for name in hashes if name != METADATA and not name.endswith(".distcp")]
+    for name in names:
+        check_file(step, name, hashes)
+    return {name: (step / name).read_bytes() for name in names}
+
+
+def _copy_replaced(plan: Plan, plan_folder: Path | None, folder: Path) -> Any:
+    """A handle of the plan's replaced tensors, copied beside the plan's copy; None without any."""
+    if plan.replaced is None:
+        return None
+    name = plan.replaced.file
+    path = (plan_folder or folder) / name
+    if not path.is_file():
+        raise UserError(f"the plan replaces tensors by those of {path}, which is missing")
+    if hash_file(path) != plan.replaced.hash:
+        raise UserError(f"{path} is not the file that the plan was made with (its hash differs)")
+    shutil.copyfile(path, folder / name)
+    return open_safetensors(path)

@@ -1,0 +1,118 @@
+"""Tiny models of every family that pruning knows, in the variations that matter to it."""
+
+import copy
+import warnings
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "vocab_size": 80,
+    "hidden_ratio": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+_HYBRID = {"layers": [1], "num_heads": 3, "rope_theta": 10000.0}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "delta_net": {
+        "model_type": "delta_net",
+        **_COMMON,
+        "num_heads": 2,
+        "expand_k": 2 / 3,
+        "expand_v": 1.0,
+    },
+    "delta_net hybrid, gated, no conv": {
+        "model_type": "delta_net",
+        **_COMMON,
+        "num_heads": 3,
+        "use_short_conv": False,
+        "use_gate": True,
+        "attn": _HYBRID,
+    },
+    "delta_net sum norm, relu, negative eigenvalues": {
+        "model_type": "delta_net",
+        **_COMMON,
+        "num_heads": 2,
+        "qk_norm": "sum",
+        "qk_activation": "relu",
+        "allow_neg_eigval": True,
+    },
+    "delta_net identity, no beta": {
+        "model_type": "delta_net",
+        **_COMMON,
+        "num_heads": 2,
+        "qk_activation": "identity",
+        "use_beta": False,
+    },
+    "gated_deltanet": {
+        "model_type": "gated_deltanet",
+        **_COMMON,
+        "num_heads": 2,
+        "head_dim": 16,
+        "expand_v": 1.5,
+    },
+    "gated_deltanet grouped values, hybrid": {
+        "model_type": "gated_deltanet",
+        **_COMMON,
+        "num_heads": 2,
+        "num_v_heads": 4,
+        "head_dim": 18,
+        "expand_v": 2.0,
+        "attn": [_HYBRID],
+        "allow_neg_eigval": True,
+    },
+    "gated_deltanet no conv, no gate": {
+        "model_type": "gated_deltanet",
+        **_COMMON,
+        "num_heads": 3,
+        "head_dim": 16,
+        "expand_v": 1.0,
+        "use_short_conv": False,
+        "use_gate": False,
+    },
+}
+
+
+def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
+    """A copy of one of `CONFIGS`."""
+    return copy.deepcopy(CONFIGS[name]) | changes
+
+
+def build(config: dict[str, Any], device: str = "cpu", seed: int = 0) -> nn.Module:
+    """The stock model of `config` with seeded random weights, in evaluation mode.
+
+    fla's softmax layers ask for flash-attn, which has no CPU form: here they have their weights and
+    pass their input on.
+    """
+    import fla.layers.attn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import flame.register  # noqa: F401
+
+    torch.manual_seed(seed)
+    with (
+        patch.object(fla.layers.attn, "flash_attn_func", _pass_on),
+        torch.device(device),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    for module in model.modules():
+        if isinstance(module, fla.layers.attn.Attention):
+            module.forward = _pass_on
+    return model.eval()
+
+
+def _pass_on(hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple:
+    return hidden_states, None, past_key_values
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random token ids, [rows, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(_COMMON["vocab_size"], (rows, length), generator=generator)

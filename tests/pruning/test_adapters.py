@@ -1,0 +1,214 @@
+"""Contract of every registered adapter, against the stock models themselves."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flame.errors import UserError
+from pruning.adapters import ADAPTERS, TIED, adapter_for
+from pruning.adapters.projections import expansion
+from pruning.spaces import Space, positions
+from tests.pruning.families import CONFIGS, build, tiny_config, tokens
+
+KEPT = 5
+
+
+def shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    state = build(config, device="meta").state_dict()
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def selections(spaces: list[Space], k: int) -> Iterator[tuple[Space, Tensor]]:
+    for space in spaces:
+        generator = torch.Generator().manual_seed(space.layer)
+        order = [
+            torch.randperm(space.head_dim, generator=generator) for _ in range(space.num_heads)
+        ]
+        yield space, torch.stack(order)[:, :k].sort(dim=1).values
+
+
+def sliced(state: dict[str, Tensor], spaces: list[Space], k: int) -> dict[str, Tensor]:
+    state = dict(state)
+    for space, kept in selections(spaces, k):
+        for axis in space.axes:
+            state[axis.fqn] = state[axis.fqn].index_select(axis.dim, positions(axis, kept))
+    return state
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {config["model_type"] for config in CONFIGS.values()} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resized_models_have_exactly_the_sliced_shapes(name: str) -> None:
+    config = tiny_config(name)
+    adapter = adapter_for(config)
+    spaces = adapter.spaces(config)
+    assert spaces and len({space.name for space in spaces}) == len(spaces)
+    expected = shapes(config)
+    for space in spaces:
+        for axis in space.axes:
+            assert expected[axis.fqn][axis.dim] == axis.layout.size
+            table = axis.layout.table()
+            assert table.shape[:2] == (space.num_heads, space.head_dim)
+            assert len(table.unique()) == table.numel()
+            removed = table[:, KEPT:].numel()
+            expected[axis.fqn][axis.dim] -= removed
+    before = copy.deepcopy(config)
+    resized = adapter.resize(config, {space.name: KEPT for space in spaces})
+    assert config == before
+    assert shapes(resized) == expected
+    assert {space.head_dim for space in adapter.spaces(resized)} == {KEPT}
+    assert set(resized) - set(config) <= {"expand_k", "expand_v", "head_dim"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sliced_weights_load_into_the_resized_model(name: str) -> None:
+    config = tiny_config(name)
+    adapter = adapter_for(config)
+    spaces = adapter.spaces(config)
+    state = sliced(build(config).state_dict(), spaces, KEPT)
+    resized = build(adapter.resize(config, {space.name: KEPT for space in spaces}))
+    resized.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    config = tiny_config(name)
+    adapter = adapter_for(config)
+    spaces = adapter.spaces(config)
+    assert adapter.resize(config, {space.name: space.head_dim for space in spaces}) == config
+    state = build(config).state_dict()
+    for key, tensor in sliced(state, spaces, spaces[0].head_dim).items():
+        assert torch.equal(tensor, state[key])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_softmax_layers_have_no_space(name: str) -> None:
+    config = tiny_config(name)
+    layers = {space.layer for space in adapter_for(config).spaces(config)}
+    assert layers == ({0, 2} if "hybrid" in name else {0, 1, 2})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_convolutions_are_axes_where_there_are_any(name: str) -> None:
+    config = tiny_config(name)
+    for space in adapter_for(config).spaces(config):
+        roles = [axis.role for axis in space.axes]
+        assert roles.count("projection") == 2
+        assert roles.count("convolution") == (2 if config.get("use_short_conv", True) else 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wrong_widths_are_refused(name: str) -> None:
+    config = tiny_config(name)
+    adapter = adapter_for(config)
+    names = [space.name for space in adapter.spaces(config)]
+    d = adapter.spaces(config)[0].head_dim
+    for k in (0, -1, d + 1):
+        with pytest.raises(ValueError, match=f"keep {k} of {d} key channels"):
+            adapter.resize(config, dict.fromkeys(names, k))
+    with pytest.raises(ValueError, match=r"\[4, 5\] differ between layers"):
+        adapter.resize(config, dict.fromkeys(names, 5) | {names[0]: 4})
+    with pytest.raises(ValueError, match=names[0]):
+        adapter.resize(config, dict.fromkeys(names[1:], 5))
+    with pytest.raises(ValueError, match="layers.9.key"):
+        adapter.resize(config, dict.fromkeys(names, 5) | {"layers.9.key": 5})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_state_bytes_are_those_of_the_recurrent_states(name: str) -> None:
+    config = tiny_config(name)
+    model = build(config)
+    with torch.no_grad():
+        cache = model(tokens(1, 5), use_cache=True).past_key_values
+    layers = {space.layer for space in adapter_for(config).spaces(config)}
+    measured = sum(cache[layer]["recurrent_state"].numel() * 4 for layer in layers)
+    assert adapter_for(config).state_bytes(config) == measured > 0
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+def test_absent_keys_have_the_stock_defaults(name: str) -> None:
+    from transformers import AutoConfig
+
+    import flame.register  # noqa: F401
+
+    stock = AutoConfig.for_model(name).to_dict()
+    bare = {"model_type": name}
+    assert adapter_for(bare).spaces(bare) == adapter_for(stock).spaces(stock)
+    assert adapter_for(bare).state_bytes(bare) == adapter_for(stock).state_bytes(stock)
+
+
+def test_float_knobs_round_trip_for_every_width() -> None:
+    nudged = 0
+    for base in range(1, 257):
+        for target in range(1, 769, 7):
+            factor = expansion(base, target)
+            assert int(base * factor) == target == round(base * factor)
+            nudged += factor != target / base
+    assert nudged > 100, "none of these needed care, so the test tests nothing"
+
+
+def test_delta_net_knobs_round_trip_for_every_width() -> None:
+    for hidden, heads in ((1000, 10), (2048, 16), (1536, 12), (2560, 20)):
+        config: dict[str, Any] = {
+            "model_type": "delta_net",
+            "hidden_size": hidden,
+            "num_heads": heads,
+        }
+        adapter = ADAPTERS["delta_net"]
+        spaces = adapter.spaces(config)
+        for k in range(1, spaces[0].head_dim):
+            resized = adapter.resize(config, {space.name: k for space in spaces})
+            assert int(hidden * resized["expand_k"]) == heads * k
+            assert adapter.spaces(resized)[0].head_dim == k
+
+
+def test_gated_deltanet_keeps_its_value_width() -> None:
+    adapter = ADAPTERS["gated_deltanet"]
+    for head_dim, expand_v in ((128, 1.0), (256, 2.0), (98, 49 / 98), (100, 1.29)):
+        config: dict[str, Any] = {"model_type": "gated_deltanet", "head_dim": head_dim}
+        config["expand_v"] = expand_v
+        spaces = adapter.spaces(config)
+        for k in range(1, head_dim):
+            resized = adapter.resize(config, {space.name: k for space in spaces})
+            assert int(k * resized["expand_v"]) == int(head_dim * expand_v)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "delta_net", "qk_activation": "elu"}, "qk_activation is 'elu'"),
+        ({"model_type": "delta_net", "conv_bias": True}, "conv_bias is true"),
+        ({"model_type": "gated_deltanet", "conv_bias": True}, "conv_bias is true"),
+        ({"model_type": "delta_net", "num_heads": 7}, "not a multiple of num_heads 7"),
+        ({"model_type": "gated_deltanet", "num_heads": 4, "num_v_heads": 6}, "num_v_heads 6"),
+        ({"model_type": "gated_deltanet", "head_dim": "wide"}, "head_dim is 'wide'"),
+        ({"model_type": "gated_deltanet", "expand_v": -1}, "expand_v is -1"),
+        ({"model_type": "delta_net", "hidden_size": 0}, "hidden_size is 0"),
+        ({"model_type": "delta_net", "num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"model_type": "llama"}, "'llama'.*delta_net, gated_deltanet"),
+        ({}, "no model_type.*delta_net, gated_deltanet"),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_refused_with_the_reason(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        adapter_for(changes)
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_tied_families_are_refused_and_pointed_to_the_way_out(family: str) -> None:
+    with pytest.raises(UserError, match=f"{family}.*both its key and its value.*delta_net"):
+        adapter_for({"model_type": family})
+
+
+def test_a_model_of_softmax_layers_alone_is_refused() -> None:
+    config = tiny_config("gated_deltanet", attn={"layers": [0, 1, 2], "num_heads": 3})
+    with pytest.raises(UserError, match="no linear-attention layer"):
+        adapter_for(config)
