@@ -1,0 +1,69 @@
+"""Speed of cached generation, token by token, as a user of the stock model would run it."""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from flame.errors import UserError
+
+
+def decode_tokens_per_second(
+    model: nn.Module,
+    batch_size: int = 8,
+    length: int = 64,
+    prompt_length: int = 32,
+    seed: int = 0,
+    repeats: int = 5,
+) -> float:
+    """Tokens that greedy decoding yields a second, over the whole batch; the median of `repeats`.
+
+    The prompt is read before the clock starts, and one round is not counted: the first one meets
+    cold caches and compiles kernels. Batch and lengths belong beside the figure wherever it is
+    written.
+
+    Args:
+        model: a causal language model of transformers or fla, on one device.
+        batch_size: sequences decoded together.
+        length: tokens generated for each sequence.
+        prompt_length: random tokens that each sequence starts with.
+    """
+    counts = {"batch_size": batch_size, "length": length, "prompt_length": prompt_length}
+    for name, count in {**counts, "repeats": repeats}.items():
+        if count < 1:
+            raise UserError(f"decoding: {name} is {count}, it must be at least 1")
+    prompt = random_prompt(model, batch_size, prompt_length, seed)
+    seconds = [timed_decoding(model, prompt, length)[1] for _ in range(repeats + 1)][1:]
+    return batch_size * length / statistics.median(seconds)
+
+
+def random_prompt(model: nn.Module, batch_size: int, length: int, seed: int) -> Tensor:
+    """Token ids, int64 [batch_size, length] on the model's device, that `seed` determines."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator)
+    return prompt.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def timed_decoding(model: nn.Module, prompt: Tensor, length: int) -> tuple[Tensor, float]:
+    """Greedy continuation of `prompt`, int64 [B, length], and the seconds of its decoding.
+
+    The first token comes with the prompt; so that `length` steps are timed, one more token than is
+    returned is computed.
+    """
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    tokens = []
+    _wait(prompt.device)
+    start = time.perf_counter()
+    for _ in range(length):
+        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        output = model(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+    _wait(prompt.device)
+    return torch.cat(tokens, 1), time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """CUDA runs behind the program: wait until it has caught up."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
