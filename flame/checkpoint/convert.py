@@ -1,0 +1,190 @@
+"""DCP <-> Hugging Face, bit for bit; in memory is one tensor (DCP) or one file (safetensors).
+
+Config, generation config and tokenizer go along. A LoRA run comes out merged with its base.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flame.checkpoint.reference import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    RECIPE_FILE,
+    TOKENIZER_FILES,
+    ModelReference,
+    check_destination,
+    resolve,
+)
+from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo
+from flame.checkpoint.steps import save_step
+from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
+from flame.errors import UserError
+from flame.output import replacing_folder
+from flame.progress import progress
+
+Format = Literal["hf", "dcp"]
+Read = Callable[[str], Tensor]
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+MAX_SHARD_SIZE = "5GB"
+
+
+def convert(
+    src: str | Path, dst: Path, to: Format, overwrite: bool = False, inside_source: bool = False
+) -> None:
+    """Write the model that `src` names as a Hugging Face folder or a run folder `dst`.
+
+    Args:
+        src: any model reference.
+        dst: the folder to write; a run folder gets the model as `checkpoint/step-0`.
+        to: `"hf"` or `"dcp"`.
+        overwrite: replace an existing `dst`.
+        inside_source: allow `dst` in the source's folder (a run's own `merged/`).
+
+    Raises:
+        UserError: the source is damaged, the output refused, the disk too small.
+    """
+    dst = Path(dst).absolute()
+    reference = resolve(src)
+    check_destination(reference, dst, overwrite, inside_source)
+    config = _complete(reference.config)
+    source = reference.source()
+    infos = {name: source.info(name) for name in source.names()}
+    check_space(dst, sum(info.nbytes for info in infos.values()))
+    write = write_hf if to == "hf" else write_run
+    with replacing_folder(dst, overwrite) as folder:
+        copy_companions(reference, folder)
+        write(folder, config, infos, source.read)
+        if to == "dcp":
+            copy_recipe(reference, folder, dst)
+
+
+def check_space(dst: Path, needed: int) -> None:
+    """Raise `UserError` unless the file system of `dst` has `needed` bytes free."""
+    parent = dst.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{dst} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
+
+
+def write_hf(
+    folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
+) -> None:
+    """Write `config.json` and safetensors into an existing folder, files of at most 5 GB.
+
+    Args:
+        infos: shape and dtype of every tensor that `read` gives.
+        read: a tensor by its name; called once for each, memory holds the tensors of one file.
+    """
+    check_ties(config, infos, read)
+    promises = {name: _promise(infos[name]) for name in own_names(config, sorted(infos))}
+    split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
+    for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
+        tensors = {name: read(name).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / SAFETENSORS_INDEX, index)
+    _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
+
+
+def write_run(
+    folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
+) -> None:
+    """Write `config.json` and `checkpoint/step-0` with the model alone; arguments as `write_hf`'s.
+
+    A tied output embedding is written too: trainers save it, and look for it when they resume.
+    """
+    check_ties(config, infos, read)
+    promises = {name: _promise(info) for name, info in infos.items()}
+    twin = input_embedding(infos) if is_tied(config) else None
+    if twin is not None:
+        promises.setdefault(OUTPUT_EMBEDDING, promises[twin])
+    stored = {name: twin if name not in infos else name for name in promises}
+    save_step(
+        promises,
+        folder / CHECKPOINT_FOLDER,
+        0,
+        read=lambda name: read(str(stored[name])),
+        alone=True,
+    )
+    _write_json(folder / CONFIG_FILE, config)
+
+
+def check_ties(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read) -> None:
+    """Refuse a model whose config ties two embeddings that differ: one of them would be lost."""
+    twin = input_embedding(infos)
+    if not is_tied(config) or OUTPUT_EMBEDDING not in infos or twin is None:
+        return
+    if not torch.equal(read(twin), read(OUTPUT_EMBEDDING)):
+        raise UserError(
+            f"config.json ties {OUTPUT_EMBEDDING} to {twin}, but their values differ: "
+            "set tie_word_embeddings to false"
+        )
+
+
+def copy_companions(reference: ModelReference, folder: Path) -> None:
+    """Copy tokenizer and generation config of a model into `folder`."""
+    for name in COMPANION_FILES:
+        path = reference.folder / name
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+
+
+def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
+    """Copy a run's recipe into `folder`, its dump folder rewritten to `dst`, where it will lie."""
+    if reference.recipe is None:
+        return
+    from flame.config import job_from_tables, read_recipe, recipe_text
+
+    job = job_from_tables(read_recipe(reference.recipe))
+    job.job.dump_folder = str(dst)
+    job.lora.rank = 0
+    job.model.init = ""
+    (folder / RECIPE_FILE).write_text(recipe_text(job))
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the name of its stock class, which some loaders look for.
+
+    Raises `UserError` for a family that neither transformers nor fla has.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from flame.model import stock_config
+
+    stock = stock_config(config)
+    if config.get("architectures"):
+        return config
+    model_class = AutoModelForCausalLM._model_mapping.get(type(stock), None)
+    return {**config, "architectures": [model_class.__name__]} if model_class else config
+
+
+def _with_dtype(config: Mapping[str, Any], promises: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`config` with the dtype that most of the weights have, so that loading does not round."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in promises.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if not sizes:
+        return dict(config)
+    dtype = str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: dtype}
+
+
+def _promise(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

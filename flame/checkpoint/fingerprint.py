@@ -1,0 +1,105 @@
+"""What identifies a model: a hash that its HF and DCP forms share; and a check for broken weights.
+
+The hash is of samples: it tells models apart, it does not prove that two are equal.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flame.checkpoint.source import TensorSource
+from flame.checkpoint.ties import own_names
+from flame.errors import UserError
+from flame.progress import progress
+
+SAMPLED_BLOCKS = 3
+SAMPLED_BYTES = 4096
+"""Of each tensor, this many blocks of rows are hashed, each of at least this many bytes."""
+
+_NOISE = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_l2warp",
+    }
+)
+_NOISE_PREFIXES = ("_", "fuse_")
+
+
+def fingerprint(config: Mapping[str, Any], source: TensorSource) -> str:
+    """64 hexadecimal digits over the architecture and each tensor's name, shape, dtype, samples.
+
+    Equal for the HF and DCP forms of one model: keys of the config that do not change what the
+    model computes, and the copy of a tied embedding, are left out.
+    """
+    hasher = hashlib.sha256(canonical_config(config).encode())
+    for name in progress(own_names(config, source.names()), "fingerprint"):
+        info = source.info(name)
+        hasher.update(f"\n{name} {list(info.shape)} {info.dtype}\n".encode())
+        for rows in _sampled_rows(info.shape, info.dtype.itemsize):
+            hasher.update(_bytes(source.read(name, rows)))
+    return hasher.hexdigest()
+
+
+def canonical_config(config: Mapping[str, Any]) -> str:
+    """The keys of a `config.json` that shape the model, as one line of JSON."""
+    return json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"))
+
+
+def check_finite(source: TensorSource) -> None:
+    """Raise `UserError` naming the first tensor that holds NaN or infinite values."""
+    for name in progress(source.names(), "check weights"):
+        if not source.info(name).dtype.is_floating_point:
+            continue
+        broken = int((~torch.isfinite(source.read(name).float())).sum())
+        if broken:
+            raise UserError(
+                f"{name} holds {broken} NaN or infinite values: choose a checkpoint from before "
+                "training diverged"
+            )
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items() if not _is_noise(key, item)}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _is_noise(key: str, value: Any) -> bool:
+    return value is None or key in _NOISE or key.startswith(_NOISE_PREFIXES)
+
+
+def _sampled_rows(shape: tuple[int, ...], itemsize: int) -> list[slice | None]:
+    """Blocks of rows: the first, the last and those between; None for a scalar."""
+    if not shape:
+        return [None]
+    row_bytes = max(1, itemsize * torch.Size(shape[1:]).numel())
+    length = -(-SAMPLED_BYTES // row_bytes)
+    if shape[0] <= SAMPLED_BLOCKS * length:
+        return [slice(0, shape[0])]
+    last = shape[0] - length
+    starts = [last * block // (SAMPLED_BLOCKS - 1) for block in range(SAMPLED_BLOCKS)]
+    return [slice(start, start + length) for start in starts]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

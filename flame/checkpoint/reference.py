@@ -1,0 +1,244 @@
+"""Model references: what a person writes for a model, resolved to folders on this machine.
+
+A run folder (its latest whole step), a step folder, a Hugging Face folder or a hub name. Resolving
+reads small JSON files only and imports no torch, so every command does it before work starts.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flame.checkpoint.steps import METADATA, broken_steps, is_whole, step_folder, whole_steps
+from flame.errors import UserError, first_line
+from flame.output import check_output
+
+if TYPE_CHECKING:
+    from flame.checkpoint.source import TensorSource
+
+CHECKPOINT_FOLDER = "checkpoint"
+CONFIG_FILE = "config.json"
+RECIPE_FILE = "recipe.toml"
+ADAPTER_FILE = "adapter_config.json"
+BASE_FILE = "base.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TOKENIZER_PROOF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_TIMEOUT = 5.0
+_KINDS = "a run folder, a step folder, a Hugging Face folder or a hub name"
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model on this machine, found but not read."""
+
+    kind: Literal["dcp", "hf"]
+    folder: Path
+    """The run folder or the Hugging Face folder."""
+    step_folder: Path | None
+    run_folder: Path | None
+    config: dict[str, Any]
+    """The model's `config.json`."""
+    tokenizer: Path | None
+    """The folder that holds a tokenizer."""
+    recipe: Path | None
+
+    @property
+    def weights(self) -> Path:
+        """The folder that holds the weights: a name that stays right when the run trains on."""
+        return self.step_folder or self.folder
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the step holds adapters on another model."""
+        return self.run_folder is not None and (self.run_folder / ADAPTER_FILE).is_file()
+
+    def source(self) -> "TensorSource":
+        """The model's tensors in stock names; those of a LoRA run merged with their base."""
+        from flame.checkpoint.source import DcpSource, LoraSource, SafetensorsSource
+
+        if self.step_folder is None:
+            return SafetensorsSource(self.folder)
+        own = DcpSource(self.step_folder)
+        if not self.is_lora:
+            return own
+        config = read_json(self.folder / ADAPTER_FILE)
+        return LoraSource(self._base_source(), own, config)
+
+    def base(self) -> "ModelReference":
+        """The model that a LoRA run's adapters belong to."""
+        recorded = read_json(self.folder / BASE_FILE).get("reference")
+        if not isinstance(recorded, str):
+            raise UserError(f"{self.folder / BASE_FILE} names no base model")
+        beside = self.folder / recorded
+        try:
+            return resolve(beside if beside.is_dir() else recorded)
+        except UserError as error:
+            raise UserError(
+                f"the adapters of {self.folder} need their base model {recorded}: {error}"
+            ) from error
+
+    def _base_source(self) -> "TensorSource":
+        from flame.checkpoint.fingerprint import fingerprint
+
+        base = self.base()
+        source = base.source()
+        recorded = read_json(self.folder / BASE_FILE).get("fingerprint")
+        if fingerprint(base.config, source) != recorded:
+            raise UserError(
+                f"{base.weights} is not the model that the adapters of {self.folder} were trained "
+                f"on: it has changed since; name the right step in {self.folder / BASE_FILE}"
+            )
+        return source
+
+
+def resolve(reference: str | Path, step: int | None = None) -> ModelReference:
+    """Find the model that `reference` names; `step` picks one of a run instead of the latest.
+
+    Raises:
+        UserError: there is no such folder, config or whole step, or no network for a hub name.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _resolve_folder(path.absolute(), step)
+    if path.exists():
+        raise UserError(f"{reference} is a file: a model is {_KINDS}")
+    if not _may_be_hub_name(str(reference)):
+        raise UserError(f"no model at {reference}: no such folder")
+    return _resolve_hugging_face(_download(str(reference)), step)
+
+
+def check_destination(
+    reference: ModelReference, dst: Path, overwrite: bool, inside_source: bool = False
+) -> None:
+    """Refuse an output that exists, cannot be written, or overlaps the source's folder."""
+    check_output(dst, overwrite, None if inside_source else reference.folder)
+    if reference.weights.resolve().is_relative_to(dst.resolve()):
+        raise UserError(f"output {dst} would replace the model {reference.weights}: choose another")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's `config.json`; `UserError` if it is missing, not JSON or names no family."""
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} has no model_type: it is not a model's configuration")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `UserError` if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}: a model is {_KINDS}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def _resolve_folder(path: Path, step: int | None) -> ModelReference:
+    if (path / METADATA).exists() or re.fullmatch(r"step-\d+", path.name):
+        return _resolve_step(path, step)
+    if (path / CHECKPOINT_FOLDER).is_dir():
+        return _resolve_run(path, step)
+    if path.name == CHECKPOINT_FOLDER and (path.parent / CONFIG_FILE).is_file():
+        return _resolve_run(path.parent, step)
+    return _resolve_hugging_face(path, step)
+
+
+def _resolve_run(run: Path, step: int | None) -> ModelReference:
+    config = read_config(run / CONFIG_FILE)
+    folder = run / CHECKPOINT_FOLDER
+    steps = whole_steps(folder)
+    if not steps:
+        raise UserError(f"{run} has no whole step{_half_written(folder)}")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"{run} has no whole step {step}: choose from {known}")
+    return _of_run(run, step_folder(folder, steps[-1] if step is None else step), config)
+
+
+def _resolve_step(path: Path, step: int | None) -> ModelReference:
+    if step is not None:
+        raise UserError(f"{path} is a step already: leave out the step number {step}")
+    run = path.parent.parent if path.parent.name == CHECKPOINT_FOLDER else path.parent
+    config = read_config(run / CONFIG_FILE)
+    if not is_whole(path):
+        raise UserError(f"{path} is half-written or damaged{_other_steps(path.parent)}")
+    return _of_run(run, path, config)
+
+
+def _of_run(run: Path, step: Path, config: dict[str, Any]) -> ModelReference:
+    recipe = run / RECIPE_FILE
+    return ModelReference(
+        kind="dcp",
+        folder=run,
+        step_folder=step,
+        run_folder=run,
+        config=config,
+        tokenizer=_tokenizer(run),
+        recipe=recipe if recipe.is_file() else None,
+    )
+
+
+def _resolve_hugging_face(folder: Path, step: int | None) -> ModelReference:
+    config = read_config(folder / CONFIG_FILE)
+    if step is not None:
+        raise UserError(f"{folder} is a Hugging Face folder: it has no step {step}")
+    if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
+    return ModelReference("hf", folder, None, None, config, _tokenizer(folder), None)
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    return folder if any((folder / name).is_file() for name in _TOKENIZER_PROOF) else None
+
+
+def _half_written(folder: Path) -> str:
+    names = broken_steps(folder)
+    return f": {', '.join(names)} half-written or damaged" if names else ": train it first"
+
+
+def _other_steps(folder: Path) -> str:
+    steps = whole_steps(folder)
+    return f": whole are {', '.join(f'step-{step}' for step in steps)}" if steps else ""
+
+
+def _may_be_hub_name(reference: str) -> bool:
+    parent = Path(reference).parent
+    return bool(_HUB_NAME.fullmatch(reference)) and (str(parent) == "." or not parent.is_dir())
+
+
+def _download(name: str) -> Path:
+    """The local snapshot of a hub model, fetched where there is a network."""
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG_FILE, "generation_config.json", "*.safetensors*"]
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=[*patterns, *TOKENIZER_FILES], etag_timeout=_HUB_TIMEOUT
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f"no model {name}: no such folder, and not to be had from the hub "
+            f"({first_line(error)}); without a network give a local folder"
+        ) from error
+    return Path(folder)
