@@ -37,7 +37,6 @@ TOKENIZER_FILES = (
 )
 _TOKENIZER_PROOF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_TIMEOUT = 5.0
 _KINDS = "a run folder, a step folder, a Hugging Face folder or a hub name"
 
 
@@ -227,18 +226,19 @@ def _may_be_hub_name(reference: str) -> bool:
 
 
 def _download(name: str) -> Path:
-    """The local snapshot of a hub model, fetched where there is a network."""
-    import httpx
+    """The local snapshot of a hub model, brought up to date where there is a network."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
-    patterns = [CONFIG_FILE, "generation_config.json", "*.safetensors*"]
+    from flame.data.hub import hub_problem
+
+    patterns = [CONFIG_FILE, "generation_config.json", "*.safetensors*", *TOKENIZER_FILES]
+    problem = hub_problem()
     try:
-        folder = snapshot_download(
-            name, allow_patterns=[*patterns, *TOKENIZER_FILES], etag_timeout=_HUB_TIMEOUT
-        )
-    except (OSError, ValueError, httpx.HTTPError) as error:
+        folder = snapshot_download(name, allow_patterns=patterns, local_files_only=bool(problem))
+    except (OSError, ValueError, HTTPError) as error:
         raise UserError(
             f"no model {name}: no such folder, and not to be had from the hub "
-            f"({first_line(error)}); without a network give a local folder"
+            f"({problem or first_line(error)}); give a local folder"
         ) from error
     return Path(folder)
