@@ -1,0 +1,278 @@
+"""Batches of packed documents in an order that does not depend on the number of processes.
+
+Sequence n of the run comes from virtual shard n mod V; rank r of W takes the sequences n with
+n mod W = r, so W divides V and a rank owns whole shards. Step s holds the sequences from s·G to
+(s + 1)·G − 1, whatever W and the accumulation count are. A rank's state is a cursor per shard; the
+states of all ranks together resume at any W that divides V.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from flame.data.config import DataConfig
+from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
+from flame.data.sources import Documents
+from flame.data.tokenizer import Encoder, check_vocabulary
+from flame.errors import UserError
+
+__all__ = ["PackedLoader", "check_enough", "check_order", "check_vocabulary", "merge_states"]
+
+FORMAT = 1
+PREFETCH = 4
+"""Batches made ahead of the consumer."""
+
+State = dict[str, Any]
+
+
+def alone(ready: bool) -> bool:
+    """The agreement of a single process."""
+    return ready
+
+
+class PackedLoader:
+    """Iterates over the batches of one rank.
+
+    With `config.varlen` a batch is `({"input": [1, B·T], "cu_seqlens": [n + 1]}, labels [1, B·T])`,
+    otherwise `({"input": [B, T]}, labels [B, T])`; all int64. A thread tokenises ahead; what goes
+    wrong there is raised here. Going over a loader again goes on where it stands.
+
+    Args:
+        documents: from `build_documents`.
+        tokenizer: from `load_tokenizer`.
+        config: the recipe's `[data]`.
+        seq_len: T.
+        local_batch_size: B, sequences a batch.
+        rank: this process among the `world_size` that share the data.
+        world_size: processes that share the data.
+        agree: for data that end (`repeat` off) in several processes: called at every batch with
+            whether this rank has one; returns whether all have, so that they end together.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        config: DataConfig,
+        seq_len: int,
+        local_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[bool], bool] = alone,
+    ) -> None:
+        check_order(config.virtual_shards, world_size)
+        _check_shards(documents, config.virtual_shards)
+        self.documents = documents
+        self.config = config
+        self.seq_len = seq_len
+        self.local_batch_size = local_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self._encoder = Encoder(tokenizer, config.add_eos)
+        self._agree = agree
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future] = deque()
+        self._sequence = rank
+        self._cursors = {s: Cursor() for s in range(rank, config.virtual_shards, world_size)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._pool is None:
+            self._start()
+        result = self._pending[0].result()
+        if not self._agree(result is not None):
+            raise StopIteration
+        self._pending.popleft()
+        self._pending.append(self._submit())
+        batch, self._sequence, self._cursors = result
+        return batch
+
+    def state_dict(self) -> State:
+        """This rank's position after the last batch taken: JSON-able, a few numbers a shard."""
+        shards = {str(s): [c.epoch, c.document, c.token] for s, c in self._cursors.items()}
+        position = {"next_sequence": self._sequence, "shards": shards}
+        return {"format": FORMAT, **self._identity(), **position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the merged states of all ranks, of any world size."""
+        _check_state(state, self._identity())
+        self.close()
+        first = state["next_sequence"]
+        self._sequence = first + (self.rank - first) % self.world_size
+        self._cursors = {shard: Cursor(*state["shards"][str(shard)]) for shard in self._cursors}
+
+    @staticmethod
+    def merge_states(states: Sequence[State]) -> State:
+        """See `merge_states` of this module."""
+        return merge_states(states)
+
+    def close(self) -> None:
+        """Stop the thread; the loader can be used again and goes on after the last batch taken."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._pending.clear()
+
+    def _identity(self) -> State:
+        """What fixes the order of the data: a state resumes only where all of it is the same."""
+        return {
+            "virtual_shards": self.config.virtual_shards,
+            "shuffle": self.config.shuffle,
+            "seed": self.config.seed,
+            "documents": self.documents.size,
+        }
+
+    def _start(self) -> None:
+        packers = {shard: self._packer(shard, cursor) for shard, cursor in self._cursors.items()}
+        collate = varlen_batch if self.config.varlen else plain_batch
+        rows = _rows(packers, self._sequence, self.world_size, self.seq_len)
+        self._batches = _batches(rows, packers, self.local_batch_size, collate)
+        self._pool = ThreadPoolExecutor(1, "data")
+        self._pending.extend(self._submit() for _ in range(PREFETCH))
+
+    def _packer(self, shard: int, cursor: Cursor) -> Packer:
+        epochs = None if self.config.repeat else 1
+        num_shards = self.config.virtual_shards
+        return shard_packer(
+            self.documents, self._encoder, shard, num_shards, epochs=epochs, cursor=cursor
+        )
+
+    def _submit(self) -> Future:
+        assert self._pool is not None
+        return self._pool.submit(next, self._batches, None)
+
+
+def _rows(
+    packers: dict[int, Packer], first: int, stride: int, seq_len: int
+) -> Iterator[tuple[Row, int]]:
+    """Each next row of this rank with the number of the sequence after it; ends with a shard."""
+    sequence, num_shards = first, stride * len(packers)
+    while (row := packers[sequence % num_shards].row(seq_len)) is not None:
+        sequence += stride
+        yield row, sequence
+
+
+def _batches(
+    rows: Iterator[tuple[Row, int]],
+    packers: dict[int, Packer],
+    size: int,
+    collate: Callable[[list[Row]], Batch],
+) -> Iterator[tuple[Batch, int, dict[int, Cursor]]]:
+    """Batches of `size` rows, each with the sequence and the cursors that follow it."""
+    while len(group := list(islice(rows, size))) == size:
+        cursors = {shard: packer.cursor for shard, packer in packers.items()}
+        yield collate([row for row, _ in group]), group[-1][1], cursors
+
+
+def merge_states(states: Sequence[State]) -> State:
+    """The states of all ranks, taken at the same step, as one that any world size resumes from."""
+    merged = dict(states[0])
+    merged["next_sequence"] = min(state["next_sequence"] for state in states)
+    merged["shards"] = {}
+    for state in states:
+        merged["shards"].update(state["shards"])
+    return merged
+
+
+def _check_state(state: Mapping[str, Any], expected: State) -> None:
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"the data position has format {state.get('format')!r}, this version reads {FORMAT}: "
+            "resume with the version that saved it"
+        )
+    for key, value in expected.items():
+        if state.get(key) != value:
+            name = "the data set's number of documents" if key == "documents" else f"data.{key}"
+            raise UserError(
+                f"cannot resume: {name} is {value}, and was {state.get(key)} when the run was saved"
+            )
+    missing = [s for s in range(expected["virtual_shards"]) if str(s) not in state["shards"]]
+    if missing:
+        raise UserError(f"the data position lacks virtual shard {missing[0]}: merge all ranks'")
+
+
+def check_order(
+    virtual_shards: int,
+    world_size: int,
+    global_batch_size: int | None = None,
+    local_batch_size: int = 1,
+) -> None:
+    """Raise `UserError` if the data cannot be dealt out evenly to `world_size` processes."""
+    if virtual_shards < 1:
+        raise UserError(f"data.virtual_shards is {virtual_shards}: it must be above 0")
+    if world_size > virtual_shards:
+        raise UserError(
+            f"more processes than virtual shards: {world_size} processes share "
+            f"{virtual_shards} shards; start fewer, or set data.virtual_shards before training"
+        )
+    if virtual_shards % world_size:
+        raise UserError(
+            f"{world_size} processes do not divide {virtual_shards} virtual shards: "
+            "start a divisor of it, or set data.virtual_shards before training"
+        )
+    if global_batch_size is not None and global_batch_size % (world_size * local_batch_size):
+        raise UserError(
+            f"a global batch of {global_batch_size} is no multiple of {local_batch_size} sequences "
+            f"on {world_size} processes: change global_batch_size or local_batch_size"
+        )
+
+
+def check_enough(
+    documents: Documents, tokenizer: Any, config: DataConfig, seq_len: int, global_batch_size: int
+) -> None:
+    """Raise `UserError` if one epoch is shorter than one global batch; a stream is not checked.
+
+    Tokenises documents until there are enough.
+    """
+    encoder = Encoder(tokenizer, config.add_eos)
+    _check_shards(documents, config.virtual_shards)
+    if documents.size is None:
+        return
+    if config.repeat:
+        _check_tokens(documents, encoder, seq_len, global_batch_size)
+    else:
+        _check_rows(documents, encoder, config.virtual_shards, seq_len, global_batch_size)
+
+
+def _check_tokens(documents: Documents, encoder: Encoder, seq_len: int, batch: int) -> None:
+    found, needed = 0, batch * seq_len + 1
+    for tokens in encoder.stream(documents.shard(0, 1, 0, 0)):
+        found += tokens.size
+        if found >= needed:
+            return
+    if found == 0:
+        raise UserError(f"{documents.name} has no text: all its documents are empty")
+    raise _too_short(documents, f"{found} tokens, and one takes {needed}", batch, seq_len)
+
+
+def _check_rows(
+    documents: Documents, encoder: Encoder, num_shards: int, seq_len: int, batch: int
+) -> None:
+    for shard in range(min(num_shards, batch)):
+        packer = shard_packer(documents, encoder, shard, num_shards, epochs=1)
+        needed = len(range(shard, batch, num_shards))
+        found = sum(packer.row(seq_len) is not None for _ in range(needed))
+        if found < needed:
+            text = (
+                f"virtual shard {shard} of {num_shards} has {found} sequences, and gives {needed}"
+            )
+            raise _too_short(documents, text, batch, seq_len)
+
+
+def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> UserError:
+    return UserError(
+        f"{documents.name} is shorter than one global batch of {batch} sequences of {seq_len} "
+        f"tokens: {found}; give more text, or a smaller batch or seq_len"
+    )
+
+
+def _check_shards(documents: Documents, virtual_shards: int) -> None:
+    if documents.size is not None and documents.size < virtual_shards:
+        raise UserError(
+            f"{documents.name} has {documents.size} documents, fewer than {virtual_shards} virtual "
+            "shards: give more, or a smaller data.virtual_shards"
+        )

@@ -1,0 +1,156 @@
+"""Documents cut into rows of fixed length, resumable at any token.
+
+A virtual shard's documents lie end to end in a stream of tokens. Row i is the tokens from i·L to
+(i + 1)·L inclusive: inputs are its first L tokens, labels its last L, and the next row begins with
+its last token. A cursor names the first token of the next row; it does not depend on L.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flame.data.sources import Documents
+from flame.data.tokenizer import Encoder
+from flame.errors import UserError
+
+IGNORE_INDEX = -100
+"""Label of a token with nothing to predict, as torch's and torchtitan's cross entropy read it."""
+
+Array = NDArray[np.int64]
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A position in a virtual shard: epoch, document of the shard in that epoch, its token."""
+
+    epoch: int = 0
+    document: int = 0
+    token: int = 0
+
+
+class Row(NamedTuple):
+    tokens: Array
+    """`[..., L + 1]`: token ids, or ids and what is counted beside them."""
+
+    starts: list[int]
+    """Where a document begins in the row, the row's own begin left out: increasing, in 1 … L."""
+
+
+class Packer:
+    """Cuts `pieces`, the documents from `cursor` on, into rows."""
+
+    def __init__(self, pieces: Iterator[tuple[Cursor, Array]], cursor: Cursor = Cursor()) -> None:
+        self.cursor = cursor
+        self._source = pieces
+        self._pieces: deque[tuple[Cursor, Array]] = deque()
+        self._held = 0
+
+    def row(self, length: int) -> Row | None:
+        """The next row of `length + 1` tokens, or `None` if there are fewer."""
+        while self._held <= length:
+            piece = next(self._source, None)
+            if piece is None:
+                return None
+            self._pieces.append(piece)
+            self._held += piece[1].shape[-1]
+        return self._cut(length)
+
+    def rest(self) -> Row | None:
+        """A shorter last row, or `None` if there is not even one token with a label."""
+        return self._cut(self._held - 1) if self._held > 1 else None
+
+    def _cut(self, length: int) -> Row:
+        parts, starts, position = [], [], 0
+        for _, tokens in self._pieces:
+            if position > length:
+                break
+            if position > 0:
+                starts.append(position)
+            parts.append(tokens[..., : length + 1 - position])
+            position += tokens.shape[-1]
+        self._drop(length)
+        return Row(np.concatenate(parts, axis=-1), starts)
+
+    def _drop(self, length: int) -> None:
+        self._held -= length
+        while length >= (size := self._pieces[0][1].shape[-1]):
+            self._pieces.popleft()
+            length -= size
+        start, tokens = self._pieces[0]
+        self.cursor = Cursor(start.epoch, start.document, start.token + length)
+        self._pieces[0] = self.cursor, tokens[..., length:]
+
+
+def shard_packer(
+    documents: Documents,
+    encoder: Encoder,
+    shard: int,
+    num_shards: int,
+    *,
+    epochs: int | None = None,
+    cursor: Cursor = Cursor(),
+) -> Packer:
+    """The rows of one virtual shard from `cursor` on, over `epochs` epochs (`None`: for ever)."""
+    pieces = _encoded(documents, encoder, shard, num_shards, epochs, cursor)
+    return Packer(pieces, cursor)
+
+
+def _encoded(
+    documents: Documents,
+    encoder: Encoder,
+    shard: int,
+    num_shards: int,
+    epochs: int | None,
+    begin: Cursor,
+) -> Iterator[tuple[Cursor, Array]]:
+    for epoch in count(begin.epoch) if epochs is None else range(begin.epoch, epochs):
+        first = begin.document if epoch == begin.epoch else 0
+        texts = documents.shard(shard, num_shards, epoch, first)
+        empty = first == 0
+        for document, tokens in enumerate(encoder.stream(texts), first):
+            skipped = begin.token if (epoch, document) == (begin.epoch, begin.document) else 0
+            empty = empty and tokens.size == 0
+            if tokens.size > skipped:
+                yield Cursor(epoch, document, skipped), tokens[skipped:]
+        if empty:
+            raise UserError(
+                f"virtual shard {shard} of {num_shards} of {documents.name} has no text: "
+                "give more documents, or a smaller data.virtual_shards"
+            )
+
+
+def varlen_batch(rows: list[Row]) -> Batch:
+    """Rows end to end, documents and rows kept apart.
+
+    Returns `input` `[1, B·T]` with `cu_seqlens` `[n + 1]` (int64, from 0 to B·T, strictly
+    increasing), and labels `[1, B·T]`, `IGNORE_INDEX` at the last token of each document.
+    """
+    inputs, labels, bounds, offset = [], [], [0], 0
+    for row in rows:
+        targets = row.tokens[1:].copy()
+        targets[[start - 1 for start in row.starts]] = IGNORE_INDEX
+        length = targets.size
+        bounds += [offset + start for start in row.starts if start < length] + [offset + length]
+        offset += length
+        inputs.append(row.tokens[:-1])
+        labels.append(targets)
+    batch = {"input": _flat(inputs), "cu_seqlens": torch.tensor(bounds, dtype=torch.int64)}
+    return batch, _flat(labels)
+
+
+def plain_batch(rows: list[Row]) -> Batch:
+    """`input` and labels `[B, T]`, documents run into one another."""
+    inputs = torch.from_numpy(np.stack([row.tokens[:-1] for row in rows]))
+    return {"input": inputs}, torch.from_numpy(np.stack([row.tokens[1:] for row in rows]))
+
+
+def _flat(parts: list[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)

@@ -1,0 +1,320 @@
+"""Documents from the embedded corpus, local files or the hub, dealt out to virtual shards.
+
+Document i of an epoch's order belongs to virtual shard i mod V. The order of a set that can be
+indexed is a permutation drawn anew for each epoch. A stream keeps its own order; where its files
+can be dealt out evenly, each shard reads its own files only.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame.data import corpus
+from flame.data.config import DataConfig
+from flame.data.hub import hub_problem
+from flame.errors import UserError, first_line
+
+FORMATS = {
+    "parquet": (".parquet",),
+    "json": (".jsonl", ".json"),
+    "text": (".txt",),
+}
+"""Loaders of local files with their suffixes; in a folder the first that is there is read."""
+
+OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
+"""Names by which a folder's files are known not to be training data."""
+
+READ_CHUNK = 64
+"""Documents fetched at once from a set that can be indexed."""
+
+
+class Documents(Protocol):
+    name: str
+    """The set as errors call it."""
+
+    size: int | None
+    """Number of documents, `None` for a stream."""
+
+    def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
+        """The texts of a virtual shard in the order of an epoch, from its `start`-th on."""
+
+
+class Texts(Protocol):
+    """What can be indexed: a column of a data set, or the embedded corpus."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> list[str]: ...
+
+
+@dataclass
+class IndexedDocuments:
+    """A set of known size, permuted anew for each epoch if `shuffle`."""
+
+    name: str
+    texts: Texts
+    shuffle: bool
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return len(self.texts)
+
+    def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
+        order = self.order(epoch)[shard::num_shards][start:].copy()
+        for first in range(0, len(order), READ_CHUNK):
+            yield from self.texts.take(order[first : first + READ_CHUNK].tolist())
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The permutation `[size]` of an epoch, a function of size, seed and epoch alone."""
+        if not self.shuffle:
+            return np.arange(self.size)
+        # RandomState: its stream is the same in every version of numpy, and a run may resume later.
+        bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
+        return np.random.RandomState(bits).permutation(self.size)
+
+
+@dataclass
+class StreamedDocuments:
+    """A set that is read from front to back; `limit` documents of it, 0 for all."""
+
+    name: str
+    rows: Any
+    text_key: str
+    limit: int = 0
+    size: None = None
+
+    def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
+        with reading(self.name):
+            for row in self._rows(shard, num_shards, start):
+                if self.text_key not in row:
+                    raise _no_column(self.name, self.text_key, row)
+                yield checked_text(row[self.text_key], self.name, self.text_key)
+
+    def _rows(self, shard: int, num_shards: int, start: int) -> Iterator[dict[str, Any]]:
+        if self.limit == 0 and self.rows.num_shards % num_shards == 0:
+            return iter(self.rows.shard(num_shards, shard).skip(start))
+        first = shard + start * num_shards
+        stop = max(self.limit - first, 0) if self.limit else None
+        return islice(self.rows.skip(first), 0, stop, num_shards)
+
+
+@dataclass
+class ListedTexts:
+    """Texts in memory."""
+
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> list[str]:
+        return [self.texts[index] for index in indices]
+
+
+@dataclass
+class Column:
+    """The text column of a prepared Hugging Face data set."""
+
+    name: str
+    rows: Any
+    text_key: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Sequence[int]) -> list[str]:
+        values = self.rows[list(indices)][self.text_key]
+        return [checked_text(value, self.name, self.text_key) for value in values]
+
+
+def build_documents(config: DataConfig, split: str) -> Documents:
+    """The documents of `split` of `config.dataset`.
+
+    Raises `UserError` for a set that is missing, empty, unreachable or has no column
+    `config.text_key`. A prepared set is cached by the `datasets` library; a lock makes processes
+    that prepare the same one wait for each other.
+    """
+    if config.max_documents < 0:
+        raise UserError(f"data.max_documents is {config.max_documents}: 0 is all of them")
+    if config.dataset == corpus.NAME:
+        texts = corpus.stdlib_texts(split)
+        return _indexed(config, corpus.NAME, ListedTexts(texts[: config.max_documents or None]))
+    rows, text_key, name = _load(config, split)
+    columns = rows.column_names
+    if columns is not None:
+        if text_key not in columns:
+            raise _no_column(name, text_key, columns)
+        rows = rows.select_columns([text_key])
+    if config.streaming:
+        return StreamedDocuments(name, rows, text_key, config.max_documents)
+    if config.max_documents:
+        rows = rows.select(range(min(config.max_documents, len(rows))))
+    return _indexed(config, name, Column(name, rows, text_key))
+
+
+def _indexed(config: DataConfig, name: str, texts: Texts) -> IndexedDocuments:
+    if len(texts) == 0:
+        raise UserError(f"{name} has no documents: give data.dataset another file or split")
+    return IndexedDocuments(name, texts, config.shuffle, config.seed)
+
+
+def _load(config: DataConfig, split: str) -> tuple[Any, str, str]:
+    """A data set, its text column and its name in errors."""
+    if not config.dataset:
+        raise UserError(
+            "no data: give data.dataset (a hub name, a local file or folder, or python-stdlib)"
+        )
+    path = Path(config.dataset).expanduser()
+    if path.exists():
+        return _load_local(config, path, split)
+    if _looks_local(config.dataset):
+        raise UserError(
+            f"data {config.dataset} does not exist: give a file, a folder or a hub name"
+        )
+    return _load_hub(config, split), config.text_key, f"{config.dataset} ({split})"
+
+
+def _looks_local(name: str) -> bool:
+    suffixes = tuple(suffix for group in FORMATS.values() for suffix in group)
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(suffixes)
+
+
+def _load_local(config: DataConfig, path: Path, split: str) -> tuple[Any, str, str]:
+    name = f"{config.dataset} ({split})"
+    loader, files = local_files(path, split)
+    options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
+    base_split = _base(split)
+    with reading(name), quiet_datasets() as datasets:
+        rows = datasets.load_dataset(
+            loader,
+            data_files={base_split: [str(file) for file in files]},
+            split=split,
+            streaming=config.streaming,
+            **options,
+        )
+    return rows, "text" if loader == "text" else config.text_key, name
+
+
+def _load_hub(config: DataConfig, split: str) -> Any:
+    problem = hub_problem()
+    # Offline on purpose, the library answers from its cache at once; otherwise it retries for long.
+    if problem is not None and "HF_HUB_OFFLINE" not in problem:
+        raise _unreachable(config.dataset, problem)
+    name = f"{config.dataset} ({split})"
+    with reading(name), quiet_datasets() as datasets:
+        try:
+            return datasets.load_dataset(
+                config.dataset,
+                config.subset or None,
+                split=split,
+                revision=config.revision or None,
+                streaming=config.streaming,
+            )
+        except ConnectionError as error:
+            raise _unreachable(config.dataset, problem or first_line(error)) from error
+
+
+def _unreachable(name: str, problem: str) -> UserError:
+    return UserError(
+        f"data set {name!r} is no local file or folder, and as a hub name it cannot be loaded: "
+        f"{problem}; give data.dataset a local parquet, json, jsonl or txt file or folder, or "
+        "python-stdlib (HF_HUB_OFFLINE=1 uses what is cached)"
+    )
+
+
+def local_files(path: Path, split: str) -> tuple[str, list[Path]]:
+    """The loader for a local file or folder, and the files of `split` in it, sorted.
+
+    A folder's files belong to the split that their path names (`train-00001.parquet`,
+    `test/a.txt`); those that name none are training data.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_data(path, p))
+    for loader, suffixes in FORMATS.items():
+        matching = [file for file in files if file.suffix.lower() in suffixes]
+        if matching:
+            return loader, _of_split(path, matching, _base(split))
+    known = ", ".join(suffix for group in FORMATS.values() for suffix in group)
+    raise UserError(f"{path} holds no data file that can be read: known are {known}")
+
+
+def _is_data(root: Path, path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.is_file() and not hidden
+
+
+def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
+    named = {file: _words(root, file) for file in files}
+    chosen = [file for file, words in named.items() if split in words]
+    if not chosen and split == "train":
+        # A file given by name is what the person wants to read, whatever it is called.
+        chosen = [f for f, words in named.items() if root == f or words.isdisjoint(OTHER_SPLITS)]
+    if not chosen:
+        raise UserError(
+            f"{root} has no split {split!r}: no file's name says so "
+            f"(found {', '.join(file.name for file in files[:5])}); "
+            "give another split, or data.heldout for held-out text"
+        )
+    return chosen
+
+
+def _words(root: Path, file: Path) -> set[str]:
+    relative = file.name if root == file else file.relative_to(root).as_posix()
+    return set(re.split(r"[^a-z0-9]+", relative.lower()))
+
+
+def _base(split: str) -> str:
+    return re.split(r"[\[+]", split)[0]
+
+
+def checked_text(value: Any, name: str, text_key: str) -> str:
+    """`value` as a document; a missing one is empty."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise UserError(f"column {text_key!r} of {name} holds {kind}, not text: set data.text_key")
+    return value
+
+
+def _no_column(name: str, text_key: str, columns: Any) -> UserError:
+    return UserError(
+        f"{name} has no column {text_key!r}: set data.text_key to one of {', '.join(columns)}"
+    )
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what the `datasets` library raises for unreadable data into a `UserError`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"cannot read {name}: {first_line(cause)}") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[Any]:
+    """The `datasets` library without its bars and log lines, as it was found afterwards."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    level = logging.getLogger("datasets").level
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield datasets
+    finally:
+        logging.getLogger("datasets").setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,178 @@
+"""Loading, training and applying tokenizers."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame.data.hub import hub_problem
+from flame.errors import UserError, first_line
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257
+"""Every byte and the end of text."""
+
+CHUNK_DOCUMENTS = 64
+CHUNK_CHARACTERS = 1 << 17
+"""A chunk is tokenised in one call: enough to keep the tokenizer busy, little to wait for."""
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer in a folder, or of a hub model (cached or from the network).
+
+    Code that comes with a tokenizer is never run. Raises `UserError` for a folder without one and
+    for a hub name that cannot be reached.
+    """
+    if not reference:
+        raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
+    path = Path(reference).expanduser()
+    if path.exists():
+        return _local_tokenizer(path)
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise UserError(f"tokenizer folder {reference} does not exist")
+    problem = hub_problem()
+    try:
+        return _from_pretrained(reference, local_files_only=problem is not None)
+    except (OSError, ValueError, KeyError) as error:
+        reason = problem or first_line(error)
+        raise UserError(
+            f"cannot load tokenizer {reference!r}: it is no local folder, and as a hub name it "
+            f"cannot be loaded: {reason}"
+        ) from error
+
+
+def _local_tokenizer(path: Path) -> Any:
+    folder = path if path.is_dir() else path.parent
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json): give data.tokenizer")
+    try:
+        return _from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
+
+
+def _from_pretrained(reference: str, local_files_only: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        reference, local_files_only=local_files_only, trust_remote_code=False
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Any:
+    """Train a byte-level BPE on `texts`, save it in `folder` and return it.
+
+    The same texts in the same order give the same files. Every text can be encoded; end of text and
+    padding are `<|endoftext|>`, id 0. Source: Sennrich et al. 2016, over bytes as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"a byte-level vocabulary of {vocab_size} is too small: "
+            f"it takes at least {SMALLEST_VOCABULARY}"
+        )
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raise `UserError` if a text could become a token id that the model has no embedding for."""
+    padding = tokenizer.pad_token_id
+    ids = (i for i in tokenizer.get_vocab().values() if i != padding or i == tokenizer.eos_token_id)
+    largest = max(ids, default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer has token ids up to {largest}, beyond the model's vocabulary of "
+            f"{vocab_size}: use the model's own tokenizer, or set vocab_size to {largest + 1}"
+        )
+
+
+class Encoder:
+    """Texts to token ids, each document closed by the end-of-text token if asked for.
+
+    Nothing is put in front of a text (no BOS). An empty text has no tokens, no end either.
+    """
+
+    def __init__(self, tokenizer: Any, add_eos: bool) -> None:
+        if add_eos and tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-text token: set data.add_eos to false")
+        self.tokenizer = tokenizer
+        self.end = [tokenizer.eos_token_id] if add_eos else []
+
+    def stream(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
+        """The token ids `[n]` of each text; n is 0 for an empty one."""
+        for chunk in chunks(texts):
+            for ids in self._encode(chunk)["input_ids"]:
+                yield np.array([*ids, *self.end] if ids else [], dtype=np.int64)
+
+    def stream_with_bytes(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
+        """Ids and UTF-8 bytes `[2, n]` of each text's tokens; the bytes sum to the text's length.
+
+        A character that spans several tokens counts with the first of them, the end token is empty.
+        """
+        if not self.tokenizer.is_fast:
+            raise UserError("counting bytes needs a fast tokenizer (tokenizer.json): convert it")
+        for chunk in chunks(texts):
+            encoded = self._encode(chunk, return_offsets_mapping=True)
+            for text, ids, spans in zip(
+                chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            ):
+                end = self.end if ids else []
+                sizes = [*token_bytes(text, spans), *([0] * len(end))]
+                yield np.array([[*ids, *end], sizes], dtype=np.int64)
+
+    def _encode(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+
+
+def token_bytes(text: str, spans: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """UTF-8 bytes `[n]` of each token, from its characters' span in `text`; they sum to the text's.
+
+    What lies between spans, or behind the last, goes to the token that follows, or to the last.
+    """
+    if not spans:
+        return np.zeros(0, dtype=np.int64)
+    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sizes = 1 + sum((code_points >= bound).astype(np.int64) for bound in (0x80, 0x800, 0x10000))
+    position = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+    ends = np.maximum.accumulate(np.array([end for _, end in spans]))
+    ends[-1] = len(text)
+    return np.diff(position[ends], prepend=0)
+
+
+def chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    """`texts` in lists of a bounded number of documents and, but for the last, of characters."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) >= CHUNK_DOCUMENTS or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
