@@ -237,7 +237,7 @@ def _check_format(found: Any) -> None:
 
 def _get(content: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(content.get(key), kind):
-        what = {dict: "an object", str: "a text"}[kind]
+        what = "a text" if kind is str else "an object"
         raise ValueError(f"{key} is {_short(content.get(key))}, expected {what}")
     return content[key]
 

@@ -9,6 +9,7 @@ merged model it stands for, without training state, which belongs to the adapter
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +45,20 @@ Form = Literal["dcp", "hf"]
 OPTIMIZER_STATE = "optimizer.state."
 """Beginning of the names of optimizer entries in a step: then the parameter's, then the entry's."""
 
-Cuts = Mapping[str, tuple[tuple[int, Int64[Tensor, " n"]], ...]]
-"""By parameter: which positions survive along which dimensions."""
+
+@dataclass(frozen=True)
+class Cut:
+    """What survives of one dimension of a tensor."""
+
+    dim: int
+    size: int
+    """Length of the dimension before."""
+    kept: Int64[Tensor, " n"]
+    """Positions that survive, in increasing order."""
+
+
+Cuts = Mapping[str, tuple[Cut, ...]]
+"""By parameter: its dimensions that are cut."""
 
 
 class SlicedSource:
@@ -71,20 +84,20 @@ class SlicedSource:
     def info(self, name: str) -> TensorInfo:
         info = self._source.info(name)
         shape = list(info.shape)
-        for dim, kept in self._cuts_of(name):
-            shape[dim] = len(kept)
+        for cut in self._cuts_of(name):
+            shape[cut.dim] = len(cut.kept)
         return TensorInfo(tuple(shape), info.dtype)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor after the plan, or rows of it; UserError if it holds NaN or infinite values."""
+        """The tensor after the plan, or rows of it; UserError if it is not finite."""
         tensor = self._read_new(name) if name in self._new else self._read_sliced(name)
         check_tensor_finite(name, tensor)
         return tensor if rows is None else tensor[rows]
 
     def _read_sliced(self, name: str) -> Tensor:
         tensor = self._source.read(name)
-        for dim, kept in self._cuts_of(name):
-            tensor = tensor.index_select(dim, kept)
+        for cut in self._cuts_of(name):
+            tensor = tensor.index_select(cut.dim, cut.kept)
         return tensor
 
     def _read_new(self, name: str) -> Tensor:
@@ -96,7 +109,7 @@ class SlicedSource:
             )
         return tensor.to(info.dtype)
 
-    def _cuts_of(self, name: str) -> tuple[tuple[int, Int64[Tensor, " n"]], ...]:
+    def _cuts_of(self, name: str) -> tuple[Cut, ...]:
         parameter = parameter_of(name)
         if parameter == name:
             return self._cuts.get(name, ())
@@ -109,13 +122,9 @@ class SlicedSource:
         for name in sorted({*self._cuts, *self._new} - self._names):
             raise UserError(f"the checkpoint lacks {name}, which the plan prunes")
         for name, cuts in self._cuts.items():
-            for dim, kept in cuts:
-                self._check_dim(name, dim, int(kept.max()))
-
-    def _check_dim(self, name: str, dim: int, last: int) -> None:
-        shape = self._source.info(name).shape
-        if dim >= len(shape) or shape[dim] <= last:
-            raise UserError(f"{name} has shape {shape} in the checkpoint: is config.json its own?")
+            shape = self._source.info(name).shape
+            if any(cut.dim >= len(shape) or shape[cut.dim] != cut.size for cut in cuts):
+                raise UserError(f"{name} has shape {shape}, which config.json does not lead to")
 
 
 def parameter_of(name: str) -> str:
@@ -125,12 +134,13 @@ def parameter_of(name: str) -> str:
     return name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
 
 
-def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[tuple[int, Int64[Tensor, " n"]], ...]]:
-    """Which positions of which dimensions survive, by parameter, for a plan that fits the config."""
-    cuts: dict[str, tuple[tuple[int, Tensor], ...]] = {}
+def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[Cut, ...]]:
+    """What survives of each parameter that a plan, which fits the config, prunes."""
+    cuts: dict[str, tuple[Cut, ...]] = {}
     for space in planned_spaces(plan, config):
         for axis in space.axes:
-            cut = (axis.dim, positions(axis, plan.kept[space.name]))
+            kept = positions(axis, plan.kept[space.name])
+            cut = Cut(axis.dim, axis.layout.size, kept)
             cuts[axis.fqn] = (*cuts.get(axis.fqn, ()), cut)
     return cuts
 

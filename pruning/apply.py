@@ -1,0 +1,136 @@
+"""Stage `apply`: apply a plan to a checkpoint.
+
+`slimstate apply MODEL PLAN OUT [--to hf|dcp]`, or `python -m pruning.apply` with the same
+arguments. One process does the work.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flame.errors import run_stage
+
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+    from pruning.plan import Plan
+    from pruning.transform import Form
+
+log = logging.getLogger(__name__)
+
+WAIT = timedelta(hours=12)
+"""How long other ranks wait for the one that writes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    plan: Path
+    out: Path
+    """The folder to write."""
+    to: "Form | None" = None
+    """Format to write; None for the model's."""
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    from pruning.options import MODEL_HELP, Parser
+
+    parser = Parser("apply", "Apply a plan to a checkpoint.")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="file that slimstate plan wrote")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add = parser.add_argument
+    add("--to", choices=("hf", "dcp"), help="format to write (default: the model's)")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.checkpoint.reference import check_destination, resolve
+    from pruning.adapters import adapter_for
+    from pruning.plan import check_plan, read_plan
+
+    reference = resolve(options.model)
+    check_destination(reference, options.out, options.overwrite)
+    adapter_for(reference.config)
+    check_plan(read_plan(options.plan), reference.config, f"plan {options.plan}")
+
+
+def run(options: Options) -> None:
+    """Write the pruned model. Collective; rank 0 works and the others wait."""
+    from flame.checkpoint.reference import resolve
+    from flame.distributed import process_group
+
+    with process_group(WAIT):
+        reference = resolve(options.model)
+        on_first(lambda: _apply(options, reference))
+
+
+def _apply(options: Options, reference: "ModelReference") -> None:
+    from flame.checkpoint.fingerprint import fingerprint
+    from flame.output import replacing_folder
+    from pruning.plan import check_fingerprint, read_plan
+    from pruning.plan_command import summary
+    from pruning.transform import write_pruned
+
+    plan, form = read_plan(options.plan), form_of(options.to, reference)
+    mark = fingerprint(reference.config, reference.source())
+    check_fingerprint(plan, mark, f"plan {options.plan}")
+    out = options.out.absolute()
+    with replacing_folder(out, options.overwrite) as folder:
+        write_pruned(plan, reference, folder, form, out, options.plan.absolute().parent)
+    print(f"{options.out}: {summary(plan)}", flush=True)
+    say_what_to_know(plan, reference, form)
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Rank 0's result of `action`, None on other ranks, which wait. Collective.
+
+    A UserError is raised on every rank.
+    """
+    from flame.checkpoint.peers import Peers
+    from flame.distributed import rank
+
+    return Peers().agree(lambda: action() if rank() == 0 else None)
+
+
+def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":
+    """The format to write: the one asked for, or the model's own."""
+    return reference.kind if asked is None else asked
+
+
+def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") -> None:
+    """Warn of what a user may not expect of the output."""
+    from pruning.budgets import kernel_warning
+
+    if reference.is_lora and form == "dcp":
+        log.warning(
+            "slimstate: note: %s holds adapters, so the output is the merged model at step 0, "
+            "without optimizer state",
+            reference.folder,
+        )
+    for width in sorted(set(plan.widths.values())):
+        warning = kernel_warning(width)
+        if warning is not None:
+            log.warning("slimstate: warning: %s", warning)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Stage `calibrate`: sum a model's statistics over training data.
+
+`slimstate calibrate MODEL STATS [--sequences 16 …]`, or `torchrun … -m pruning.calibrate` with the
+same arguments.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flame.errors import UserError, run_stage
+
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+    from pruning.calibration_data import CalibrationData
+    from pruning.collect import ResumePoints
+    from pruning.options import DataOptions
+    from pruning.statistics import Statistic
+    from pruning.stats_file import Collected, Meta
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    stats: Path
+    """The folder to write."""
+    data: "DataOptions"
+    methods: tuple[str, ...]
+    """Collect what these methods need."""
+    save_every: int = 0
+    """Sequences between resume points; 0 saves at the end only."""
+    resume: bool = False
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    from pruning.methods import METHODS
+    from pruning.options import (
+        MODEL_HELP,
+        Parser,
+        add_data_options,
+        add_seed_option,
+        data_options,
+        whole,
+    )
+
+    parser = Parser("calibrate", "Sum a model's statistics over training data.")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("stats", metavar="STATS", type=Path, help="folder to write")
+    add = parser.add_argument
+    add("--methods", default=",".join(METHODS), help="collect for these (default: %(default)s)")
+    add("--save-every", type=whole(1), default=0, metavar="N", help="sequences between saves")
+    add("--resume", action="store_true", help="finish a calibration that was cut short")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add_data_options(parser)
+    add_seed_option(parser)
+    values = parser.parse_args(argv)
+    return Options(
+        model=values.model,
+        stats=values.stats,
+        data=data_options(values),
+        methods=tuple(values.methods.split(",")),
+        save_every=values.save_every,
+        resume=values.resume,
+        overwrite=values.overwrite,
+    )
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.checkpoint.reference import check_destination, resolve
+    from pruning.adapters import adapter_for
+    from pruning.calibration_data import calibration_data, check_data
+
+    kinds_of(options.methods)
+    reference = resolve(options.model)
+    check_destination(reference, options.stats, options.overwrite or options.resume)
+    adapter_for(reference.config)
+    data = calibration_data(reference, options.data)
+    if options.resume:
+        _check_resume(options, data)
+    check_data(data, reference.config["vocab_size"], world_size)
+
+
+def run(options: Options) -> None:
+    """Calibrate as the options say. Collective; inside a process group, or starting one."""
+    from flame.checkpoint.reference import resolve
+    from flame.distributed import process_group
+    from pruning.apply import on_first
+    from pruning.calibration_data import calibration_data
+    from pruning.stats_file import save_statistics
+
+    with process_group():
+        reference = resolve(options.model)
+        data = calibration_data(reference, options.data)
+        collected, meta = calibrate(reference, kinds_of(options.methods), data, options)
+        overwrite = options.overwrite or options.resume or options.save_every > 0
+
+        def save() -> None:
+            save_statistics(options.stats, collected, meta, overwrite)
+            names = ", ".join(meta.statistics)
+            print(f"{options.stats}: {names} over {meta.tokens:,} tokens", flush=True)
+
+        on_first(save)
+
+
+def calibrate(
+    reference: "ModelReference",
+    kinds: "tuple[type[Statistic], ...]",
+    data: "CalibrationData",
+    options: Options | None = None,
+) -> "tuple[Collected, Meta]":
+    """Statistics of a model, after a look at its weights. Collective over all ranks.
+
+    Args:
+        reference: the model.
+        kinds: the statistics to collect.
+        data: what to run the model on.
+        options: for resume points and resuming; None for neither.
+
+    Raises:
+        UserError: on every rank: weights or activations are not finite, the data is too short, or
+            the sums to resume from are another model's.
+    """
+    from flame.checkpoint.fingerprint import check_finite, fingerprint
+    from flame.checkpoint.peers import Peers
+    from flame.distributed import rank
+    from pruning.adapters import adapter_for
+    from pruning.collect import collect
+
+    def examine() -> str | None:
+        if rank() > 0:
+            return None
+        source = reference.source()
+        check_finite(source)
+        return fingerprint(reference.config, source)
+
+    peers = Peers()
+    mark = peers.from_first(peers.agree(examine))
+    assert mark is not None
+    head_dims = [space.head_dim for space in adapter_for(reference.config).spaces(reference.config)]
+    if rank() == 0 and data.sequences * data.seq_len < max(head_dims):
+        log.warning(
+            "slimstate: warning: %d calibration tokens for %d channels a head: give more",
+            data.sequences * data.seq_len,
+            max(head_dims),
+        )
+    resumed = peers.agree(lambda: _resumed(reference, kinds, mark, options))
+    return collect(reference, kinds, data, mark, _points(options), resumed)
+
+
+def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
+    """The statistics that these methods need; UserError for an unknown name or no need at all."""
+    from pruning.methods import METHODS
+
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    kinds = {kind.__name__: kind for name in methods for kind in METHODS[name].needs}
+    if not kinds:
+        raise UserError(f"{', '.join(methods)} needs no statistics: there is nothing to calibrate")
+    return tuple(kinds[name] for name in sorted(kinds))
+
+
+def _check_resume(options: Options, data: "CalibrationData") -> None:
+    from pruning.stats_file import read_meta
+
+    meta = read_meta(options.stats)
+    if meta.is_complete:
+        raise UserError(f"{options.stats} is complete: there is nothing to resume")
+    asked = {
+        "data": data.record(),
+        "seq_len": data.seq_len,
+        "seed": data.config.seed,
+        "wanted": data.sequences,
+        "statistics": sorted(kind.__name__ for kind in kinds_of(options.methods)),
+    }
+    for key, value in asked.items():
+        if getattr(meta, key) != value:
+            raise UserError(
+                f"{options.stats} was begun with {key} {getattr(meta, key)}, not {value}: resume "
+                "it with the options that it was begun with"
+            )
+
+
+def _resumed(
+    reference: "ModelReference",
+    kinds: "tuple[type[Statistic], ...]",
+    mark: str,
+    options: Options | None,
+) -> "tuple[Collected, Meta] | None":
+    """The sums to go on from, read by every rank; None unless resuming."""
+    if options is None or not options.resume:
+        return None
+    from pruning.adapters import adapter_for
+    from pruning.stats_file import check_model, load_statistics, read_meta
+
+    meta = read_meta(options.stats)
+    check_model(options.stats, meta, mark)
+    spaces = adapter_for(reference.config).spaces(reference.config)
+    return load_statistics(options.stats, spaces, kinds), meta
+
+
+def _points(options: Options | None) -> "ResumePoints | None":
+    from pruning.collect import ResumePoints
+    from pruning.stats_file import save_statistics
+
+    if options is None or options.save_every == 0:
+        return None
+
+    def save(collected: "Collected", meta: "Meta") -> None:
+        save_statistics(options.stats, collected, meta, overwrite=True)
+
+    return ResumePoints(options.save_every, save)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()

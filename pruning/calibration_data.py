@@ -1,0 +1,137 @@
+"""Which sequences a calibration reads: the training data pipeline, bounded and seeded.
+
+The defaults are those that the model was trained with, from its run folder's recipe.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.reference import ModelReference
+from flame.data.config import DataConfig
+from flame.errors import UserError, first_line
+from pruning.options import SEQ_LEN, DataOptions
+
+NOT_RECORDED = ("heldout", "heldout_split", "repeat", "seed", "tokenizer")
+"""Fields of the data's configuration that do not say what was calibrated on, or are said apart."""
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """A bounded part of a token stream, the same at every world size."""
+
+    config: DataConfig
+    tokenizer: str
+    """A folder or hub name."""
+    sequences: int
+    seq_len: int
+    """Tokens a sequence."""
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the data, for plans and statistics."""
+        values = dataclasses.asdict(self.config)
+        return {key: value for key, value in values.items() if key not in NOT_RECORDED}
+
+    def documents(self) -> Any:
+        """The documents, as `flame.data.sources.build_documents` gives them."""
+        from flame.data.sources import build_documents
+
+        return build_documents(self.config, self.config.split)
+
+    def loader(self, rank: int, world_size: int) -> Any:
+        """The loader of one rank: a sequence a batch, so that no sum depends on the batch."""
+        from flame.data.loader import PackedLoader
+        from flame.data.tokenizer import load_tokenizer
+
+        return PackedLoader(
+            self.documents(),
+            load_tokenizer(self.tokenizer),
+            self.config,
+            seq_len=self.seq_len,
+            local_batch_size=1,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def calibration_data(reference: ModelReference, options: DataOptions) -> CalibrationData:
+    """What `options` and, for what they leave open, the recipe of `reference` say.
+
+    Raises:
+        UserError: neither names data or a tokenizer, or the recipe cannot be read.
+    """
+    recipe = _read_recipe(reference.recipe) if reference.recipe else {}
+    config = _trained_on(recipe, reference)
+    if options.data:
+        config = dataclasses.replace(config, dataset=options.data, **_FRESH)
+    for key in ("subset", "split", "text_key"):
+        if getattr(options, key):
+            config = dataclasses.replace(config, **{key: getattr(options, key)})
+    if not config.dataset:
+        raise UserError(
+            f"{reference.folder} has no recipe that names its training data: give --data"
+        )
+    seq_len = options.seq_len or recipe.get("training", {}).get("seq_len") or SEQ_LEN
+    return CalibrationData(
+        config=dataclasses.replace(config, seed=options.seed, repeat=False),
+        tokenizer=_tokenizer(reference, options, config),
+        sequences=options.sequences,
+        seq_len=seq_len,
+    )
+
+
+def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
+    """Refuse data that cannot be calibrated on, before any process starts.
+
+    Raises:
+        UserError: the tokenizer is not the model's, the data is not there or too short, or the
+            processes do not divide its virtual shards.
+    """
+    from flame.data.loader import check_enough, check_order, check_vocabulary
+    from flame.data.tokenizer import load_tokenizer
+
+    check_order(data.config.virtual_shards, world_size)
+    tokenizer = load_tokenizer(data.tokenizer)
+    check_vocabulary(tokenizer, vocab_size)
+    check_enough(data.documents(), tokenizer, data.config, data.seq_len, data.sequences)
+
+
+_FRESH: dict[str, Any] = {
+    "subset": DataConfig.subset,
+    "split": DataConfig.split,
+    "revision": DataConfig.revision,
+    "text_key": DataConfig.text_key,
+    "max_documents": DataConfig.max_documents,
+}
+"""What the recipe says of its own data set and not of another."""
+
+
+def _trained_on(recipe: dict[str, Any], reference: ModelReference) -> DataConfig:
+    table = recipe.get("data", {})
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UserError(f"recipe key data.{unknown[0]} of {reference.recipe} is unknown")
+    return DataConfig(**table)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    # flame.config reads recipes too, but imports torchtitan.
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not TOML: {first_line(error)}") from error
+
+
+def _tokenizer(reference: ModelReference, options: DataOptions, config: DataConfig) -> str:
+    own = str(reference.tokenizer) if reference.tokenizer else ""
+    found = options.tokenizer or own or config.tokenizer
+    if not found:
+        raise UserError(
+            f"{reference.folder} has no tokenizer, and calibration reads text: give --tokenizer"
+        )
+    return found

@@ -1,0 +1,146 @@
+"""Stage `plan`: choose the channels to keep, and write the plan.
+
+`slimstate plan MODEL PLAN --method NAME --ratio R [--stats STATS]`, or
+`python -m pruning.plan_command` with the same arguments. One process does the work.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flame.errors import UserError, run_stage
+
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+    from pruning.choose import Budget
+    from pruning.methods import Method
+    from pruning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    plan: Path
+    """The file to write."""
+    method: "Method"
+    budget: "Budget"
+    stats: Path | None = None
+    """Statistics folder; None if the method needs none."""
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    from pruning import options as shared
+
+    parser = shared.Parser("plan", "Choose the channels to keep.")
+    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="file to write")
+    parser.add_argument("--stats", type=Path, help="folder that slimstate calibrate wrote")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    shared.add_method_options(parser)
+    shared.add_budget_options(parser)
+    shared.add_seed_option(parser)
+    values = parser.parse_args(argv)
+    return Options(
+        model=values.model,
+        plan=values.plan,
+        method=shared.method(values),
+        budget=shared.budget(values),
+        stats=values.stats,
+        overwrite=values.overwrite,
+    )
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.checkpoint.reference import resolve
+    from flame.output import check_output
+    from pruning.choose import check_budget
+
+    reference = resolve(options.model)
+    check_output(options.plan, options.overwrite, inside=reference.folder)
+    check_budget(options.budget, reference.config)
+    check_stats(options.stats, options.method)
+
+
+def run(options: Options) -> None:
+    """Write the plan. Collective; rank 0 works and the others wait."""
+    from flame.checkpoint.reference import resolve
+    from flame.distributed import process_group
+    from flame.output import replacing_file
+    from pruning.apply import on_first
+    from pruning.plan import plan_text
+
+    def write() -> None:
+        plan = planned(resolve(options.model), options.method, options.budget, options.stats)
+        with replacing_file(options.plan, options.overwrite) as path:
+            path.write_text(plan_text(plan))
+        print(f"{options.plan}: {summary(plan)}", flush=True)
+
+    with process_group():
+        on_first(write)
+
+
+def check_stats(stats: Path | None, method: "Method") -> None:
+    """Raise UserError unless the statistics folder, or its absence, serves the method."""
+    from pruning.stats_file import check_kinds, read_meta
+
+    if not method.needs:
+        return
+    if stats is None:
+        raise UserError(
+            f"{method.name} chooses by statistics: make them with slimstate calibrate, and give "
+            "--stats"
+        )
+    check_kinds(stats, read_meta(stats), method.needs, method.name)
+
+
+def planned(
+    reference: "ModelReference", method: "Method", budget: "Budget", stats: Path | None
+) -> "Plan":
+    """The plan of `method` from saved statistics. One process does it alone."""
+    from flame.checkpoint.fingerprint import fingerprint
+    from pruning.adapters import adapter_for
+    from pruning.choose import choose
+    from pruning.plan import spaces_of_kind
+    from pruning.stats_file import check_model, load_statistics, read_meta
+
+    config, source = reference.config, reference.source()
+    if stats is None or not method.needs:
+        return choose(config, source, method, budget)
+    meta = read_meta(stats)
+    check_model(stats, meta, fingerprint(config, source))
+    spaces = spaces_of_kind(adapter_for(config), config, budget.space)
+    statistics = load_statistics(stats, spaces, method.needs)
+    return choose(config, source, method, budget, statistics, meta.for_plan())
+
+
+def summary(plan: "Plan") -> str:
+    """What a plan does, in a few words."""
+    from pruning.adapters import adapter_for
+
+    adapter = adapter_for(plan.config_before)
+    spaces = {space.name: space for space in adapter.spaces(plan.config_before)}
+    name, width = next(iter(plan.widths.items()))
+    before, after = map(adapter.state_bytes, (plan.config_before, plan.config_after))
+    return (
+        f"{plan.method} keeps {width} of {spaces[name].head_dim} {spaces[name].noun} a head in "
+        f"{len(plan.kept)} layers; state of a sequence {before:,} -> {after:,} bytes"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()

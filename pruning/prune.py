@@ -1,0 +1,143 @@
+"""Stage `prune`: calibrate, plan and apply in one; the plan stays in the output.
+
+`slimstate prune MODEL OUT --method drrqr --ratio 0.5 --space key [--to hf|dcp] [--nproc N]`, or
+`torchrun … -m pruning.prune` with the same arguments. A method that needs no statistics reads no
+data, and takes a model without a tokenizer.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flame.errors import run_stage
+
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+    from pruning.choose import Budget
+    from pruning.methods import Method
+    from pruning.options import DataOptions
+    from pruning.plan import Plan
+    from pruning.transform import Form
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    out: Path
+    """The folder to write."""
+    method: "Method"
+    budget: "Budget"
+    data: "DataOptions"
+    stats: Path | None = None
+    """Saved statistics to use instead of calibrating."""
+    to: "Form | None" = None
+    """Format to write; None for the model's."""
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    from pruning import options as shared
+
+    parser = shared.Parser("prune", "Calibrate, plan and apply in one.")
+    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add = parser.add_argument
+    add("--to", choices=("hf", "dcp"), help="format to write (default: the model's)")
+    add("--stats", type=Path, help="use the statistics of slimstate calibrate")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    shared.add_method_options(parser)
+    shared.add_budget_options(parser)
+    shared.add_data_options(parser)
+    shared.add_seed_option(parser)
+    values = parser.parse_args(argv)
+    return Options(
+        model=values.model,
+        out=values.out,
+        method=shared.method(values),
+        budget=shared.budget(values),
+        data=shared.data_options(values),
+        stats=values.stats,
+        to=values.to,
+        overwrite=values.overwrite,
+    )
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.checkpoint.reference import check_destination, resolve
+    from pruning.calibration_data import calibration_data, check_data
+    from pruning.choose import check_budget
+    from pruning.plan_command import check_stats
+
+    reference = resolve(options.model)
+    check_destination(reference, options.out, options.overwrite)
+    check_budget(options.budget, reference.config)
+    if options.stats is not None:
+        check_stats(options.stats, options.method)
+    elif options.method.needs:
+        data = calibration_data(reference, options.data)
+        check_data(data, reference.config["vocab_size"], world_size)
+
+
+def run(options: Options) -> None:
+    """Prune as the options say. Collective; inside a process group, or starting one."""
+    from flame.checkpoint.reference import resolve
+    from flame.distributed import process_group, rank
+    from flame.output import replacing_folder
+    from pruning.apply import WAIT, form_of, on_first, say_what_to_know
+    from pruning.plan_command import summary
+    from pruning.transform import write_pruned
+
+    reference, out = resolve(options.model), options.out.absolute()
+    form = form_of(options.to, reference)
+    with process_group(WAIT), ExitStack() as stack:
+        output = replacing_folder(out, options.overwrite)
+        folder = on_first(lambda: stack.enter_context(output))
+        plan = make_plan(options, reference)
+        on_first(lambda: write_pruned(plan, reference, folder, form, out))
+        on_first(stack.close)
+        if rank() == 0:
+            print(f"{options.out}: {summary(plan)}", flush=True)
+            say_what_to_know(plan, reference, form)
+
+
+def make_plan(options: Options, reference: "ModelReference") -> "Plan":
+    """The plan that the options ask for, on rank 0; calibrates if the method needs it. Collective.
+
+    On other ranks the result has no meaning.
+    """
+    from pruning.apply import on_first
+    from pruning.calibrate import calibrate
+    from pruning.calibration_data import calibration_data
+    from pruning.choose import choose
+    from pruning.plan_command import planned
+
+    method, budget = options.method, options.budget
+    if options.stats is not None or not method.needs:
+        return on_first(lambda: planned(reference, method, budget, options.stats))
+    data = calibration_data(reference, options.data)
+    collected, meta = calibrate(reference, method.needs, data)
+
+    def chosen() -> "Plan":
+        source = reference.source()
+        return choose(reference.config, source, method, budget, collected, meta.for_plan())
+
+    return on_first(chosen)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()
