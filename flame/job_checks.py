@@ -62,7 +62,6 @@ def _check_numbers(job: Any) -> None:
         "optimizer.lr": job.optimizer.lr,
         "checkpoint.interval": job.checkpoint.interval,
         "metrics.log_freq": job.metrics.log_freq,
-        "data.virtual_shards": job.data.virtual_shards,
     }
     for name, value in positive.items():
         if not (math.isfinite(value) and value > 0):
@@ -83,21 +82,14 @@ def _check_numbers(job: Any) -> None:
 
 
 def _check_batch(job: Any, world_size: int) -> None:
+    from flame.data.loader import check_order
+
     batch, local = job.training.global_batch_size, job.training.local_batch_size
     if batch < 1:
         raise UserError(
             "training.global_batch_size must be set: the batch must not depend on the processes"
         )
-    if batch % (local * world_size):
-        raise UserError(
-            f"training.global_batch_size {batch} is not a multiple of local_batch_size {local} "
-            f"times {world_size} processes"
-        )
-    if job.data.virtual_shards % world_size:
-        raise UserError(
-            f"{world_size} processes do not divide {job.data.virtual_shards} virtual shards: "
-            "choose a divisor, or set data.virtual_shards before training starts"
-        )
+    check_order(job.data.virtual_shards, world_size, batch, local)
 
 
 def _check_checkpoint(job: Any) -> None:

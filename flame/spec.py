@@ -18,10 +18,10 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
-from flame.data.loader import PackedLoader
+from flame.data.loader import PackedLoader, alone
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
-from flame.distributed import device_type
+from flame.distributed import device_type, gather_objects
 from flame.errors import UserError
 from flame.lora import initialise_adapters, inject
 from flame.model import (
@@ -174,7 +174,13 @@ def build_loader(
         local_batch_size=training.local_batch_size,
         rank=dp_rank,
         world_size=dp_world_size,
+        agree=alone if data.repeat or dp_world_size == 1 else all_agree,
     )
+
+
+def all_agree(ready: bool) -> bool:
+    """Whether all ranks are ready. Collective."""
+    return all(gather_objects(ready))
 
 
 def tokenizer_of(job: Any) -> Any:

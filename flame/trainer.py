@@ -91,6 +91,11 @@ class Trainer(TitanTrainer):
             self.step -= 1
             self.checkpointer.save(self.step, last_step=True)
 
+    def close(self) -> None:
+        if self.dataloader is not None:
+            self.dataloader.close()
+        super().close()
+
     def _log(
         self, loss: Tensor, local_tokens: int, global_tokens: float, norm: Tensor, rate: float
     ) -> None:
