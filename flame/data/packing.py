@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from flame.errors import UserError
 IGNORE_INDEX = -100
 """Label of a token with nothing to predict, as torch's and torchtitan's cross entropy read it."""
 
-Array = NDArray[np.int64]
+Array: TypeAlias = NDArray[np.int64]
 Batch = tuple[dict[str, Tensor], Tensor]
 
 

@@ -33,15 +33,16 @@ OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 """Names by which a folder's files are known not to be training data."""
 
 READ_CHUNK = 64
-"""Documents fetched at once from a set that can be indexed."""
+"""Documents fetched at once."""
 
 
 class Documents(Protocol):
     name: str
     """The set as errors call it."""
 
-    size: int | None
-    """Number of documents, `None` for a stream."""
+    @property
+    def size(self) -> int | None:
+        """Number of documents, `None` for a stream."""
 
     def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
         """The texts of a virtual shard in the order of an epoch, from its `start`-th on."""
@@ -93,11 +94,18 @@ class StreamedDocuments:
     size: None = None
 
     def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
+        rows = self._rows(shard, num_shards, start)
+        while chunk := self._read(rows):
+            yield from chunk
+
+    def _read(self, rows: Iterator[dict[str, Any]]) -> list[str]:
         with reading(self.name):
-            for row in self._rows(shard, num_shards, start):
-                if self.text_key not in row:
-                    raise _no_column(self.name, self.text_key, row)
-                yield checked_text(row[self.text_key], self.name, self.text_key)
+            return [self._text(row) for row in islice(rows, READ_CHUNK)]
+
+    def _text(self, row: dict[str, Any]) -> str:
+        if self.text_key not in row:
+            raise _no_column(self.name, self.text_key, row)
+        return checked_text(row[self.text_key], self.name, self.text_key)
 
     def _rows(self, shard: int, num_shards: int, start: int) -> Iterator[dict[str, Any]]:
         if self.limit == 0 and self.rows.num_shards % num_shards == 0:
@@ -163,7 +171,7 @@ def build_documents(config: DataConfig, split: str) -> Documents:
 
 def _indexed(config: DataConfig, name: str, texts: Texts) -> IndexedDocuments:
     if len(texts) == 0:
-        raise UserError(f"{name} has no documents: give data.dataset another file or split")
+        raise _no_documents(name)
     return IndexedDocuments(name, texts, config.shuffle, config.seed)
 
 
@@ -193,7 +201,7 @@ def _load_local(config: DataConfig, path: Path, split: str) -> tuple[Any, str, s
     loader, files = local_files(path, split)
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
     base_split = _base(split)
-    with reading(name), quiet_datasets() as datasets:
+    with reading(name) as datasets:
         rows = datasets.load_dataset(
             loader,
             data_files={base_split: [str(file) for file in files]},
@@ -210,7 +218,7 @@ def _load_hub(config: DataConfig, split: str) -> Any:
     if problem is not None and "HF_HUB_OFFLINE" not in problem:
         raise _unreachable(config.dataset, problem)
     name = f"{config.dataset} ({split})"
-    with reading(name), quiet_datasets() as datasets:
+    with reading(name) as datasets:
         try:
             return datasets.load_dataset(
                 config.dataset,
@@ -285,6 +293,10 @@ def checked_text(value: Any, name: str, text_key: str) -> str:
     return value
 
 
+def _no_documents(name: str) -> UserError:
+    return UserError(f"{name} has no documents: give data.dataset another file, folder or split")
+
+
 def _no_column(name: str, text_key: str, columns: Any) -> UserError:
     return UserError(
         f"{name} has no column {text_key!r}: set data.text_key to one of {', '.join(columns)}"
@@ -292,29 +304,30 @@ def _no_column(name: str, text_key: str, columns: Any) -> UserError:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn what the `datasets` library raises for unreadable data into a `UserError`."""
+def reading(name: str) -> Iterator[Any]:
+    """The `datasets` library, silent; what it raises for unreadable data becomes a `UserError`."""
+    import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        yield
+        with _silent(datasets):
+            yield datasets
     except (DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"cannot read {name}: {first_line(cause)}") from error
+    except StopIteration as error:
+        # The JSON reader ends so on a file without a single record.
+        raise _no_documents(name) from error
 
 
 @contextmanager
-def quiet_datasets() -> Iterator[Any]:
-    """The `datasets` library without its bars and log lines, as it was found afterwards."""
-    import datasets
-
-    bars = datasets.are_progress_bars_disabled()
-    level = logging.getLogger("datasets").level
+def _silent(datasets: Any) -> Iterator[None]:
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        yield datasets
+        yield
     finally:
-        logging.getLogger("datasets").setLevel(level)
-        if not bars:
+        datasets.logging.set_verbosity(level)
+        if bars:
             datasets.enable_progress_bars()
