@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from flame.errors import UserError, first_line
@@ -119,14 +119,15 @@ class Job:
 
     def _run_here(self) -> None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        with _environment(self._rank_zero() | address):
+        with _environment(self._rank_zero() | address), _own_signals():
+            signal.signal(signal.SIGTERM, _leave)
             self.stage.run(self.options)
 
     def _run_workers(self) -> None:
         with tempfile.TemporaryDirectory(prefix="slimstate-") as reports:
             worker = ["-m", "launch.worker", reports, self.stage.__name__, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
-            with _environment(_worker_defaults(self.topology.nproc)), _own_signals():
+            with _environment(_worker_defaults(self.topology.nproc)), _own_signals(), _no_logs():
                 _run_agent([*self.topology.torchrun_options(), *log, *worker], Path(reports))
 
     def _rank_zero(self) -> dict[str, str]:
@@ -260,17 +261,30 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Undo what the agent does to this process: its signal handlers and its log records."""
+    """Put this process's signal handlers back at the end; the agent installs its own."""
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {kind: signal.getsignal(kind) for kind in kinds}
-    level = logging.root.manager.disable
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Silence the agent's log records: they repeat what the workers say, at length."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(level)
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        logging.disable(before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit as a shell reports the signal, after outputs that are half written are removed."""
+    raise SystemExit(128 + number)
 
 
 def _run_agent(arguments: list[str], reports: Path) -> None:

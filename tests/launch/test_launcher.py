@@ -105,9 +105,10 @@ def test_restart_after_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_workers(tmp_path: Path, number: signal.Signals) -> None:
-    process = _hanging_job(tmp_path)
-    pids = _wait_for_workers(tmp_path)
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_signal_ends_the_job(tmp_path: Path, nproc: int, number: signal.Signals) -> None:
+    process = _job(f"Topology(nproc={nproc})", "hang", tmp_path)
+    pids = _wait_for_workers(tmp_path, nproc)
     began = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
@@ -118,8 +119,8 @@ def test_signal_ends_the_workers(tmp_path: Path, number: signal.Signals) -> None
 
 
 def test_death_of_the_launcher_ends_the_workers(tmp_path: Path) -> None:
-    process = _hanging_job(tmp_path)
-    pids = _wait_for_workers(tmp_path)
+    process = _job("Topology(nproc=2)", "hang", tmp_path)
+    pids = _wait_for_workers(tmp_path, 2)
     process.kill()
     process.communicate(timeout=30)
     _wait_until(lambda: not any(map(_alive, pids)))
@@ -229,8 +230,9 @@ def _environment(file: Path) -> dict[str, str]:
 def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
     words = [str(argument) for argument in arguments]
     code = (
-        "from launch.launcher import Topology, start; from tests.launch import probe_stage; "
-        f"start(probe_stage, {words}, {topology})"
+        "from flame.errors import run_stage; from launch.launcher import Topology, start; "
+        "from tests.launch import probe_stage; "
+        f"run_stage(lambda: start(probe_stage, {words}, {topology}))"
     )
     temporary = Path(str(arguments[-1]), "tmp")
     temporary.mkdir(exist_ok=True)
@@ -243,12 +245,8 @@ def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def _hanging_job(folder: Path) -> subprocess.Popen[str]:
-    return _job("Topology(nproc=2)", "hang", folder)
-
-
-def _wait_for_workers(folder: Path) -> list[int]:
-    files = [folder / f"pid-{rank}" for rank in range(2)]
+def _wait_for_workers(folder: Path, count: int) -> list[int]:
+    files = [folder / f"pid-{rank}" for rank in range(count)]
     _wait_until(lambda: all(file.exists() and file.read_text() for file in files))
     return [int(file.read_text()) for file in files]
 
