@@ -123,10 +123,15 @@ def _select(
     gram: Float64[Tensor, "n d d"], k: int, f: float, max_swaps: int | None
 ) -> Bool[Tensor, "n d"]:
     selected, rank = _pivot(gram, k)
+    sound = torch.ones_like(rank, dtype=torch.bool)
     for r in rank.unique().tolist():
         same = (rank == r).nonzero().squeeze(-1)
         if 0 < r < gram.shape[-1]:
-            selected[same] = _exchange(gram[same], selected[same], f, max_swaps)
+            selected[same], sound[same] = _exchange(gram[same], selected[same], f, max_swaps)
+    if max_swaps is None:
+        sound &= (rank == k) | _nothing_left(gram, selected)
+        for i in (~sound).nonzero().squeeze(-1).tolist():
+            selected[i] = _grow(gram[i], k, f)
     return _fill(selected, k)
 
 
@@ -179,26 +184,71 @@ def _exchange(
     selected: Bool[Tensor, "n d"],
     f: float,
     max_swaps: int | None,
-) -> Bool[Tensor, "n d"]:
+) -> tuple[Bool[Tensor, "n d"], Bool[Tensor, " n"]]:
     """Exchange columns until no exchange grows the volume by more than f.
 
     Volumes are computed afresh after every `_REFRESH` exchanges and must have grown: a matrix
-    on which rounding hides growth stays as it was, so this always ends.
+    on which rounding hides growth stays as it was, so this always ends. Such a matrix is unsound,
+    the second result; so is one whose selection is singular to rounding.
     """
     settled, current = selected.clone(), selected.clone()
+    sound = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     volume = gram.new_full((len(gram),), -torch.inf)
     left = torch.full_like(volume, torch.inf if max_swaps is None else max_swaps)
     busy = torch.arange(len(gram), device=gram.device)
     while len(busy):
         tableau, grown_to = _tableau(gram[busy], current[busy])
         grown = grown_to > volume[busy]
+        sound[busy[~grown]] = False
         busy, tableau = busy[grown], tableau[grown]
         settled[busy], volume[busy] = current[busy], grown_to[grown]
         after, swaps = _exchange_some(tableau, current[busy], f, left[busy])
         current[busy] = after
         left[busy] -= swaps
         busy = busy[swaps > 0]
-    return settled
+    return settled, sound
+
+
+def _grow(gram: Float64[Tensor, "d d"], k: int, f: float) -> Bool[Tensor, " d"]:
+    """Strong RRQR of one matrix, exchanging columns after every pivot and not only after the last.
+
+    The coefficients X of Kahan-like matrices grow exponentially over the pivots, and with them the
+    rounding errors of what is left, until neither the rank nor a volume can be computed. Exchanges
+    in between keep X below f (algorithm 5 of Gu and Eisenstat), at k times the cost.
+    """
+    grams = gram[None]
+    selected = torch.zeros_like(grams[0], dtype=torch.bool)[:1]
+    for _ in range(k):
+        residual = _residual(grams, selected).masked_fill(selected, -torch.inf)
+        pivot = _first_largest(residual, _resolution(grams))
+        if not bool(residual[0, pivot] > _resolution(grams)):
+            break
+        larger = selected.scatter(1, pivot[:, None], True)
+        if bool(_tableau(grams, larger)[1].isnan()):
+            break
+        selected, _ = _exchange(grams, larger, f, None)
+    return selected[0]
+
+
+def _nothing_left(
+    gram: Float64[Tensor, "n d d"], selected: Bool[Tensor, "n d"]
+) -> Bool[Tensor, " n"]:
+    """Whether the selected columns span the others, to the resolution of the Gram matrix."""
+    spanned = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    count = selected.sum(-1)
+    for r in count.unique().tolist():
+        same = (count == r).nonzero().squeeze(-1)
+        residual = _residual(gram[same], selected[same]).masked_fill(selected[same], 0.0)
+        spanned[same] = residual.amax(-1) <= _resolution(gram[same])
+    return spanned
+
+
+def _residual(
+    gram: Float64[Tensor, "n d d"], selected: Bool[Tensor, "n d"]
+) -> Float64[Tensor, "n d"]:
+    """Squared distances of the columns from the span of the selected ones."""
+    tableau = _tableau(gram, selected)[0] if bool(selected.any()) else gram
+    return tableau.diagonal(dim1=-2, dim2=-1)
 
 
 def _tableau(
@@ -233,12 +283,12 @@ def _exchange_some(
     selected, swaps = selected.clone(), torch.zeros_like(left)
     busy = torch.arange(len(tableau), device=tableau.device)
     for _ in range(_REFRESH):
-        growth, pair = _best_exchange(tableau, selected[busy])
-        going = (growth > f * f) & (swaps[busy] < left[busy])
-        busy, tableau, pair = busy[going], tableau[going], pair[going]
         if len(busy) == 0:
             break
-        tableau = _principal_pivot(tableau, pair)
+        growth, pair = _best_exchange(tableau, selected[busy])
+        going = (growth > f * f) & (swaps[busy] < left[busy])
+        busy, pair = busy[going], pair[going]
+        tableau = _principal_pivot(tableau[going], pair)
         selected[busy[:, None], pair] = selected[busy[:, None], pair].logical_not()
         swaps[busy] += 1
     return selected, swaps

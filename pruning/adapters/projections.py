@@ -40,6 +40,9 @@ def linear_layers(config: Config) -> list[int]:
     specifications = config.get("attn") or []
     if isinstance(specifications, dict):
         specifications = [specifications]
+    for specification in specifications:
+        if not isinstance(specification, dict) or not isinstance(specification.get("layers"), list):
+            raise UserError(f"config: attn is {specification!r}, expected a dict with its layers")
     softmax = {layer for specification in specifications for layer in specification["layers"]}
     return [layer for layer in range(config["num_hidden_layers"]) if layer not in softmax]
 

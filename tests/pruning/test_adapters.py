@@ -191,6 +191,8 @@ def test_gated_deltanet_keeps_its_value_width() -> None:
         ({"model_type": "gated_deltanet", "expand_v": -1}, "expand_v is -1"),
         ({"model_type": "delta_net", "hidden_size": 0}, "hidden_size is 0"),
         ({"model_type": "delta_net", "num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"model_type": "delta_net", "attn": {"num_heads": 2}}, "attn is"),
+        ({"model_type": "delta_net", "attn": [3]}, "attn is 3"),
         ({"model_type": "llama"}, "'llama'.*delta_net, gated_deltanet"),
         ({}, "no model_type.*delta_net, gated_deltanet"),
     ],

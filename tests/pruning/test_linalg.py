@@ -42,15 +42,18 @@ def pivots(matrix: Tensor, k: int) -> list[int]:
 
 
 def assert_strong(matrix: Tensor, kept: Tensor, f: float) -> None:
-    """Gu and Eisenstat's two inequalities, to what a Gram matrix resolves of singular values."""
+    """Gu and Eisenstat's two inequalities, to what a Gram matrix resolves.
+
+    Squared column lengths below d eps max(diag G) are rounding; d such columns make up the slack.
+    """
     d, k = matrix.shape[1], len(kept)
     q = math.sqrt(1 + f * f * k * (d - k))
     whole = torch.linalg.svdvals(matrix)
-    slack = math.sqrt(d * EPS) * whole[0]
+    slack = d * math.sqrt(EPS) * matrix.norm(dim=0).max()
     selected = matrix[:, kept]
     assert (torch.linalg.svdvals(selected) >= whole[:k] / q - slack).all()
     basis, sizes, _ = torch.linalg.svd(selected, full_matrices=False)
-    basis = basis[:, sizes > slack]
+    basis = basis[:, sizes > 1e-12 * sizes[0]]
     residual = matrix - basis @ (basis.mT @ matrix)
     left = torch.linalg.svdvals(residual - basis @ (basis.mT @ residual))
     beyond = torch.nn.functional.pad(whole[k:], (0, k))
@@ -78,6 +81,13 @@ def test_bound_holds_on_kahan_matrices(d: int, cosine: float) -> None:
     matrix = kahan(d, cosine)
     for k in (d // 2, d - 1):
         assert_strong(matrix, strong_rrqr(matrix.mT @ matrix, k), 1.5)
+
+
+def test_bound_holds_where_pivoting_loses_the_rank_to_rounding() -> None:
+    for cosine in (0.16, 0.196, 0.236, 0.252, 0.564, 0.692, 0.756, 0.828):
+        for d, k in ((64, 50), (64, 63), (128, 64), (128, 127)):
+            matrix = kahan(d, cosine)
+            assert_strong(matrix, strong_rrqr(matrix.mT @ matrix, k), 1.5)
 
 
 def test_pivoting_alone_breaks_the_bound_on_a_kahan_matrix() -> None:
@@ -219,7 +229,7 @@ def test_impossible_counts_are_refused_with_the_numbers(k: int) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_entries_are_named_by_batch_index(value: float) -> None:
-    gram = torch.eye(70, dtype=torch.float64).repeat(30, 40, 1, 1)
+    gram = torch.eye(30, dtype=torch.float64).repeat(20, 22, 1, 1)
     gram[17, 21, 3, 4] = value
     with pytest.raises(ValueError, match=r"\[17, 21\] holds a NaN or an infinity"):
         strong_rrqr(gram, 2)
@@ -251,11 +261,11 @@ def test_negative_caps_are_refused() -> None:
 
 @pytest.mark.slow
 def test_a_whole_model_takes_half_a_second() -> None:
+    """All heads of 24 layers at once, on an idle machine."""
     matrices = normal(24 * 16, 256, 128)
     gram = matrices.mT @ matrices
-    strong_rrqr(gram[:8], 64)
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         strong_rrqr(gram, 64)
         seconds.append(time.perf_counter() - start)
