@@ -119,7 +119,9 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     parameters = count_parameters(meta_model(config).parameters())
     _check_space(job, parameters)
     documents = build_documents(job.data, job.data.split)
-    check_enough(documents, tokenizer, job.data, job.training.seq_len, job.training.global_batch_size)
+    check_enough(
+        documents, tokenizer, job.data, job.training.seq_len, job.training.global_batch_size
+    )
 
 
 def _check_space(job: Any, parameters: int) -> None:

@@ -48,7 +48,11 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 
     stock = stock_config(config)
     try:
-        with torch.device("cpu"), init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with (
+            torch.device("cpu"),
+            init_empty_weights(include_buffers=False),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
     except (ValueError, AssertionError) as error:
@@ -69,7 +73,9 @@ def restore_buffers(model: nn.Module) -> None:
 def layers(model: nn.Module) -> list[nn.Module]:
     """The model's blocks in order: what it asks not to be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+    return [
+        module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names
+    ]
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
@@ -202,9 +208,7 @@ def copy_full(target: Tensor, full: Tensor) -> None:
     """Copy `full`, the same on every rank, into `target`, a plain tensor or a DTensor."""
     full = full.to(target.device, target.dtype)
     if isinstance(target, DTensor):
-        source = distribute_tensor(
-            full, target.device_mesh, target.placements, src_data_rank=None
-        )
+        source = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(source.to_local())
     else:
         target.copy_(full)

@@ -1,5 +1,6 @@
 """The torchtitan train spec for any causal language model of transformers or fla."""
 
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,9 @@ def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:
         return
     every = 1 if config.mode == "full" else int(config.selective_ac_option)
     # The layers' own checkpointing (transformers' GradientCheckpointingLayer) keeps names as they are.
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for position, layer in enumerate(layers(model)):
         layer.gradient_checkpointing = position % every == 0
 
@@ -162,9 +165,7 @@ def compile_layers(model: nn.Module, backend: str) -> None:
         layer.compile(backend=backend)
 
 
-def build_loader(
-    dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any
-) -> PackedLoader:
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> PackedLoader:
     data, training = job_config.data, job_config.training
     return PackedLoader(
         build_documents(data, data.split),

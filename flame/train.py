@@ -132,7 +132,9 @@ def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
             "give that base, or another job.dump_folder"
         )
     # The step folder, relative: right when the base trains on, and when both are moved together.
-    name = os.path.relpath(base.weights, folder) if Path(job.model.init).exists() else job.model.init
+    name = (
+        os.path.relpath(base.weights, folder) if Path(job.model.init).exists() else job.model.init
+    )
     write_adapter_files(folder, job.lora, name, mark, config)
 
 
