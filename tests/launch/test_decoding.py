@@ -33,14 +33,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def stock_model(family: str) -> nn.Module:
+def stock_model(family: str, **changes: Any) -> nn.Module:
+    """A model with random weights, large enough to give every token its own logits."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        stock_config({**FAMILIES[family], "initializer_range": 0.3}), dtype=torch.float32
-    )
-    return model.eval()
+    config = stock_config({**FAMILIES[family], "initializer_range": 0.3, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

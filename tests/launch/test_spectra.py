@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_rank_is_at_most_the_number_of_tokens(family: str) -> None:
 def test_states_read_at_once_equal_those_read_token_by_token(family: str) -> None:
     model = stock_model(family)
     tokens = random_prompt(model, 1, 80, seed=0)
-    cache = None
+    cache: Any = None
     with torch.no_grad():
         for token in tokens.split(1, dim=1):
             output = model(input_ids=token, past_key_values=cache, use_cache=True)

@@ -1,0 +1,137 @@
+"""Which held-out text a model is evaluated on: what the command line and the model's recipe say."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flame.checkpoint.reference import ModelReference
+from flame.data.config import DataConfig
+from flame.errors import UserError, first_line
+from flame.recipe import data_config, read_tables, sequence_length
+
+SEQ_LEN = 2048
+"""Tokens a row where no recipe says otherwise."""
+
+
+@dataclass(frozen=True)
+class HeldoutOptions:
+    """What of the text is given; the rest comes from the model's recipe."""
+
+    data: str = ""
+    """A hub name, a local file or folder, or `python-stdlib`; empty for the recipe's."""
+
+    subset: str = ""
+    split: str = ""
+    text_key: str = ""
+    tokenizer: str = ""
+    """A folder or hub name; empty for the model's own."""
+
+    seq_len: int | None = None
+    """Tokens a row; None for the recipe's, or 2048."""
+
+    max_sequences: int | None = None
+    """Rows to read; None for all."""
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """Held-out text that is settled: its set, its tokenizer and how it is cut into rows."""
+
+    config: DataConfig
+    tokenizer: str
+    seq_len: int
+    max_sequences: int | None
+
+    @property
+    def name(self) -> str:
+        """The set, and its split where one was chosen."""
+        split = self.config.heldout_split
+        name = self.config.heldout or self.config.dataset
+        return f"{name}:{split}" if split else name
+
+    def sequences(self, vocab_size: int, apart: bool) -> Iterator[Any]:
+        """Rows as `flame.data.heldout.heldout_sequences` gives them.
+
+        Args:
+            vocab_size: the model's, which the tokenizer must fit in.
+            apart: the model keeps packed documents apart (`cu_seqlens`).
+
+        Raises:
+            UserError: the tokenizer or the text is not there or does not fit the model.
+        """
+        from flame.data.heldout import heldout_sequences
+        from flame.data.tokenizer import check_vocabulary, load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer)
+        check_vocabulary(tokenizer, vocab_size)
+        config = dataclasses.replace(
+            self.config,
+            varlen=self.config.varlen and apart,
+            add_eos=self.config.add_eos and tokenizer.eos_token_id is not None,
+        )
+        return heldout_sequences(config, tokenizer, self.seq_len, self.max_sequences)
+
+
+def heldout_text(reference: ModelReference, options: HeldoutOptions) -> HeldoutText:
+    """The text that `options` and, where they leave it open, the recipe of `reference` name.
+
+    Raises:
+        UserError: neither names a text or a tokenizer, or the recipe cannot be read.
+    """
+    recipe = read_tables(reference.recipe)
+    trained_on = data_config(recipe)
+    config = _chosen(trained_on, options)
+    if not (config.heldout or config.dataset):
+        raise UserError(
+            f"{reference.folder} has no recipe that names held-out text: "
+            "give it as --perplexity DATA"
+        )
+    own = str(reference.tokenizer) if reference.tokenizer else trained_on.tokenizer
+    tokenizer = options.tokenizer or own
+    if not tokenizer:
+        raise UserError(f"{reference.folder} has no tokenizer: give --tokenizer FOLDER")
+    seq_len = options.seq_len or sequence_length(recipe) or _default_length(reference.config)
+    return HeldoutText(config, tokenizer, seq_len, options.max_sequences)
+
+
+def check_text(text: HeldoutText, vocab_size: int, from_recipe: bool) -> None:
+    """Refuse a text that cannot be evaluated on, by reading its first row.
+
+    Raises:
+        UserError: as `HeldoutText.sequences` does; with the way out if the recipe chose the text.
+    """
+    try:
+        text.sequences(vocab_size, apart=True)
+    except UserError as error:
+        if from_recipe and not text.config.heldout:
+            hint = "the recipe names no held-out text (data.heldout): give it as --perplexity DATA"
+            raise UserError(f"{first_line(error)}; {hint}") from error
+        raise
+
+
+def _chosen(config: DataConfig, options: HeldoutOptions) -> DataConfig:
+    """The recipe's data with what the options replace; another set keeps none of its details."""
+    if options.data:
+        config = dataclasses.replace(
+            config,
+            dataset=options.data,
+            heldout=options.data,
+            heldout_split="",
+            subset="",
+            revision="",
+            text_key=DataConfig.text_key,
+            max_documents=0,
+        )
+    return dataclasses.replace(
+        config,
+        subset=options.subset or config.subset,
+        heldout_split=options.split or config.heldout_split,
+        text_key=options.text_key or config.text_key,
+    )
+
+
+def _default_length(config: dict[str, Any]) -> int:
+    """2048 tokens, or as many as a model's positions allow."""
+    positions = config.get("max_position_embeddings")
+    return min(SEQ_LEN, positions) if isinstance(positions, int) and positions > 0 else SEQ_LEN
