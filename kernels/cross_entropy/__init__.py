@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary, forward and backward, with the signatures of fla 0.6.0's kernels.
+"""Cross entropy over a vocabulary, forward and backward, signatures as in fla 0.6.0.
 
 N tokens, V words. Loss and log-sum-exp are float32, or float64 for float64 logits. A logit z is
 first scaled, then capped to `cap tanh(z / cap)`. The whole vocabulary is on one rank.
@@ -15,7 +15,7 @@ __all__ = ["cross_entropy_bwd", "cross_entropy_fwd", "fused_linear_cross_entropy
 
 def cross_entropy_fwd(
     logits: Float[Tensor, "N V"],
-    target: Int64[Tensor, "N"],
+    target: Int64[Tensor, " N"],
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
@@ -42,9 +42,9 @@ def cross_entropy_fwd(
 
 def cross_entropy_bwd(
     logits: Float[Tensor, "N V"],
-    target: Int64[Tensor, "N"],
-    lse: Float[Tensor, "N"],
-    dloss: Float[Tensor, "N"],
+    target: Int64[Tensor, " N"],
+    lse: Float[Tensor, " N"],
+    dloss: Float[Tensor, " N"],
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,

@@ -94,7 +94,7 @@ def delta_rule(
 
     The common core of the gated and the plain operator; see `chunk_gated_delta_rule`.
     """
-    lengths = document_lengths(*q.shape[:2], cu_seqlens)
+    lengths = document_lengths(q.shape[0], q.shape[1], cu_seqlens)
     _check(q, k, v, initial_state, len(lengths), chunk_size)
     layout = chunk_layout(lengths, chunk_size or _chunk_size(lengths), q.device)
     dtype = compute_dtype(q)

@@ -9,6 +9,7 @@ all documents at once, and each of its steps reads one contiguous block.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
@@ -23,15 +24,15 @@ class ChunkLayout:
     """Tokens per chunk."""
     alive: tuple[int, ...]
     """Number of documents that have an i-th chunk, for each i; decreasing."""
-    order: Int64[Tensor, "N"]
+    order: Int64[Tensor, " N"]
     """The documents in decreasing order of length."""
-    rank: Int64[Tensor, "N"]
+    rank: Int64[Tensor, " N"]
     """The place of each document in `order`."""
-    source: Int64[Tensor, "S"]
+    source: Int64[Tensor, " S"]
     """For each slot of each chunk the token that lies there; padding repeats a token."""
-    slot: Int64[Tensor, "T"]
+    slot: Int64[Tensor, " T"]
     """For each token the slot in which it lies."""
-    filled: Bool[Tensor, "S"]
+    filled: Bool[Tensor, " S"]
     """False where a slot is padding."""
     padded: bool
     """Whether any slot is padding."""
@@ -101,12 +102,12 @@ class _ToChunks(torch.autograd.Function):
     """Gather tokens into slots; backward gathers too, because padding has no gradient."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, layout: ChunkLayout) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, layout: ChunkLayout) -> Tensor:
         ctx.layout = layout
         return tokens.index_select(0, layout.source)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.index_select(0, ctx.layout.slot), None
 
 
@@ -114,12 +115,12 @@ class _FromChunks(torch.autograd.Function):
     """Gather slots back into tokens; the gradient of padding is zero."""
 
     @staticmethod
-    def forward(ctx, slots: Tensor, layout: ChunkLayout) -> Tensor:
+    def forward(ctx: Any, slots: Tensor, layout: ChunkLayout) -> Tensor:
         ctx.layout = layout
         return slots.index_select(0, layout.slot)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         layout = ctx.layout
         slots = grad.new_zeros(len(layout.source), *grad.shape[1:])
         return slots.index_copy_(0, layout.slot, grad), None

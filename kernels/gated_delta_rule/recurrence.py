@@ -20,9 +20,7 @@ def carry_states(
     gamma: Float[Tensor, "chunks H 1 1"] | None,
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
-) -> tuple[
-    Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]
-]:
+) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
     """Return the corrected values, the state before each chunk, and the final states.
 
     `initial` and the final states are in the layout's order of documents. Without `gamma`
@@ -51,9 +49,7 @@ def carry_gradients(
     k_end: Float[Tensor, "chunks H C K"],
     gamma: Float[Tensor, "chunks H 1 1"] | None,
     alive: tuple[int, ...],
-) -> tuple[
-    Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]
-]:
+) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
     """Return the gradients of `u`, of the state after each chunk, and of the initial states.
 
     `dv_new` and `dstates` are what the outputs give; they are overwritten.

@@ -95,10 +95,11 @@ def recurrent_delta_rule(
             state_v_first=state_v_first,
             cu_seqlens=cu_seqlens,
         )
-    tokens = [x.flatten(0, 1) for x in (q, k, v, beta)]
-    decay = None if g is None else g.flatten(0, 1)
+    queries, keys, values, rates = (x.flatten(0, 1) for x in (q, k, v, beta))
+    decays = None if g is None else g.flatten(0, 1)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    out, state = _step(*tokens, decay, scale, initial_state, normalize, state_v_first)
+    flags = (scale, initial_state, normalize, state_v_first)
+    out, state = _step(queries, keys, values, rates, decays, *flags)
     return out.view(v.shape).to(v.dtype), state if output_final_state else None
 
 

@@ -24,7 +24,7 @@ _SILU = ("silu", "swish")
 class _Stream(NamedTuple):
     """Where tokens and states lie in the padded stream."""
 
-    token: Int64[Tensor, "tokens"]
+    token: Int64[Tensor, " tokens"]
     before: Int64[Tensor, "N W-1"]
     rows: int
     last: Int64[Tensor, "N W-1"]
