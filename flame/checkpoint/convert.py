@@ -87,14 +87,16 @@ def write_hf(
     """
     check_ties(config, infos, read)
     promises = {name: _promise(infos[name]) for name in own_names(config, sorted(infos))}
+    _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
     for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
         tensors = {name: read(name).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read, whatever the umask.
+        shutil.copymode(folder / CONFIG_FILE, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / SAFETENSORS_INDEX, index)
-    _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
 
 
 def write_run(

@@ -204,6 +204,8 @@ def test_large_models_are_split_with_an_index(tmp_path: Path, monkeypatch: Any) 
     assert _identical({n: t for file in files for n, t in load_file(file).items()}, tensors)
     source = SafetensorsSource(tmp_path)
     assert _identical({name: source.read(name) for name in source.names()}, tensors)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "weights are readable for whom the config is"
     size = json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]
     assert size["total_size"] == sum(t.nbytes for t in tensors.values())
 

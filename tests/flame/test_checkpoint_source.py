@@ -364,13 +364,14 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, config: dict[str, Any])
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def _load_sharded(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def _load_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> dict[str, Tensor]:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
     from flame.model import build_sharded
 
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    names = ("replicas", "shards")[-len(mesh_shape) :]
+    mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     model = build_sharded(resolve(folder), mesh)
     assert any(isinstance(p, DTensor) for p in model.parameters())
     return {
@@ -385,7 +386,8 @@ def test_sharded_models_load_from_sharded_steps(
     step, full = sharded
     run = write_run(tmp_path / "run", GATED_DELTANET, {"x": torch.ones(1)}, step=1)
     (run / "checkpoint" / "step-7").symlink_to(step)
-    results = run_distributed(_load_sharded, 2, run, GATED_DELTANET)
+    results = run_distributed(_load_sharded, 2, run, (2,))
+    results += run_distributed(_load_sharded, 4, run, (2, 2))
     one = load_model(resolve(run))
     for name, parameter in one.named_parameters():
         assert torch.equal(parameter, full[name])

@@ -397,7 +397,9 @@ def test_a_kill_at_random_moments_leaves_a_whole_step(tmp_path: Path) -> None:
         _save(folder, 0)
         process = _FORKSERVER.Process(target=_save_loop, args=(folder,))
         process.start()
-        time.sleep(0.2 + 0.3 * moments.random())
+        while not latest_whole_step(folder):
+            time.sleep(0.01)
+        time.sleep(0.1 * moments.random())
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
