@@ -282,9 +282,11 @@ def _check_row(where: str, row: list[Any]) -> None:
 
 
 def _differing(one: Config, other: Config) -> str:
-    """Up to three keys in which two configs differ, with the values."""
+    """What differs between two models' configs: their families, or up to three keys with values."""
+    one, other = (json.loads(canonical_config(config)) for config in (one, other))
     keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
-    return ", ".join(f"{key} {one.get(key)} there, {other.get(key)} here" for key in keys[:3])
+    shown = ["model_type"] if "model_type" in keys else keys[:3]
+    return ", ".join(f"{key} {one.get(key)} there, {other.get(key)} here" for key in shown)
 
 
 def _short(value: Any) -> str:
