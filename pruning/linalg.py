@@ -200,6 +200,8 @@ def _exchange(
         tableau, grown_to = _tableau(gram[busy], current[busy])
         grown = grown_to > volume[busy]
         sound[busy[~grown]] = False
+        if not bool(grown.any()):
+            break
         busy, tableau = busy[grown], tableau[grown]
         settled[busy], volume[busy] = current[busy], grown_to[grown]
         after, swaps = _exchange_some(tableau, current[busy], f, left[busy])
@@ -283,10 +285,10 @@ def _exchange_some(
     selected, swaps = selected.clone(), torch.zeros_like(left)
     busy = torch.arange(len(tableau), device=tableau.device)
     for _ in range(_REFRESH):
-        if len(busy) == 0:
-            break
         growth, pair = _best_exchange(tableau, selected[busy])
         going = (growth > f * f) & (swaps[busy] < left[busy])
+        if not bool(going.any()):
+            break
         busy, pair = busy[going], pair[going]
         tableau = _principal_pivot(tableau[going], pair)
         selected[busy[:, None], pair] = selected[busy[:, None], pair].logical_not()
