@@ -2,6 +2,6 @@
 
 - `checksums`, `steps`: what makes a step whole; saving, loading, verifying and purging steps.
 - `safe`, `writer`: DCP with an allow-list unpickler and a hash per file.
-- `reference`, `source`: a run folder, step folder, HF folder or hub name, read tensor by tensor.
+- `reference`, `source`, `lora_source`: run, step, HF folder or hub name, read tensor by tensor.
 - `fingerprint`, `load`, `convert`: identity, loading into (sharded) models, DCP <-> HF.
 """

@@ -67,7 +67,8 @@ class ModelReference:
 
     def source(self) -> "TensorSource":
         """The model's tensors in stock names; those of a LoRA run merged with their base."""
-        from flame.checkpoint.source import DcpSource, LoraSource, SafetensorsSource
+        from flame.checkpoint.lora_source import LoraSource
+        from flame.checkpoint.source import DcpSource, SafetensorsSource
 
         if self.step_folder is None:
             return SafetensorsSource(self.folder)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.load import load_model, load_weights
+from flame.checkpoint.lora_source import LoraSource
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.source import (
     DcpSource,
-    LoraSource,
     SafetensorsSource,
     TensorInfo,
     TensorSource,
