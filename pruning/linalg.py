@@ -129,7 +129,8 @@ def _select(
         if 0 < r < gram.shape[-1]:
             selected[same], sound[same] = _exchange(gram[same], selected[same], f, max_swaps)
     if max_swaps is None:
-        sound &= (rank == k) | _nothing_left(gram, selected)
+        short = (rank < k).nonzero().squeeze(-1)
+        sound[short] &= _nothing_left(gram[short], selected[short])
         for i in (~sound).nonzero().squeeze(-1).tolist():
             selected[i] = _grow(gram[i], k, f)
     return _fill(selected, k)
