@@ -1,0 +1,331 @@
+"""Calibration: sums that depend on neither processes nor interruptions, in bounded memory."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flame.checkpoint.reference import resolve
+from flame.errors import UserError
+from pruning import calibrate, plan_command
+from pruning.calibration_data import CalibrationData, calibration_data
+from pruning.options import DataOptions
+from pruning.plan import read_plan
+from pruning.stats_file import META_FILE, SUMS_FILE, read_meta
+from pruning.taps import OpCall, tap_ops
+from tests.distributed import run_distributed
+from tests.pruning.models import (
+    FAMILIES,
+    GATED_DELTANET,
+    select_from_whole_matrix,
+    weights,
+    write_hf,
+    write_text,
+)
+
+SEQUENCES = 6
+"""Not a multiple of 4: on four processes, two have nothing in the last round."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, its tokenizer, and a model of each family without one."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    write_text(folder)
+    for family, config in FAMILIES.items():
+        write_hf(folder / family, config, weights(config))
+    return folder
+
+
+def data_arguments(home: Path, **changes: Any) -> list[str]:
+    values = {
+        "data": home / "text.jsonl",
+        "tokenizer": home / "tokenizer",
+        "sequences": SEQUENCES,
+        "seq-len": 80,
+        **changes,
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def run_calibrate(home: Path, family: str, out: Path, *flags: str, **changes: Any) -> None:
+    arguments = [str(home / family), str(out), *flags, *data_arguments(home, **changes)]
+    options = calibrate.parse(arguments)
+    from flame.distributed import world_size
+
+    calibrate.check(options, world_size())
+    calibrate.run(options)
+
+
+def run_plan(home: Path, family: str, stats: Path, out: Path) -> bytes:
+    arguments = [str(home / family), str(out), "--stats", str(stats), "--method", "drrqr"]
+    options = plan_command.parse([*arguments, "--ratio", "0.5"])
+    plan_command.check(options)
+    plan_command.run(options)
+    return out.read_bytes()
+
+
+def whole_matrices(home: Path, family: str) -> dict[str, list[Tensor]]:
+    """Every query and key of the calibration, kept: by space, a matrix [2 tokens, d] per head."""
+    from flame.checkpoint.load import load_model
+    from pruning.adapters import adapter_for
+
+    reference = resolve(home / family)
+    model = load_model(reference)
+    options = DataOptions(
+        data=str(home / "text.jsonl"),
+        tokenizer=str(home / "tokenizer"),
+        sequences=SEQUENCES,
+        seq_len=80,
+    )
+    calls: dict[int, list[Tensor]] = {}
+
+    def keep(call: OpCall) -> None:
+        calls.setdefault(call.layer, []).append(torch.cat([call.q, call.k], dim=1)[0])
+
+    loader = calibration_data(reference, options).loader(0, 1)
+    with torch.no_grad(), tap_ops(model, adapter_for(reference.config), keep):
+        for _, (inputs, _labels) in zip(range(SEQUENCES), loader, strict=False):
+            model(inputs["input"], cu_seqlens=inputs["cu_seqlens"], use_cache=False)
+    loader.close()
+    return {
+        f"layers.{layer}.key": list(torch.cat(rows).transpose(0, 1))
+        for layer, rows in calls.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_is_the_same_at_every_world_size_and_that_of_the_whole_matrix(
+    family: str, home: Path, tmp_path: Path
+) -> None:
+    plans = {}
+    for world_size in (1, 2, 4):
+        stats = tmp_path / f"stats-{world_size}"
+        run_distributed(run_calibrate, world_size, home, family, stats)
+        plans[world_size] = run_plan(home, family, stats, tmp_path / f"plan-{world_size}.json")
+        assert read_meta(stats).tokens == SEQUENCES * 80
+    assert plans[1] == plans[2] == plans[4]
+    kept = read_plan(tmp_path / "plan-1.json").kept
+    matrices = whole_matrices(home, family)
+    assert kept.keys() == matrices.keys()
+    for space, of_heads in matrices.items():
+        expected = [select_from_whole_matrix(matrix, 16) for matrix in of_heads]
+        assert kept[space].tolist() == expected, space
+
+
+def cut_short(home: Path, out: Path, sequences_before: int) -> None:
+    """A calibration that dies after some sequences, as a kill between two saves would leave it."""
+    from pruning import collect
+
+    ran = 0
+    forward = collect._forward
+
+    def dying(*arguments: Any) -> None:
+        nonlocal ran
+        ran += 1
+        if ran > sequences_before:
+            raise KeyboardInterrupt
+        forward(*arguments)
+
+    collect._forward = dying
+    try:
+        run_calibrate(home, "delta_net", out, "--save-every", "4", sequences=18)
+    except KeyboardInterrupt:
+        return
+    finally:
+        collect._forward = forward
+    raise AssertionError("it was not cut short")
+
+
+def test_a_calibration_cut_short_resumes_at_another_world_size(home: Path, tmp_path: Path) -> None:
+    whole, stats = tmp_path / "whole", tmp_path / "stats"
+    run_calibrate(home, "delta_net", whole, sequences=18)
+    run_distributed(cut_short, 2, home, stats, 6)
+    # Saves are after multiples of the 8 virtual shards: the 12 that ran come to 8.
+    assert (read_meta(stats).sequences, read_meta(stats).wanted) == (8, 18)
+    with pytest.raises(UserError, match="holds 8 of 18 sequences: finish it with .*--resume"):
+        run_plan(home, "delta_net", stats, tmp_path / "early.json")
+    with pytest.raises(UserError, match="begun with wanted 18, not 20: resume it with the"):
+        run_calibrate(home, "delta_net", stats, "--resume", sequences=20)
+    with pytest.raises(UserError, match="exists: choose another, or pass --overwrite"):
+        run_calibrate(home, "delta_net", stats, sequences=18)
+    run_distributed(run_calibrate, 4, home, "delta_net", stats, "--resume", sequences=18)
+    first = run_plan(home, "delta_net", whole, tmp_path / "whole.json")
+    assert run_plan(home, "delta_net", stats, tmp_path / "resumed.json") == first
+    one, other = read_meta(whole), read_meta(stats)
+    assert dataclasses.replace(one, cursor={}) == dataclasses.replace(other, cursor={})
+    with pytest.raises(UserError, match="is complete: there is nothing to resume"):
+        run_calibrate(home, "delta_net", stats, "--resume", sequences=18)
+
+
+def calibration_memory(home: Path, sequences: int) -> tuple[int, int, int]:
+    """Bytes of the statistics, of the process after a quarter of the sequences, and its most."""
+    from pruning import collect
+
+    resident: list[int] = []
+    forward = collect._forward
+
+    def watched(*arguments: Any) -> None:
+        forward(*arguments)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    options = DataOptions(
+        data=str(home / "text.jsonl"), tokenizer=str(home / "tokenizer"), seq_len=128
+    )
+    reference = resolve(home / "gated_deltanet")
+    data = dataclasses.replace(calibration_data(reference, options), sequences=sequences)
+    data = dataclasses.replace(data, config=dataclasses.replace(data.config, repeat=True))
+    collect._forward = watched
+    try:
+        collected, meta = collect.collect(reference, calibrate.kinds_of(("drrqr",)), data, "")
+    finally:
+        collect._forward = forward
+    assert meta.tokens == 128 * sequences == 128 * len(resident)
+    statistics = [kind for of_space in collected.values() for kind in of_space.values()]
+    sums = [total for statistic in statistics for total in statistic.state_dict().values()]
+    return sum(total.nbytes for total in sums), resident[sequences // 4], max(resident)
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens(home: Path) -> None:
+    [(size, quarter, most)] = run_distributed(calibration_memory, 1, home, 240)
+    heads, layers, d = 2, 2, 32
+    assert size == layers * (heads * d * d * 8 + 8)
+    # Queries and keys of the last 180 sequences would be 180 * 128 tokens * 2 * 64 * 4 bytes a
+    # layer, 24 MB in all.
+    assert most - quarter < 6e6, f"memory grew by {(most - quarter) / 1e6:.1f} MB"
+
+
+def write_bad_model(home: Path, name: str, tensor: str, value: float) -> Path:
+    tensors = weights(GATED_DELTANET)
+    tensors[tensor].view(-1)[3] = value
+    return write_hf(home / name, GATED_DELTANET, tensors)
+
+
+def complaint(call: Any, *arguments: Any, **named: Any) -> str:
+    try:
+        call(*arguments, **named)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def test_activations_that_overflow_are_named_on_every_rank(home: Path, tmp_path: Path) -> None:
+    write_bad_model(home, "huge", "model.layers.1.attn.k_proj.weight", 3e38)
+    stats = tmp_path / "stats"
+    texts = run_distributed(complaint, 2, run_calibrate, home, "huge", stats)
+    assert all("layer 1: k holds a NaN or an infinity at the tap" in text for text in texts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_named_before_the_model_runs(
+    home: Path, tmp_path: Path
+) -> None:
+    write_bad_model(home, "broken", "model.layers.0.mlp.up_proj.weight", float("nan"))
+    texts = run_distributed(complaint, 2, run_calibrate, home, "broken", tmp_path / "stats")
+    assert all("model.layers.0.mlp.up_proj.weight holds 1 NaN" in text for text in texts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        (("--methods", "drrqr,best"), {}, "unknown method 'best': choose from drrqr"),
+        (("--methods", "l1"), {}, "l1 needs no statistics: there is nothing to calibrate"),
+        ((), {"sequences": 10000}, "10000"),
+        ((), {"sequences": 0}, "--sequences: 0 is not a whole number of at least 1"),
+        ((), {"seq-len": "x"}, "--seq-len: x is not a whole number of at least 1"),
+        ((), {"data": "/no/where"}, "/no/where"),
+        ((), {"tokenizer": "/no/where"}, "/no/where does not exist"),
+        (("--resume",), {}, "no statistics at"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    flags: tuple[str, ...], changes: dict, message: str, home: Path, tmp_path: Path
+) -> None:
+    text = complaint(run_calibrate, home, "delta_net", tmp_path / "stats", *flags, **changes)
+    assert message in text
+    assert "\n" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_and_tokenizer_must_come_from_somewhere(home: Path, tmp_path: Path) -> None:
+    arguments = [str(home / "delta_net"), str(tmp_path / "stats")]
+    text = complaint(calibrate.check, calibrate.parse(arguments))
+    assert text.endswith("has no recipe that names its training data: give --data")
+    options = calibrate.parse([*arguments, "--data", str(home / "text.jsonl")])
+    assert "has no tokenizer, and calibration reads text: give --token" in complaint(
+        calibrate.check, options
+    )
+    options = calibrate.parse([*arguments, *data_arguments(home)])
+    assert "3 processes do not divide 8 virtual shards" in complaint(calibrate.check, options, 3)
+    assert "more processes than virtual shards" in complaint(calibrate.check, options, 16)
+
+
+def test_few_tokens_are_warned_of(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_calibrate(home, "delta_net", tmp_path / "s", sequences=1, **{"seq-len": 20})
+    assert "20 calibration tokens for 32 channels a head" in caplog.text
+
+
+def test_the_recipe_says_what_the_options_do_not(tmp_path: Path) -> None:
+    from tests.pruning.models import write_run
+
+    recipe = '[data]\ndataset = "python-stdlib"\nvirtual_shards = 4\nsplit = "heldout"\n'
+    recipe += "[training]\nseq_len = 96\n"
+    run = write_run(tmp_path / "run", GATED_DELTANET, weights(GATED_DELTANET), recipe=recipe)
+    (run / "tokenizer.json").write_text("{}")
+    reference = resolve(run)
+    found = calibration_data(reference, DataOptions())
+    assert (found.config.dataset, found.config.split, found.seq_len) == (
+        "python-stdlib", "heldout", 96,
+    )  # fmt: skip
+    assert (found.config.virtual_shards, found.config.seed, found.tokenizer) == (4, 42, str(run))
+    other = calibration_data(reference, DataOptions(data="text.jsonl", seq_len=8, seed=1))
+    assert (other.config.dataset, other.config.split, other.seq_len) == ("text.jsonl", "train", 8)
+    assert (other.config.virtual_shards, other.config.seed) == (4, 1)
+    (run / "recipe.toml").write_text("[data]\ncorpus = 1\n")
+    with pytest.raises(UserError, match=r"recipe key data.corpus of .* is unknown"):
+        calibration_data(reference, DataOptions())
+    (run / "recipe.toml").write_text("[data\n")
+    with pytest.raises(UserError, match="recipe .* is not TOML"):
+        calibration_data(reference, DataOptions())
+
+
+def test_statistics_that_do_not_serve_are_refused(home: Path, tmp_path: Path) -> None:
+    stats, plan = tmp_path / "stats", tmp_path / "plan.json"
+    run_calibrate(home, "delta_net", stats, sequences=2)
+    other = weights(FAMILIES["delta_net"], seed=1)
+    write_hf(home / "other", FAMILIES["delta_net"], other)
+    assert "has statistics of another model" in complaint(run_plan, home, "other", stats, plan)
+    meta = json.loads((stats / META_FILE).read_text())
+    changes = {
+        "format": (2, "statistics of format 2, this slimstate reads up to 1"),
+        "statistics": (["Other"], "drrqr needs QueryKeyGram"),
+        "sequences": (1, "holds 1 of 2 sequences"),
+    }
+    for key, (value, message) in changes.items():
+        (stats / META_FILE).write_text(json.dumps({**meta, key: value}))
+        assert message in complaint(run_plan, home, "delta_net", stats, plan)
+    (stats / META_FILE).write_text(json.dumps(meta))
+    sums = bytearray((stats / SUMS_FILE).read_bytes())
+    sums[-1] ^= 1
+    (stats / SUMS_FILE).write_bytes(sums)
+    assert "is damaged (its hash differs)" in complaint(run_plan, home, "delta_net", stats, plan)
+    assert "no statistics at" in complaint(run_plan, home, "delta_net", tmp_path / "none", plan)
+    assert not plan.exists()
+
+
+def test_data_records_what_it_was() -> None:
+    from flame.data.config import DataConfig
+
+    config = DataConfig(dataset="some/set", subset="part", seed=3, tokenizer="t")
+    record = CalibrationData(config, "t", 4, 8).record()
+    assert (record["dataset"], record["subset"], record["split"]) == ("some/set", "part", "train")
+    assert not {"seed", "tokenizer", "heldout"} & record.keys()
