@@ -41,7 +41,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     """The stock causal language model of `config`, fp32, all tensors on the meta device.
 
     What the constructor put into buffers (rotary frequencies, which no checkpoint holds) is kept on
-    the CPU as `model.initial_buffers`, for `restore_buffers`.
+    the CPU as `model.initial_buffers`, for `restore_after_to_empty`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -59,12 +59,15 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
         raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
     model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.no_weight_decay_names = no_weight_decay(model)
-    return model.to("meta")
+    model.to("meta")
+    model.tie_weights()
+    return model
 
 
 @torch.no_grad()
-def restore_buffers(model: nn.Module) -> None:
-    """Put the constructor's values back into the buffers of a model that was materialised empty."""
+def restore_after_to_empty(model: nn.Module) -> None:
+    """Put back what `to_empty` destroys: shared parameters and the constructor's buffers."""
+    model.tie_weights()  # type: ignore[operator]
     buffers = dict(model.named_buffers())
     for name, value in model.initial_buffers.items():
         buffers[name].copy_(value)
@@ -162,7 +165,7 @@ def build_sharded(
 
     model = shard(meta_model(reference.config), mesh, dtype)
     model.to_empty(device=local_device())
-    restore_buffers(model)
+    restore_after_to_empty(model)
     load_weights(model, reference.source())
     return model.eval()
 

@@ -30,7 +30,7 @@ from flame.model import (
     initialise,
     layers,
     meta_model,
-    restore_buffers,
+    restore_after_to_empty,
     shard,
     sum_replicated_gradients,
 )
@@ -107,7 +107,7 @@ def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None
     """Fill a sharded, materialised model: from `model.init`, or at random by the seed."""
     job = args.job
     seed = job.debug.seed if job.debug.seed is not None else 0
-    restore_buffers(model)
+    restore_after_to_empty(model)
     if job.model.init:
         load_weights(model, resolve(job.model.init).source())
     else:

@@ -8,6 +8,7 @@ are imported, so `import flame.titan_cpu` comes before any other import of torch
 import logging
 import os
 import resource
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -53,7 +54,9 @@ def _patch_timeouts() -> None:
         dist.barrier()
         meshes = parallel_dims.get_all_one_dimensional_meshes().values()
         for group in [*(mesh.get_group() for mesh in meshes), None]:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+            # Mesh dimensions of size 1 have a fake group, which takes no timeout.
+            if dist.get_backend(group) == "gloo":
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     utils.set_pg_timeouts = set_pg_timeouts
 
@@ -78,6 +81,8 @@ class ResidentMemoryMonitor:
 def _silence_import_warnings() -> None:
     for name in ("torchao", "torchtitan"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Sharded random operators are not used: weights are drawn whole and then cut.
+    warnings.filterwarnings("ignore", "DTensor .* may not have complete support")
 
 
 _silence_import_warnings()

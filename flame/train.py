@@ -5,7 +5,6 @@ after `torchrun … -m flame.train`.
 """
 
 import json
-import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -63,17 +62,12 @@ def run(options: Options) -> None:
 
 def train(job: Any) -> None:
     """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
-    import flame.titan_cpu  # noqa: F401
-    from torchtitan.tools.logging import init_logger
-
     import flame.register  # noqa: F401
+    from flame import logs
     from flame.distributed import barrier, process_group, rank, world_size
     from flame.job_checks import check_job
 
-    if rank() == 0 and int(os.environ.get("RANK", "0")) == 0:
-        init_logger()
-    else:
-        logging.getLogger().setLevel(logging.WARNING)
+    logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
         check_job(job, world_size())
         barrier()

@@ -45,14 +45,13 @@ def load_model(
     reference: "ModelReference", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> nn.Module:
     """The model of `reference` in its stock class, in evaluation mode, whole on one device."""
-    from flame.model import meta_model, restore_buffers
+    from flame.model import meta_model, restore_after_to_empty
 
     model = meta_model(reference.config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
-    restore_buffers(model)
-    model.tie_weights()  # type: ignore[operator]
+    restore_after_to_empty(model)
     load_weights(model, reference.source())
     return model.eval()
 

@@ -6,6 +6,7 @@ can be dealt out evenly, each shard reads its own files only.
 """
 
 import logging
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,11 @@ class StreamedDocuments:
     limit: int = 0
     size: None = None
 
+    def __post_init__(self) -> None:
+        # The library keeps a stream's position in the set itself: two iterators over one set, as
+        # two shards or two loaders have them, skip each other's documents. So each gets its own.
+        self._pristine = pickle.dumps(self.rows)
+
     def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
         rows = self._rows(shard, num_shards, start)
         while chunk := self._read(rows):
@@ -108,11 +114,12 @@ class StreamedDocuments:
         return checked_text(row[self.text_key], self.name, self.text_key)
 
     def _rows(self, shard: int, num_shards: int, start: int) -> Iterator[dict[str, Any]]:
-        if self.limit == 0 and self.rows.num_shards % num_shards == 0:
-            return iter(self.rows.shard(num_shards, shard).skip(start))
+        rows = pickle.loads(self._pristine)
+        if self.limit == 0 and rows.num_shards % num_shards == 0:
+            return iter(rows.shard(num_shards, shard).skip(start))
         first = shard + start * num_shards
         stop = max(self.limit - first, 0) if self.limit else None
-        return islice(self.rows.skip(first), 0, stop, num_shards)
+        return islice(rows.skip(first), 0, stop, num_shards)
 
 
 @dataclass

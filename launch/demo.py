@@ -1,0 +1,358 @@
+"""Stage `demo`: pretrain, prune, recover and evaluate a small model on this machine.
+
+The corpus is the running interpreter's standard library, so nothing is downloaded. Each step is a
+command that a user runs, called in one process group; a step whose output is there is skipped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError, run_stage
+
+RECIPES = Path(__file__).parent / "recipes"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+TIMES_FILE = "seconds.json"
+VOCABULARY = 4096
+
+EVALUATED = {
+    "dense": "dense",
+    "dense_continued": "dense_continued",
+    "pruned": "pruned",
+    "random": "random",
+    "recovered": "recovered",
+}
+"""Rows of the summary and the folders of their models."""
+
+DECODING = {"batch_size": 8, "length": 48, "prompt_length": 16}
+SPECTRUM_TOKENS = 1024
+VIRTUAL_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    steps: int
+    recovery_steps: int
+    ratio: float
+    sequences: int
+    heldout: int
+    seed: int
+    overwrite: bool
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="slimstate demo",
+        description="Pretrain, prune, recover and evaluate a small model on this machine.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
+    add("--steps", type=int, default=400, help="pretraining steps (default: %(default)s)")
+    add("--recovery-steps", type=int, default=80, help="of recovery (default: %(default)s)")
+    add("--ratio", type=float, default=0.5, help="of key channels removed (default: %(default)s)")
+    add("--sequences", type=int, default=32, help="for calibration (default: %(default)s)")
+    add("--heldout", type=int, default=128, help="held-out sequences (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, data order and random channels")
+    add("--overwrite", action="store_true", help="start afresh: remove an earlier demo in OUT")
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse numbers that make no demo, and a folder that is somebody else's."""
+    from flame.output import check_output
+
+    for name in ("steps", "recovery_steps", "sequences", "heldout"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is {getattr(options, name)}: it must be above 0")
+    if not 0 < options.ratio < 1:
+        raise UserError(f"--ratio is {options.ratio}: it must lie between 0 and 1")
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}: it must not be negative")
+    if VIRTUAL_SHARDS % world_size:
+        raise UserError(f"--nproc {world_size}: the demo runs on 1, 2, 4 or 8 processes")
+    check_output(options.out, overwrite=True)
+    _check_same_demo(options)
+
+
+def run(options: Options) -> None:
+    """Run what is not done yet; write the summary and the report; print the table. Collective."""
+    import flame.register  # noqa: F401
+    from flame.distributed import barrier, process_group, rank
+
+    with process_group():
+        if rank() == 0:
+            _prepare_folder(options)
+        barrier()
+        Demo(options).run()
+
+
+class Demo:
+    """The steps of one demo folder, in order."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.out = options.out
+        self.seconds: dict[str, float] = _read_times(options.out)
+        self.commands: list[str] = []
+
+    def run(self) -> None:
+        """Run all steps. Collective."""
+        from flame.distributed import rank
+
+        self._step("tokenizer", self._tokenizer)
+        self._step("pretrain", self._pretrain)
+        self._step("calibrate", self._calibrate)
+        self._step("prune", self._prune)
+        self._step("recover", lambda: self._recover("recovered", "pruned"))
+        self._step("continue_dense", lambda: self._recover("dense_continued", "dense"))
+        self._step("export", self._export)
+        rows = self._step("evaluate", self._evaluate)
+        if rank() == 0:
+            self._measure_decoding(rows)
+            self._write(rows)
+
+    def _step(self, name: str, action: Callable[[], Any]) -> Any:
+        from flame.distributed import barrier, rank
+
+        if rank() == 0:
+            print(f"== {name}", flush=True)
+        begin = time.perf_counter()
+        result = action()
+        barrier()
+        # A step that was skipped keeps the time of the run that did it.
+        self.seconds[name] = max(time.perf_counter() - begin, self.seconds.get(name, 0.0))
+        if rank() == 0:
+            (self.out / TIMES_FILE).write_text(json.dumps(self.seconds, indent=1))
+        return result
+
+    def _tokenizer(self) -> None:
+        from flame.data.corpus import stdlib_texts
+        from flame.data.tokenizer import train_tokenizer
+        from flame.distributed import rank
+
+        if rank() == 0 and not (self.out / "tokenizer" / "tokenizer.json").is_file():
+            train_tokenizer(stdlib_texts("train"), VOCABULARY, self.out / "tokenizer")
+
+    def _pretrain(self) -> None:
+        out = self.out / "dense"
+        self._train("demo_pretrain.toml", out, self.options.steps, [
+            "--model.config", str(RECIPES / "demo_config.json"),
+            "--data.tokenizer", str(self.out / "tokenizer"),
+        ])  # fmt: skip
+
+    def _recover(self, name: str, base: str) -> None:
+        recipe, steps = "demo_recover.toml", self.options.recovery_steps
+        self._train(recipe, self.out / name, steps, ["--model.init", str(self.out / base)])
+
+    def _train(self, recipe: str, out: Path, steps: int, more: list[str]) -> None:
+        command = [
+            "--config", str(RECIPES / recipe), "--job.dump_folder", str(out),
+            "--training.steps", str(steps), "--debug.seed", str(self.options.seed), *more,
+        ]  # fmt: skip
+        self._command("train", "flame.train", command, done=_is_trained(out, steps))
+
+    def _calibrate(self) -> None:
+        command = [self.out / "dense", self.out / "statistics", "--methods", "drrqr"]
+        command += ["--sequences", self.options.sequences, "--seed", self.options.seed]
+        done = (self.out / "statistics").is_dir()
+        self._command("calibrate", "pruning.calibrate", command, done)
+
+    def _prune(self) -> None:
+        for name, method in (("pruned", "drrqr"), ("random", "random")):
+            command = [self.out / "dense", self.out / name, "--method", method]
+            command += ["--ratio", self.options.ratio, "--seed", self.options.seed]
+            if method == "drrqr":
+                command += ["--stats", self.out / "statistics"]
+            self._command("prune", "pruning.prune", command, done=(self.out / name).is_dir())
+
+    def _export(self) -> None:
+        command = [self.out / "recovered", self.out / "export", "--to", "hf"]
+        self._command("convert", "flame.convert", command, done=(self.out / "export").is_dir())
+
+    def _command(self, name: str, module: str, arguments: list[Any], done: bool) -> None:
+        """Run one command of slimstate in this process group, unless it is `done`."""
+        from flame.distributed import from_rank_zero, world_size
+
+        words = [str(argument) for argument in arguments]
+        self.commands.append(shlex.join(["slimstate", name, *words]))
+        if from_rank_zero(done):
+            return
+        stage = import_module(module)
+        options = stage.parse(words)
+        if name == "convert":
+            stage.check(options)
+        else:
+            stage.check(options, world_size())
+        stage.run(options)
+
+    def _evaluate(self) -> dict[str, dict[str, Any]]:
+        """Held-out perplexity of every model, by row name. Collective."""
+        from launch.heldout_text import HeldoutOptions
+        from launch.perplexity import evaluate_perplexity
+
+        text = HeldoutOptions(max_sequences=self.options.heldout)
+        self.commands.append(
+            f"slimstate eval {self.out}/MODEL --perplexity --max-sequences {self.options.heldout}"
+        )
+        rows = {}
+        for name, folder in EVALUATED.items():
+            result = evaluate_perplexity(str(self.out / folder), text)
+            rows[name] = {
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "parameters": result.parameters,
+                "state_bytes": result.state_bytes,
+            }
+        return rows
+
+    def _measure_decoding(self, rows: dict[str, dict[str, Any]]) -> None:
+        from flame.checkpoint.load import load_model
+        from flame.checkpoint.reference import resolve
+        from flame.distributed import device_type
+        from launch.decoding import decode_tokens_per_second
+
+        begin = time.perf_counter()
+        for name, folder in EVALUATED.items():
+            model = load_model(resolve(str(self.out / folder)), device=device_type())
+            speed = decode_tokens_per_second(model, **DECODING, seed=self.options.seed)
+            rows[name]["decode_tokens_per_second"] = speed
+        self.seconds["decode"] = time.perf_counter() - begin
+
+    def _write(self, rows: dict[str, dict[str, Any]]) -> None:
+        from flame.distributed import world_size
+        from launch.perplexity import versions
+        from launch.report import summary_table
+
+        self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
+        summary = {
+            **rows,
+            "world_size": world_size(),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "versions": versions(),
+            "seed": self.options.seed,
+            "decoding": DECODING,
+            "options": _plain_options(self.options),
+        }
+        (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        self._report(rows)
+        print(summary_table(rows).text())
+        print(f"\n{self.out / REPORT_FILE} shows it; {self.out / SUMMARY_FILE} has the numbers")
+
+    def _report(self, rows: dict[str, dict[str, Any]]) -> None:
+        from flame.distributed import world_size
+        from launch.perplexity import versions
+        from launch.report import ReportData, loss_curve, write_report
+
+        curves = {"dense": "dense", "recovered": "recovered", "dense_continued": "dense_continued"}
+        data = ReportData(
+            title="slimstate demo: half the key channels of a small GatedDeltaNet",
+            rows=rows,
+            loss_curves={name: loss_curve(self.out / folder) for name, folder in curves.items()},
+            spectra=self._spectra(),
+            kept=self._kept(),
+            seconds=self.seconds,
+            commands=self.commands,
+            versions=versions(),
+            facts={
+                "corpus": "Python's standard library",
+                "held-out sequences": self.options.heldout,
+                **{f"decoding, {name}": value for name, value in DECODING.items()},
+            },
+            world_size=world_size(),
+            seed=self.options.seed,
+        )
+        write_report(self.out / REPORT_FILE, data, overwrite=True)
+
+    def _spectra(self) -> dict[str, Any]:
+        from flame.checkpoint.load import load_model
+        from flame.checkpoint.reference import resolve
+        from flame.data.config import DataConfig
+        from flame.data.heldout import heldout_sequences
+        from flame.data.tokenizer import load_tokenizer
+        from flame.distributed import local_device
+        from launch.spectra import state_spectra
+
+        config = DataConfig(dataset="python-stdlib", varlen=False)
+        tokenizer = load_tokenizer(str(self.out / "tokenizer"))
+        (inputs, _, _), *_ = heldout_sequences(config, tokenizer, SPECTRUM_TOKENS, 1)
+        spectra = {}
+        for name in ("dense", "pruned", "recovered"):
+            model = load_model(resolve(str(self.out / EVALUATED[name])))
+            spectra[name] = state_spectra(
+                model.to(local_device()), inputs["input"].to(local_device())
+            )
+        return spectra
+
+    def _kept(self) -> list[Any]:
+        from launch.report import KeptChannels
+        from pruning.adapters import adapter_for
+        from pruning.plan import planned_spaces, read_plan
+
+        plan = read_plan(self.out / "pruned" / "plan.json")
+        spaces = {space.name: space for space in planned_spaces(plan, plan.config_before)}
+        assert adapter_for(plan.config_before)
+        return [
+            KeptChannels(spaces[name].layer, spaces[name].head_dim, kept.tolist())
+            for name, kept in plan.kept.items()
+        ]
+
+
+def _check_same_demo(options: Options) -> None:
+    """Refuse to go on in a folder that was begun with other options."""
+    begun = options.out / "options.json"
+    if options.overwrite or not begun.is_file():
+        if options.out.is_dir() and any(options.out.iterdir()) and not begun.is_file():
+            raise UserError(f"{options.out} is not empty and no demo: choose another --out")
+        return
+    if json.loads(begun.read_text()) != _plain_options(options):
+        raise UserError(
+            f"{options.out} was begun with other options: choose another --out, or --overwrite"
+        )
+
+
+def _prepare_folder(options: Options) -> None:
+    if options.overwrite:
+        shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "options.json").write_text(json.dumps(_plain_options(options), indent=1))
+
+
+def _plain_options(options: Options) -> dict[str, Any]:
+    return {k: v for k, v in asdict(options).items() if k not in ("out", "overwrite")}
+
+
+def _read_times(folder: Path) -> dict[str, float]:
+    path = folder / TIMES_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _is_trained(folder: Path, steps: int) -> bool:
+    from flame.checkpoint.steps import latest_whole_step
+
+    return latest_whole_step(folder / "checkpoint") == steps
+
+
+def main(argv: list[str] | None = None) -> None:
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()
