@@ -1,8 +1,9 @@
-"""Training tokens/s of the gated delta rule on a CPU, beside transformers' fallback and fla's naive.
+"""Training tokens/s of the gated delta rule on a CPU, beside transformers' and fla's.
 
     python -m benchmarks.cpu_operators [--threads 1] [--rounds 7]
 
-A measurement is one forward and backward on random float32 input. In every round each
+Beside transformers' pure-PyTorch chunks and fla's naive token loop, on the same shapes. A
+measurement is one forward and backward on random float32 input. In every round each
 implementation runs once, in turn, so that they meet the same load; the best round of each counts.
 Packed documents, which only ours takes, are given to the others one by one.
 """

@@ -12,7 +12,10 @@ It imports fla, which imports transformers, and nothing of torchtitan.
 """
 
 import importlib
+import importlib.util
 from pathlib import Path
+
+from flame.errors import UserError
 
 _KERNELS = str(Path(__file__).resolve().parent.parent / "kernels")
 
@@ -26,6 +29,8 @@ def _join_kernels() -> None:
 
 def register() -> None:
     """Do what importing this module does; calling it again changes nothing."""
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("fla needs the package triton, also on a CPU: pip install triton")
     _join_kernels()
     importlib.import_module("fla.models")
     importlib.import_module("kernels.fla_cpu").install()
