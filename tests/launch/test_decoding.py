@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_v_heads": 4,
         "head_dim": 16,
         "expand_v": 0.5,
+        "tie_word_embeddings": True,
     },
     "llama": {
         "model_type": "llama",

@@ -1,4 +1,4 @@
-"""Held-out perplexity: the same as by hand, in every form of a model, on any number of processes."""
+"""Held-out perplexity: as by hand, the same for every form of a model and number of processes."""
 
 import json
 import math
@@ -146,9 +146,8 @@ def test_lora_run_is_evaluated_with_its_adapters(assets: Path, tmp_path: Path) -
     for layer in range(2):
         name = f"model.layers.{layer}.attn.q_proj"
         down, up = torch.randn(4, 32), torch.randn(32, 4)
-        adapters |= {
-            f"base_model.model.{name}.lora_{k}.weight": v for k, v in zip("AB", (down, up))
-        }
+        adapters[f"base_model.model.{name}.lora_A.weight"] = down
+        adapters[f"base_model.model.{name}.lora_B.weight"] = up
         weights[f"{name}.weight"] += 3.0 * up @ down
     save_step(adapters, run / "checkpoint", 2, alone=True)
     shutil.copytree(base, merged)
