@@ -263,8 +263,7 @@ def _spectra_section(data: ReportData) -> str:
         "Singular values of the states",
         "Each state is a key-by-value matrix; its singular values are divided by the largest and "
         "averaged over heads. A line that falls fast belongs to a state that uses few of its "
-        "directions. The stable rank is the sum of their squares over the largest square, "
-        "before → after.",
+        "directions. The stable rank is the sum of their squares over the largest square.",
         _panels(panels),
     )
 
@@ -279,14 +278,19 @@ def _spectrum_panel(layer: int, found: Mapping[str, Spectrum]) -> str:
         )
         for name, s in found.items()
     ]
-    ranks = " → ".join(
-        f"{s.stable_rank:.1f} of {len(s.values)}"
-        for s in found.values()
-        if math.isfinite(s.stable_rank)
-    )
-    title = f"Layer {layer}" + (f": stable rank {ranks}" if ranks else "")
+    title = f"Layer {layer}"
     chart = line_chart(lines, "singular value, by size", "σ / largest σ", title, log_y=True)
-    return f"<h3>{escape(title)}</h3>{chart}"
+    return f"<h3>{title}</h3>{_stable_ranks(found)}{chart}"
+
+
+def _stable_ranks(found: Mapping[str, Spectrum]) -> str:
+    ranks = ", ".join(
+        f'<span class="m-{escape(name)}">{escape(LABELS.get(name, name))} '
+        f"{spectrum.stable_rank:.1f} of {len(spectrum.values)}</span>"
+        for name, spectrum in found.items()
+        if math.isfinite(spectrum.stable_rank)
+    )
+    return f'<p class="ranks">Stable rank: {ranks}</p>' if ranks else ""
 
 
 def _kept_section(data: ReportData) -> str:

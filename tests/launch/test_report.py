@@ -107,7 +107,8 @@ def test_page_shows_every_number_of_the_table() -> None:
             assert column.cell(values[column.key]) in text
     for part in ("200.5 s", "3.2 s", "210.0 seconds", "2 processes", "2.13.0", "--ratio 0.5"):
         assert part in text
-    assert "Layer 0: stable rank 1.3 of 4 → 1.2 of 2" in text
+    assert '<span class="m-dense">dense 1.3 of 4</span>' in text
+    assert '<span class="m-recovered">recovered 1.2 of 2</span>' in text
     assert "Layer 0: 2 of 4 channels a head" in text
 
 
