@@ -44,7 +44,9 @@ class ChunkLayout:
         return sum(self.alive)
 
 
+# the cache outlives a caller's inference mode, whose tensors autograd would refuse later
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def chunk_layout(lengths: tuple[int, ...], size: int, device: torch.device) -> ChunkLayout:
     """Return the layout of consecutive documents of these `lengths` in tokens (0 is allowed)."""
     total = torch.tensor(lengths, dtype=torch.int64)

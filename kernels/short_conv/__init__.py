@@ -200,7 +200,9 @@ def _layout(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Stream:
     return _stream(_lengths(x, cu_seqlens), weight.shape[1], x.device)
 
 
+# the cache outlives a caller's inference mode, whose tensors autograd would refuse later
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _stream(lengths: tuple[int, ...], width: int, device: torch.device) -> _Stream:
     """Lay out documents of these lengths, each behind `width - 1` rows of state."""
     pad = width - 1

@@ -216,6 +216,15 @@ def test_the_initial_state_is_not_written_to():
     assert torch.equal(before, x["h"])
 
 
+def test_layouts_first_used_in_inference_mode_serve_training_later():
+    x = reference.inputs(37, 16, 24, states=3)
+    bounds = torch.tensor([0, 5, 6, 37])
+    with torch.inference_mode():
+        gated({n: t.detach() for n, t in x.items()}, cu_seqlens=bounds)
+    found = reference.gradients(gated(x, cu_seqlens=bounds), x)
+    assert all(grad.isfinite().all() for grad in found.values())
+
+
 def test_low_precision_input_is_computed_in_float32():
     x = {n: t.detach().bfloat16() for n, t in reference.inputs(65, 16, 24).items()}
     o, state = gated(x)
