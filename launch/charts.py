@@ -72,7 +72,7 @@ def line_chart(
     """
     lines = [line for line in lines if len(line.finite(line.y)) > 1]
     if not lines:
-        return '<p class="note">Nothing was recorded to draw here.</p>'
+        return '<p class="note">Fewer than two points were recorded.</p>'
     right = max(24.0, 12 + LABEL_WIDTH * max(len(line.label) for line in lines))
     x = Axis(*_extent(lines, "x"), LEFT, WIDTH - right)
     y = Axis(

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,27 @@ def decode_tokens_per_second(
     seed: int = 0,
     repeats: int = 5,
 ) -> float:
-    """Tokens that greedy decoding yields a second, over the whole batch; the median of `repeats`.
+    """Tokens that greedy decoding of `model` yields a second: see `decode_speeds`."""
+    models = {"model": model}
+    return decode_speeds(models, batch_size, length, prompt_length, seed, repeats)["model"]
 
-    The prompt is read before the clock starts, and one round is not counted: the first one meets
-    cold caches and compiles kernels. Batch and lengths belong beside the figure wherever it is
-    written.
+
+def decode_speeds(
+    models: Mapping[str, nn.Module],
+    batch_size: int = 8,
+    length: int = 64,
+    prompt_length: int = 32,
+    seed: int = 0,
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Tokens that greedy decoding yields a second, over the whole batch, for each model.
+
+    The median of `repeats` rounds. The models take turns, so that what else the machine does falls
+    on all of them. The prompt is read before the clock starts, and a first round is not counted: it
+    meets cold caches and compiles kernels. Batch and lengths belong beside the figures.
 
     Args:
-        model: a causal language model of transformers or fla, on one device.
+        models: causal language models of transformers or fla, each on one device.
         batch_size: sequences decoded together.
         length: tokens generated for each sequence.
         prompt_length: random tokens that each sequence starts with.
@@ -33,9 +47,13 @@ def decode_tokens_per_second(
     for name, count in {**counts, "repeats": repeats}.items():
         if count < 1:
             raise UserError(f"decoding: {name} is {count}, it must be at least 1")
-    prompt = random_prompt(model, batch_size, prompt_length, seed)
-    seconds = [timed_decoding(model, prompt, length)[1] for _ in range(repeats + 1)][1:]
-    return batch_size * length / statistics.median(seconds)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            prompt = random_prompt(model, batch_size, prompt_length, seed)
+            seconds[name].append(timed_decoding(model, prompt, length)[1])
+    tokens = batch_size * length
+    return {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def random_prompt(model: nn.Module, batch_size: int, length: int, seed: int) -> Tensor:

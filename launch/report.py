@@ -329,8 +329,8 @@ def _record_section(data: ReportData) -> str:
         f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in facts.items()
     )
-    commands = escape("\n".join(data.commands))
-    shown = f"<pre>{commands}</pre>" if data.commands else ""
+    commands = "".join(f"<code>{escape(command)}\n</code>" for command in data.commands)
+    shown = f"<pre>{commands}</pre>" if commands else ""
     return _section("How it was made", "", f'{shown}<dl class="facts">{pairs}</dl>')
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from flame.errors import UserError
 from flame.model import stock_config
 from launch import decoding
-from launch.decoding import decode_tokens_per_second, random_prompt, timed_decoding
+from launch.decoding import decode_speeds, decode_tokens_per_second, random_prompt, timed_decoding
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "hidden_ratio": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -65,13 +65,21 @@ def test_prompt_depends_on_the_seed_alone() -> None:
     assert int(first.max()) < 61
 
 
-def test_speed_is_the_median_of_the_rounds_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([100.0, 2.0, 50.0, 1.0])
-    model = stock_model("llama")
-    monkeypatch.setattr(
-        decoding, "timed_decoding", lambda model, prompt, length: (prompt, next(seconds))
-    )
-    assert decode_tokens_per_second(model, 4, 10, repeats=3) == 4 * 10 / 2.0
+def test_speed_is_the_median_of_rounds_that_models_take_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = stock_model("llama"), stock_model("delta_net")
+    times = {one: iter([100.0, 2.0, 50.0, 1.0]), other: iter([100.0, 4.0, 4.0, 5.0])}
+    turns = []
+
+    def timed(model: nn.Module, prompt: torch.Tensor, length: int) -> tuple[torch.Tensor, float]:
+        turns.append(model)
+        return prompt, next(times[model])
+
+    monkeypatch.setattr(decoding, "timed_decoding", timed)
+    speeds = decode_speeds({"one": one, "other": other}, 4, 10, repeats=3)
+    assert speeds == {"one": 4 * 10 / 2.0, "other": 4 * 10 / 4.0}
+    assert turns == [one, other] * 4
 
 
 def test_speed_of_a_real_model_is_positive() -> None:
