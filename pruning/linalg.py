@@ -82,6 +82,11 @@ def _check_arguments(gram: Tensor, k: int, f: float, max_swaps: int | None) -> N
             f"expected float64 of shape [..., d, d]"
         )
     check_count(k, gram.shape[-1], "columns")
+    check_bound(f, max_swaps)
+
+
+def check_bound(f: float, max_swaps: int | None) -> None:
+    """Raise ValueError unless f is above 1 and the cap on exchanges, if any, not negative."""
     if not f > 1:
         raise ValueError(f"f is {f}: the bound of strong RRQR needs f above 1, such as 1.5")
     if max_swaps is not None and max_swaps < 0:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Int64
 from torch import Tensor
 
-from pruning.linalg import strong_rrqr
+from pruning.linalg import check_bound, strong_rrqr
 from pruning.methods.interface import Statistics, Weights, option
 from pruning.spaces import Space, check_count
 from pruning.statistics import QueryKeyGram, Statistic
@@ -27,6 +27,9 @@ class DeltaRuleRRQR:
     max_swaps: int | None = option(
         None, "stop after so many swaps per head, giving up the bound (the paper: 20)"
     )
+
+    def __post_init__(self) -> None:
+        check_bound(self.f, self.max_swaps)
 
     def select(
         self, space: Space, k: int, weights: Weights, statistics: Statistics

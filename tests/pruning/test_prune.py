@@ -1,0 +1,268 @@
+"""The stage `prune`: the three in one, what it refuses, and training on from its output."""
+
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flame.checkpoint.reference import resolve
+from flame.checkpoint.source import DcpSource
+from flame.checkpoint.steps import verify_step
+from flame.errors import UserError
+from pruning.plan import read_plan
+from pruning.transform import SlicedSource, cuts_of
+from tests.distributed import run_distributed
+from tests.pruning.models import (
+    DELTA_NET,
+    GATED_DELTANET,
+    tensors_in,
+    weights,
+    write_hf,
+    write_run,
+    write_text,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, its tokenizer, and a Hugging Face model without one."""
+    folder = tmp_path_factory.mktemp("prune")
+    write_text(folder)
+    write_hf(folder / "model", GATED_DELTANET, weights(GATED_DELTANET))
+    return folder
+
+
+def stage(name: str, *arguments: object) -> None:
+    """Run a command line of `pruning.<name>` as one of the processes of its job."""
+    from flame.distributed import world_size
+
+    module = import_module(f"pruning.{name}")
+    options = module.parse([str(argument) for argument in arguments])
+    module.check(options, world_size())
+    module.run(options)
+
+
+def data_of(home: Path) -> list[object]:
+    text = ["--data", home / "text.jsonl", "--tokenizer", home / "tokenizer"]
+    return [*text, "--sequences", 3, "--seq-len", 64]
+
+
+def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
+    method = ["--method", "drrqr", "--ratio", "0.5", "--f", "1.2"]
+    run_distributed(stage, 2, "prune", home / "model", tmp_path / "one", *method, *data_of(home))
+    stage("calibrate", home / "model", tmp_path / "stats", *data_of(home))
+    stats = ["--stats", tmp_path / "stats"]
+    stage("plan_command", home / "model", tmp_path / "plan.json", *method, *stats)
+    stage("apply", home / "model", tmp_path / "plan.json", tmp_path / "two")
+    stage("prune", home / "model", tmp_path / "three", *method, *stats)
+    plan = (tmp_path / "plan.json").read_bytes()
+    one = tensors_in(resolve(tmp_path / "one").source())
+    for out in ("one", "two", "three"):
+        assert (tmp_path / out / "plan.json").read_bytes() == plan
+        other = tensors_in(resolve(tmp_path / out).source())
+        assert all(torch.equal(other[name], one[name]) for name in one)
+    assert read_plan(tmp_path / "plan.json").options == {"f": 1.2, "max_swaps": None}
+    assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "stats", "three", "two"]
+
+
+def test_a_method_without_needs_reads_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("data was asked for")
+
+    monkeypatch.setattr("pruning.calibration_data.calibration_data", refuse)
+    model = write_run(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
+    stage("prune", model, tmp_path / "out", "--method", "random", "--ratio", "0.5", "--seed", "7")
+    plan = read_plan(tmp_path / "out" / "plan.json")
+    assert (plan.calibration, plan.options) == (None, {"seed": 7})
+    assert resolve(tmp_path / "out").kind == "dcp"
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        (["--ratio", "0.5"], 16),
+        (["--ratio", "0.3"], 16),
+        (["--ratio", "0.3", "--paper"], 22),
+        (["--ratio", "0.3", "--multiple-of", "4"], 20),
+        (["--ratio", "0.9"], 16),
+    ],
+)
+def test_widths_follow_ratio_and_multiple(flags: list[str], width: int, tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
+    stage("plan_command", model, tmp_path / "plan.json", "--method", "l1", *flags)
+    assert set(read_plan(tmp_path / "plan.json").widths.values()) == {width}
+
+
+def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:
+    """What `prune` says instead of writing `out`; later flags override earlier ones."""
+    before = sorted(path.name for path in out.parent.iterdir())
+    defaults = ["--method", "drrqr", "--ratio", "0.5", *data_of(home)]
+    with pytest.raises(UserError) as error:
+        stage("prune", home / model, out, *defaults, *flags)
+    assert sorted(path.name for path in out.parent.iterdir()) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ratio", "0"], "ratio 0.0 is not between 0 and 1"),
+        (["--ratio", "1"], "ratio 1.0 is not between 0 and 1"),
+        (["--ratio", "-1"], "ratio -1.0 is not between 0 and 1"),
+        (["--ratio", "nan"], "ratio nan is not between 0 and 1"),
+        (["--ratio", "half"], "ratio 'half' is not a number"),
+        (["--ratio", "0.01", "--multiple-of", "32"], "is no reduction"),
+        (["--multiple-of", "0"], "--multiple-of: 0 is not a whole number of at least 1"),
+        (["--paper", "--multiple-of", "8"], "--paper means --multiple-of 1, not 8"),
+        (["--method", "best"], "unknown method 'best': choose from drrqr, l1, random"),
+        (["--method", "l1", "--f", "2"], "--f is no option of l1: it has none"),
+        (["--f", "x"], "--f: invalid float value: 'x'"),
+        (["--f", "1"], "method drrqr: f is 1.0"),
+        (["--max-swaps", "-1"], "method drrqr: max_swaps is -1"),
+        (["--space", "state"], "no space of kind 'state' can be pruned in a gated_deltanet"),
+        (["--to", "gguf"], "--to: invalid choice: 'gguf'"),
+        (["--sequences", "100000"], "100000"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    flags: list[str], message: str, home: Path, tmp_path: Path
+) -> None:
+    assert message in refused(home, tmp_path / "out", *flags)
+
+
+def test_models_that_cannot_be_pruned_are_refused(home: Path, tmp_path: Path) -> None:
+    def configured(name: str, config: Any) -> str:
+        folder = home / name
+        folder.mkdir()
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+        (folder / "model.safetensors").write_bytes((home / "model/model.safetensors").read_bytes())
+        return refused(home, tmp_path / "out", model=name)
+
+    assert "no such folder" in refused(home, tmp_path / "out", model="nothing")
+    (home / "empty").mkdir()
+    assert "has no config.json" in refused(home, tmp_path / "out", model="empty")
+    assert "is not JSON" in configured("broken", "{")
+    assert "no adapter for model family 'llama'" in configured("llama", {"model_type": "llama"})
+    assert "is both its key and its value width" in configured("tied", {"model_type": "rwkv7"})
+    biased = {**GATED_DELTANET, "conv_bias": True}
+    assert "conv_bias is true" in configured("biased", biased)
+
+
+def test_outputs_that_must_not_be_written_are_refused(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    assert "exists: choose another, or pass --overwrite" in refused(home, out)
+    assert (out / "precious").exists()
+    assert "lies inside the model's folder" in refused(home, home / "model" / "out")
+    read_only = tmp_path / "locked"
+    read_only.mkdir(mode=0o555)
+    assert "is read-only for this user" in refused(home, read_only / "out")
+    stage("prune", home / "model", out, "--method", "l1", "--ratio", "0.5", "--overwrite")
+    assert not (out / "precious").exists()
+    assert resolve(out).config["head_dim"] == 16
+
+
+def test_weights_that_are_not_finite_are_refused(home: Path, tmp_path: Path) -> None:
+    tensors = weights(GATED_DELTANET)
+    for name in ("lm_head.weight", "model.layers.1.attn.q_proj.weight"):
+        tensors[name].view(-1)[7] = float("nan")
+        write_hf(home / name, GATED_DELTANET, tensors)
+        for method in ("drrqr", "l1"):
+            text = refused(home, tmp_path / "out", "--method", method, model=name)
+            assert f"{name} holds" in text
+        tensors[name].view(-1)[7] = 0.0
+
+
+def test_plans_of_other_models_are_refused(home: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    stage("plan_command", home / "model", plan, "--method", "l1", "--ratio", "0.5")
+    write_hf(home / "sibling", GATED_DELTANET, weights(GATED_DELTANET, seed=1))
+    with pytest.raises(UserError, match=r"plan .*plan.json is of another model \(fingerprint"):
+        stage("apply", home / "sibling", plan, tmp_path / "out")
+    content = json.loads(plan.read_text())
+    content["spaces"]["layers.0.key"][0][0] = 99
+    plan.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="comes after 99"):
+        stage("apply", home / "model", plan, tmp_path / "out")
+    with pytest.raises(UserError, match="plan.json exists"):
+        stage("plan_command", home / "model", plan, "--method", "l1", "--ratio", "0.5")
+    with pytest.raises(UserError, match="drrqr chooses by statistics: make them with"):
+        stage("plan_command", home / "model", tmp_path / "p", "--method", "drrqr", "--ratio", "0.5")
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def train(*arguments: str) -> None:
+    from flame.train import check, parse, run
+
+    options = parse(list(arguments))
+    check(options, 2)
+    run(options)
+
+
+def write_recipe(home: Path, out: Path) -> Path:
+    recipe = home / "recipe.toml"
+    recipe.write_text(
+        f"""
+[job]
+dump_folder = "{out}"
+[model]
+config = "{home / "model" / "config.json"}"
+[data]
+dataset = "{home / "text.jsonl"}"
+tokenizer = "{home / "tokenizer"}"
+virtual_shards = 4
+[training]
+seq_len = 64
+local_batch_size = 2
+global_batch_size = 4
+steps = 3
+[optimizer]
+lr = 1e-3
+[lr_scheduler]
+warmup_steps = 1
+total_steps = 10
+[checkpoint]
+interval = 10
+"""
+    )
+    return recipe
+
+
+def test_a_pruned_run_trains_on_from_where_it_stood(home: Path, tmp_path: Path) -> None:
+    """Trained, pruned and trained on by two processes, with no data named but in the recipe."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    run_distributed(train, 2, "--config", str(write_recipe(home, dense)))
+    method = ["--method", "drrqr", "--ratio", "0.5", "--sequences", 5]
+    run_distributed(stage, 2, "prune", dense, out, *method)
+    plan = read_plan(out / "plan.json")
+    assert plan.calibration is not None
+    assert (plan.calibration["seq_len"], plan.calibration["tokens"]) == (64, 320)
+    assert plan.calibration["data"]["dataset"] == str(home / "text.jsonl")
+    recipe = str(out / "recipe.toml")
+    run_distributed(train, 2, "--config", recipe, "--training.steps", "4")
+    step = out / "checkpoint" / "step-4"
+    verify_step(step)
+    before = DcpSource(dense / "checkpoint" / "step-3", everything=True)
+    sliced = SlicedSource(before, cuts_of(plan, resolve(dense).config))
+    after = DcpSource(step, everything=True)
+    assert after.names() == sliced.names()
+    second_moments = [name for name in after.names() if name.endswith(".exp_avg_sq")]
+    assert len(second_moments) > 20
+    for name in second_moments:
+        # v' = b v + (1 - b) g^2 with b = 0.95 is at least b v, if v was loaded.
+        assert bool((after.read(name) >= 0.9499 * sliced.read(name)).all()), name
+    counters = [name for name in after.names() if name.endswith(".step")]
+    assert all(float(after.read(name)) == 4 for name in counters)
+    for run, number, sequences in ((dense, 3, 12), (out, 4, 16)):
+        state = json.loads((run / f"checkpoint/step-{number}/dataloader.json").read_text())
+        assert state["next_sequence"] == sequences
