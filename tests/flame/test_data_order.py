@@ -2,8 +2,10 @@
 
 import gc
 import json
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -135,6 +137,19 @@ def test_a_stream_is_dealt_out_in_its_own_order(tokenizer: Any, files: int, worl
     expected = reference_rows(iter([shards] * 9), tokenizer, 48)
     found = steps_of(stream(texts, files), tokenizer, make_config(), 6, world, 1)
     assert [row for step in found for row in step] == [tokens[:-1] for tokens, _ in expected]
+
+
+def test_loaders_of_one_stream_do_not_disturb_each_other() -> None:
+    """The library keeps a position in the set, which iterators in two threads would share."""
+    documents = stream()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(lambda: list(documents.shard(1, 2, 0, 0))) for _ in range(200)]
+            assert [job.result() == TEXTS[1::2] for job in jobs] == [True] * 200
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_documents_and_rows_are_kept_apart(tokenizer: Any) -> None:

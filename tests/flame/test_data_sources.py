@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +102,6 @@ def test_a_streams_files_are_dealt_out_to_shards(tmp_path: Path) -> None:
     documents = build_documents(DataConfig(dataset=str(path), streaming=True), "train")
     assert list(documents.shard(0, 2, 0, 0)) == TEXTS[:15]
     assert list(documents.shard(1, 2, 0, 20)) == TEXTS[35:]
-
-
-def test_loaders_of_one_stream_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """The library keeps a position in the set, which iterators in two threads would share."""
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    documents = build_documents(DataConfig(dataset=str(path), streaming=True), "train")
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            jobs = [pool.submit(lambda: list(documents.shard(0, 1, 0, 0))) for _ in range(100)]
-            assert [job.result() == TEXTS for job in jobs] == [True] * 100
-    finally:
-        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
