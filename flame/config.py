@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from torchtitan.config import job_config as titan
 from torchtitan.config.manager import ConfigManager
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.data.config import DataConfig
 from flame.errors import UserError, first_line
 
@@ -70,7 +70,7 @@ class Checkpoint(titan.Checkpoint):
     """Save checkpoints; the last step is always saved, optimizer state included."""
 
     keep_latest_k: int = 2
-    """Whole checkpoints to keep; 0 keeps all. 1 is safe: the old one goes after the new is whole."""
+    """Whole checkpoints to keep; 0 keeps all. 1 is safe: the old goes after the new is whole."""
 
     last_save_model_only: bool = False
     """Refused if set: the last step is saved in full."""
@@ -113,7 +113,7 @@ class JobConfig(titan.JobConfig):
 def parse_job(arguments: list[str]) -> JobConfig:
     """The job configuration of `--job.config_file RECIPE --section.key value …`.
 
-    A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever it was moved.
+    A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever it lies now.
     """
     recipe = _recipe_path(arguments)
     if recipe is not None:

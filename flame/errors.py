@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 RANK_ZERO_HEAD_START = 3.0
-"""Seconds that ranks above 0 wait before they report, so that an error of all ranks is read once."""
+"""Seconds that ranks above 0 wait before they report: an error of all ranks is read once."""
 
 
 class UserError(Exception):

@@ -25,7 +25,7 @@ class _Worthwhile(logging.Filter):
 
 
 def configure() -> None:
-    """Send log lines to stdout: all of rank 0, warnings of other ranks. Stages call it, once each."""
+    """Send log lines to stdout: all of rank 0, warnings of other ranks. Stages call it."""
     root = logging.getLogger()
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stdout)

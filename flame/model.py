@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 def stock_config(config: dict[str, Any]) -> Any:
     """The configuration object of transformers or fla for a `config.json` given as a dict."""
-    import flame.register  # noqa: F401
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    import flame.register  # noqa: F401
 
     model_type = config.get("model_type")
     if not model_type:
@@ -89,8 +90,8 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that compute in fp32 whatever the policy: the decay's `A_log` and `dt_bias`.
 
-    FSDP2 casts whole groups, so these stay out of it: replicated, never cast, their gradients summed
-    over the ranks by `sum_replicated_gradients`.
+    FSDP2 casts whole groups, so these stay out of it: replicated, never cast, their gradients
+    summed over the ranks by `sum_replicated_gradients`.
     """
     return {
         name: parameter

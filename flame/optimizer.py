@@ -67,7 +67,7 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, *_: Any) -> Grou
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a global 2-norm of at most `max_norm`; return the norm before, a scalar.
+    """Scale the gradients to a global 2-norm of at most `max_norm`; return the norm before.
 
     Takes sharded and replicated parameters together: a replicated gradient is the same on every
     rank and counts once.

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,6 +16,7 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
 from flame.data.loader import PackedLoader, alone
@@ -45,8 +45,9 @@ class CausalLMArgs(BaseModelArgs):
 
     config: dict[str, Any] = field(default_factory=dict)
 
-    # Not a field: torchtitan logs the fields.
-    job = None
+    def __post_init__(self) -> None:
+        # Not a field: torchtitan logs the fields.
+        self.job: Any = None
 
     def update_from_config(self, job_config: Any, **_: Any) -> None:
         self.config = model_config(job_config)
@@ -61,7 +62,7 @@ class CausalLMArgs(BaseModelArgs):
 
 
 def model_config(job: Any) -> dict[str, Any]:
-    """The `config.json` that the job trains: its run folder's own, `model.init`'s or `model.config`."""
+    """The `config.json` to train: the run folder's own, `model.init`'s or `model.config`."""
     own = Path(job.job.dump_folder) / CONFIG_FILE
     if own.is_file():
         return read_config(own)
@@ -91,7 +92,7 @@ def hub_config(name: str) -> dict[str, Any]:
 
 
 def build_model(args: CausalLMArgs) -> nn.Module:
-    """The model on the meta device, adapters on; `model.init_weights` fills it once materialised."""
+    """The model on the meta device, adapters on, with `init_weights` to fill it once it is real."""
     model = meta_model(args.config)
     if args.job.lora.rank > 0:
         inject(model, args.job.lora)
@@ -149,7 +150,7 @@ def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:
     if config.mode == "none":
         return
     every = 1 if config.mode == "full" else int(config.selective_ac_option)
-    # The layers' own checkpointing (transformers' GradientCheckpointingLayer) keeps names as they are.
+    # The layers' own checkpointing (transformers' GradientCheckpointingLayer) renames nothing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})

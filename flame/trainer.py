@@ -1,11 +1,10 @@
-"""torchtitan's trainer for causal language models on CPU and CUDA, with this project's checkpoints."""
+"""torchtitan's trainer for causal language models, with this project's checkpoints."""
 
 import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -14,6 +13,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer as TitanTrainer
 
 import flame.spec
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.checkpoint.manager import CheckpointManager
 from flame.lora import peft_name
 from flame.optimizer import clip_gradients

@@ -89,8 +89,13 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Run what is not done yet; write the summary and the report; print the table. Collective."""
-    import flame.register  # noqa: F401
     from flame.distributed import barrier, process_group, rank
+
+    if _is_finished(options):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _print_summary(options.out)
+        return
+    import flame.register  # noqa: F401
 
     with process_group():
         if rank() == 0:
@@ -233,8 +238,8 @@ class Demo:
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:
         from flame.distributed import world_size
+        from flame.output import replacing_file
         from launch.perplexity import versions
-        from launch.report import summary_table
 
         self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
         summary = {
@@ -246,10 +251,11 @@ class Demo:
             "decoding": DECODING,
             "options": _plain_options(self.options),
         }
-        (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
         self._report(rows)
-        print(summary_table(rows).text())
-        print(f"\n{self.out / REPORT_FILE} shows it; {self.out / SUMMARY_FILE} has the numbers")
+        # Written last: it says that the demo is finished.
+        with replacing_file(self.out / SUMMARY_FILE, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        _print_summary(self.out)
 
     def _report(self, rows: dict[str, dict[str, Any]]) -> None:
         from flame.distributed import world_size
@@ -308,6 +314,19 @@ class Demo:
             KeptChannels(spaces[name].layer, spaces[name].head_dim, kept.tolist())
             for name, kept in plan.kept.items()
         ]
+
+
+def _is_finished(options: Options) -> bool:
+    files = (options.out / SUMMARY_FILE, options.out / REPORT_FILE)
+    return not options.overwrite and all(file.is_file() for file in files)
+
+
+def _print_summary(folder: Path) -> None:
+    from launch.report import summary_table
+
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    print(summary_table({name: summary[name] for name in EVALUATED}).text())
+    print(f"\n{folder / REPORT_FILE} shows it; {folder / SUMMARY_FILE} has the numbers")
 
 
 def _check_same_demo(options: Options) -> None:
