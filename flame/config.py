@@ -113,7 +113,7 @@ class JobConfig(titan.JobConfig):
 def parse_job(arguments: list[str]) -> JobConfig:
     """The job configuration of `--job.config_file RECIPE --section.key value …`.
 
-    A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever it lies now.
+    A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever that lies.
     """
     recipe = _recipe_path(arguments)
     if recipe is not None:

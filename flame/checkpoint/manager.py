@@ -1,9 +1,9 @@
 """Saving and resuming a training run: what torchtitan's checkpointer does, without its data loss.
 
-Differences to torchtitan 0.2.2's: a step is written under a temporary name with a hash for each
-file and renamed when whole; purging counts whole steps only, so keeping one is safe; the last step is
-saved in full; the loader's state is JSON and resumes at another world size. The layout of a step is
-torchtitan's, plus `checksums.json` and `dataloader.json`.
+Differences to torchtitan 0.2.2: a step is written under a temporary name with a hash for each file
+and renamed when whole; purging counts whole steps only, so keeping one is safe; the last step is
+saved in full; the loader's state is JSON and resumes at another world size. The layout of a step
+is torchtitan's, plus `checksums.json` and `dataloader.json`.
 """
 
 import json
