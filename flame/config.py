@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 from torchtitan.config import job_config as titan
 from torchtitan.config.manager import ConfigManager
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.data.config import DataConfig
 from flame.errors import UserError, first_line
 

@@ -6,6 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,7 +19,6 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
 from flame.data.loader import PackedLoader, alone

@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -13,7 +16,6 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer as TitanTrainer
 
 import flame.spec
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 from flame.checkpoint.manager import CheckpointManager
 from flame.lora import peft_name
 from flame.optimizer import clip_gradients
