@@ -4,24 +4,24 @@ A recipe is TOML with torchtitan's sections and conventions (`--section.key valu
 are `[model]` (replaced), `[data]` and `[lora]`; defaults that lose data in torchtitan are changed.
 """
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 import contextlib
 import dataclasses
 import io
 import json
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
-
-# isort: split
 from torchtitan.config import job_config as titan
 from torchtitan.config.manager import ConfigManager
 
 from flame.data.config import DataConfig
-from flame.errors import UserError, first_line
+from flame.errors import UserError
+from flame.recipe import read_tables
 
 RECIPE_FILE = "recipe.toml"
 """Name of the resolved recipe in a run folder."""
@@ -147,16 +147,6 @@ def is_run_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "checkpoint").is_dir()
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The tables of a recipe file."""
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not TOML: {first_line(error)}") from error
-
-
 def job_from_tables(tables: dict[str, Any]) -> JobConfig:
     """A job configuration from a recipe's tables; unknown sections and keys are refused."""
     job = JobConfig()
@@ -228,7 +218,7 @@ def _known(cls: type) -> str:
 
 
 def _check_recipe(path: Path) -> None:
-    job_from_tables(read_recipe(path))
+    job_from_tables(read_tables(path))
 
 
 def _recipe_path(arguments: list[str]) -> Path | None:

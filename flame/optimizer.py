@@ -1,5 +1,8 @@
 """AdamW for sharded models: no decay where the model asks for none, replicated tensors apart."""
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 from collections import defaultdict
 from typing import Any
 

@@ -1,14 +1,14 @@
 """The torchtitan train spec for any causal language model of transformers or fla."""
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
-
-# isort: split
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

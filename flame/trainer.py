@@ -1,13 +1,13 @@
 """torchtitan's trainer for causal language models, with this project's checkpoints."""
 
+import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
 import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
-
-# isort: split
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict

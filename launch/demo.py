@@ -227,12 +227,15 @@ class Demo:
         from flame.checkpoint.load import load_model
         from flame.checkpoint.reference import resolve
         from flame.distributed import device_type
-        from launch.decoding import decode_tokens_per_second
+        from launch.decoding import decode_speeds
 
         begin = time.perf_counter()
-        for name, folder in EVALUATED.items():
-            model = load_model(resolve(str(self.out / folder)), device=device_type())
-            speed = decode_tokens_per_second(model, **DECODING, seed=self.options.seed)
+        models = {
+            name: load_model(resolve(str(self.out / folder)), device=device_type())
+            for name, folder in EVALUATED.items()
+        }
+        speeds = decode_speeds(models, **DECODING, seed=self.options.seed)
+        for name, speed in speeds.items():
             rows[name]["decode_tokens_per_second"] = speed
         self.seconds["decode"] = time.perf_counter() - begin
 

@@ -146,9 +146,10 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
     """Copy a run's recipe into `folder`, its dump folder rewritten to `dst`, where it will lie."""
     if reference.recipe is None:
         return
-    from flame.config import job_from_tables, read_recipe, recipe_text
+    from flame.config import job_from_tables, recipe_text
+    from flame.recipe import read_tables
 
-    job = job_from_tables(read_recipe(reference.recipe))
+    job = job_from_tables(read_tables(reference.recipe))
     job.job.dump_folder = str(dst)
     job.lora.rank = 0
     job.model.init = ""

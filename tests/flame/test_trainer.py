@@ -286,10 +286,10 @@ def test_lora_checkpoint_holds_what_was_trained_in_pefts_names(lora_run: Path) -
 
 def test_merged_model_equals_base_plus_adapters(lora_run: Path, two_ranks: Path) -> None:
     """Logits of the merged folder in the stock class against peft on the base, step for step."""
-    import flame.register  # noqa: F401
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
+    import flame.register  # noqa: F401
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
     from flame.config import Lora

@@ -105,9 +105,10 @@ def test_what_lies_beside_the_weights_goes_along(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text()) == plan.config_after
     assert (out / "tokenizer.json").read_text() == "{}"
     assert plan_text(read_plan(out / "plan.json")) == plan_text(plan)
-    from flame.config import job_from_tables, read_recipe
+    from flame.config import job_from_tables
+    from flame.recipe import read_tables
 
-    job = job_from_tables(read_recipe(out / "recipe.toml"))
+    job = job_from_tables(read_tables(out / "recipe.toml"))
     assert (job.job.dump_folder, job.model.init, job.training.seq_len) == (str(out), "", 64)
     assert job.data.dataset == "python-stdlib"
 
