@@ -244,4 +244,3 @@ def _sums(collected: Collected) -> Iterator[Tensor]:
     for of_space in collected.values():
         for statistic in of_space.values():
             yield from statistic.state_dict().values()
-

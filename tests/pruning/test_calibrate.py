@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from pruning import calibrate, plan_command
 from pruning.calibration_data import CalibrationData, calibration_data
 from pruning.options import DataOptions
 from pruning.plan import read_plan
+from pruning.spaces import Space
+from pruning.statistics import Source, Statistic
 from pruning.stats_file import META_FILE, SUMS_FILE, read_meta
 from pruning.taps import OpCall, tap_ops
 from tests.distributed import run_distributed
@@ -25,6 +28,7 @@ from tests.pruning.models import (
     select_from_whole_matrix,
     weights,
     write_hf,
+    write_run,
     write_text,
 )
 
@@ -54,10 +58,14 @@ def data_arguments(home: Path, **changes: Any) -> list[str]:
 
 
 def run_calibrate(home: Path, family: str, out: Path, *flags: str, **changes: Any) -> None:
-    arguments = [str(home / family), str(out), *flags, *data_arguments(home, **changes)]
-    options = calibrate.parse(arguments)
+    stage(str(home / family), str(out), *flags, *data_arguments(home, **changes))
+
+
+def stage(*arguments: str) -> None:
+    """Run `calibrate` as one of the processes of its job."""
     from flame.distributed import world_size
 
+    options = calibrate.parse(list(arguments))
     calibrate.check(options, world_size())
     calibrate.run(options)
 
@@ -254,6 +262,68 @@ def test_what_cannot_be_calibrated_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stream_that_ends_early_ends_on_every_rank(home: Path, tmp_path: Path) -> None:
+    """Its length is not known beforehand, and the shards end at different rounds."""
+    recipe = f'[data]\ndataset = "{home / "text.jsonl"}"\nstreaming = true\n'
+    config = FAMILIES["delta_net"]
+    run = write_run(home / "streaming", config, weights(config), recipe=recipe)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (run / name).write_bytes((home / "tokenizer" / name).read_bytes())
+    arguments = [str(run), str(tmp_path / "stats"), "--seq-len", "512", "--sequences", "400"]
+    texts = run_distributed(complaint, 2, stage, *arguments)
+    assert all("data ends before 400 sequences of 512 tokens" in text for text in texts)
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass
+class HiddenSum(Statistic):
+    """What enters the mixers, summed: the smallest statistic of another source."""
+
+    source: ClassVar[Source] = Source.MIXER_INPUT
+
+    total: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def zeros(cls, space: Space, device: torch.device | str = "cpu") -> "HiddenSum":
+        total = torch.zeros(64, dtype=torch.float64, device=device)
+        return cls(total, torch.zeros((), dtype=torch.int64, device=device))
+
+    def update(self, seen: Tensor) -> None:
+        self.total += seen.double().sum(0)
+        self.tokens += len(seen)
+
+
+def collect_sums(home: Path) -> dict[str, Tensor]:
+    """By space, the sums of two statistics of different sources, one after the other."""
+    from pruning.collect import collect
+    from pruning.statistics import QueryKeyGram
+
+    reference = resolve(home / "delta_net")
+    options = DataOptions(
+        data=str(home / "text.jsonl"), tokenizer=str(home / "tokenizer"), sequences=5, seq_len=80
+    )
+    data = calibration_data(reference, options)
+    collected, _ = collect(reference, (QueryKeyGram, HiddenSum), data, "")
+    assert all(int(s.tokens) == 400 for of in collected.values() for s in of.values())
+    return {
+        name: torch.cat([total.double().flatten() for s in of.values() for total in _sums_of(s)])
+        for name, of in collected.items()
+    }
+
+
+def _sums_of(statistic: Statistic) -> list[Tensor]:
+    return list(statistic.state_dict().values())
+
+
+def test_statistics_of_several_sources_add_up_over_ranks(home: Path) -> None:
+    [one] = run_distributed(collect_sums, 1, home)
+    for other in run_distributed(collect_sums, 4, home):
+        assert other.keys() == one.keys()
+        for name, sums in other.items():
+            torch.testing.assert_close(sums, one[name], rtol=1e-12, atol=1e-9)
+
+
 def test_data_and_tokenizer_must_come_from_somewhere(home: Path, tmp_path: Path) -> None:
     arguments = [str(home / "delta_net"), str(tmp_path / "stats")]
     text = complaint(calibrate.check, calibrate.parse(arguments))
@@ -275,8 +345,6 @@ def test_few_tokens_are_warned_of(
 
 
 def test_the_recipe_says_what_the_options_do_not(tmp_path: Path) -> None:
-    from tests.pruning.models import write_run
-
     recipe = '[data]\ndataset = "python-stdlib"\nvirtual_shards = 4\nsplit = "heldout"\n'
     recipe += "[training]\nseq_len = 96\n"
     run = write_run(tmp_path / "run", GATED_DELTANET, weights(GATED_DELTANET), recipe=recipe)
