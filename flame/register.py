@@ -13,6 +13,7 @@ It imports fla, which imports transformers, and nothing of torchtitan.
 
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 
 from flame.errors import UserError
@@ -27,12 +28,19 @@ def _join_kernels() -> None:
         path.append(_KERNELS)
 
 
+def _import_fla() -> None:
+    """Import fla without its warning that it finds no GPU: `kernels.fla_cpu` is what follows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Triton is not supported on current platform")
+        importlib.import_module("fla.models")
+
+
 def register() -> None:
     """Do what importing this module does; calling it again changes nothing."""
     if importlib.util.find_spec("triton") is None:
         raise UserError("fla needs the package triton, also on a CPU: pip install triton")
     _join_kernels()
-    importlib.import_module("fla.models")
+    _import_fla()
     importlib.import_module("kernels.fla_cpu").install()
 
 
