@@ -21,7 +21,7 @@ from torchtitan.config.manager import ConfigManager
 
 from flame.data.config import DataConfig
 from flame.errors import UserError
-from flame.recipe import read_tables
+from flame.recipe import option_name, read_tables, recipe_path
 
 RECIPE_FILE = "recipe.toml"
 """Name of the resolved recipe in a run folder."""
@@ -117,7 +117,7 @@ def parse_job(arguments: list[str]) -> JobConfig:
 
     A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever that lies.
     """
-    recipe = _recipe_path(arguments)
+    recipe = recipe_path(arguments)
     if recipe is not None:
         _check_recipe(recipe)
     job = _parse_overrides(arguments)
@@ -221,15 +221,5 @@ def _check_recipe(path: Path) -> None:
     job_from_tables(read_tables(path))
 
 
-def _recipe_path(arguments: list[str]) -> Path | None:
-    for position, argument in enumerate(arguments):
-        key, _, value = argument.partition("=")
-        if key.replace("-", "_").lstrip("_") == "job.config_file":
-            if not value and position + 1 < len(arguments):
-                value = arguments[position + 1]
-            return Path(value)
-    return None
-
-
 def _overrides(arguments: list[str], key: str) -> bool:
-    return any(a.partition("=")[0].replace("-", "_").lstrip("_") == key for a in arguments)
+    return any(option_name(argument) == key for argument in arguments)

@@ -5,11 +5,26 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flame.data.config import DataConfig
 from flame.errors import UserError, first_line
+
+
+def recipe_path(arguments: Sequence[str]) -> Path | None:
+    """The recipe that `--job.config_file` of a command line of `train` names."""
+    for position, argument in enumerate(arguments):
+        if option_name(argument) == "job.config_file":
+            value = argument.partition("=")[2] or "".join(arguments[position + 1 : position + 2])
+            return Path(value)
+    return None
+
+
+def option_name(argument: str) -> str:
+    """`section.key` of an argument `--section.key` or `--section.key=value`."""
+    return argument.partition("=")[0].replace("-", "_").lstrip("_")
 
 
 def read_tables(path: Path | None) -> dict[str, Any]:

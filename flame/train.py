@@ -13,6 +13,7 @@ from typing import Any
 
 from flame.errors import UserError, run_stage
 from flame.output import writer_lock
+from flame.recipe import read_tables, recipe_path
 
 SHORTHANDS = {"--config": "--job.config_file", "--init": "--model.init"}
 """Options of the command line for torchtitan's dotted ones."""
@@ -47,6 +48,8 @@ def parse(argv: list[str] | None = None) -> Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
+    # A recipe that cannot be read is said before torchtitan is imported, which takes seconds.
+    read_tables(recipe_path(options.arguments))
     from flame.config import parse_job
     from flame.job_checks import check_job
 
