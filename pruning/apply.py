@@ -95,8 +95,10 @@ def on_first(action: Callable[[], Any]) -> Any:
     A UserError is raised on every rank.
     """
     from flame.checkpoint.peers import Peers
-    from flame.distributed import rank
+    from flame.distributed import barrier, rank
 
+    # Another rank may still be checking that the output, which rank 0 is about to write, is free.
+    barrier()
     return Peers().agree(lambda: action() if rank() == 0 else None)
 
 

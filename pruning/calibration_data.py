@@ -4,14 +4,13 @@ The defaults are those that the model was trained with, from its run folder's re
 """
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flame.checkpoint.reference import ModelReference
 from flame.data.config import DataConfig
-from flame.errors import UserError, first_line
+from flame.errors import UserError
+from flame.recipe import data_config, read_tables, sequence_length
 from pruning.options import SEQ_LEN, DataOptions
 
 NOT_RECORDED = ("heldout", "heldout_split", "repeat", "seed", "tokenizer")
@@ -62,8 +61,8 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
     Raises:
         UserError: neither names data or a tokenizer, or the recipe cannot be read.
     """
-    recipe = _read_recipe(reference.recipe) if reference.recipe else {}
-    config = _trained_on(recipe, reference)
+    recipe = read_tables(reference.recipe)
+    config = data_config(recipe)
     if options.data:
         config = dataclasses.replace(config, dataset=options.data, **_FRESH)
     for key in ("subset", "split", "text_key"):
@@ -73,7 +72,7 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
         raise UserError(
             f"{reference.folder} has no recipe that names its training data: give --data"
         )
-    seq_len = options.seq_len or recipe.get("training", {}).get("seq_len") or SEQ_LEN
+    seq_len = options.seq_len or sequence_length(recipe) or SEQ_LEN
     return CalibrationData(
         config=dataclasses.replace(config, seed=options.seed, repeat=False),
         tokenizer=_tokenizer(reference, options, config),
@@ -106,25 +105,6 @@ _FRESH: dict[str, Any] = {
     "max_documents": DataConfig.max_documents,
 }
 """What the recipe says of its own data set and not of another."""
-
-
-def _trained_on(recipe: dict[str, Any], reference: ModelReference) -> DataConfig:
-    table = recipe.get("data", {})
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    unknown = sorted(set(table) - known)
-    if unknown:
-        raise UserError(f"recipe key data.{unknown[0]} of {reference.recipe} is unknown")
-    return DataConfig(**table)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    # flame.config reads recipes too, but imports torchtitan.
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not TOML: {first_line(error)}") from error
 
 
 def _tokenizer(reference: ModelReference, options: DataOptions, config: DataConfig) -> str:

@@ -15,7 +15,7 @@ LAYERS = ("kernels", "flame", "pruning", "launch")
 
 FLAME_FOR_PRUNING = {
     "checkpoint", "config", "data", "distributed", "errors", "model", "output", "progress",
-    "register",
+    "recipe", "register",
 }  # fmt: skip
 """Modules of flame that pruning may use: what it reads, writes and says, not how flame trains."""
 

@@ -359,7 +359,7 @@ def test_the_recipe_says_what_the_options_do_not(tmp_path: Path) -> None:
     assert (other.config.dataset, other.config.split, other.seq_len) == ("text.jsonl", "train", 8)
     assert (other.config.virtual_shards, other.config.seed) == (4, 1)
     (run / "recipe.toml").write_text("[data]\ncorpus = 1\n")
-    with pytest.raises(UserError, match=r"recipe key data.corpus of .* is unknown"):
+    with pytest.raises(UserError, match="recipe key data.corpus is unknown"):
         calibration_data(reference, DataOptions())
     (run / "recipe.toml").write_text("[data\n")
     with pytest.raises(UserError, match="recipe .* is not TOML"):

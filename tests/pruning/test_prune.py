@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
         assert all(torch.equal(other[name], one[name]) for name in one)
     assert read_plan(tmp_path / "plan.json").options == {"f": 1.2, "max_swaps": None}
     assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "stats", "three", "two"]
+
+
+def late_check(*arguments: object) -> None:
+    """A stage whose rank 1 is slow to check."""
+    from flame.distributed import rank
+
+    if rank() == 1:
+        time.sleep(1)
+    stage("plan_command", *arguments)
+
+
+def test_a_rank_that_is_slow_to_check_does_not_meet_the_output(home: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    run_distributed(late_check, 2, home / "model", plan, "--method", "l1", "--ratio", "0.5")
+    assert read_plan(plan).method == "l1"
 
 
 def test_a_method_without_needs_reads_no_data(
