@@ -112,6 +112,10 @@ class JobConfig(titan.JobConfig):
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
 
 
+_ALWAYS_WRITTEN = ("data.", "training.seq_len", "training.steps", "training.local_batch_size")
+"""Keys that a resolved recipe names even where they have their default."""
+
+
 def parse_job(arguments: list[str]) -> JobConfig:
     """The job configuration of `--job.config_file RECIPE --section.key value …`.
 
@@ -158,7 +162,7 @@ def job_from_tables(tables: dict[str, Any]) -> JobConfig:
 
 
 def recipe_text(job: Any) -> str:
-    """`job` as TOML: every section that differs from the defaults, with all its set keys."""
+    """`job` as TOML: what differs from the defaults, the data and the sizes of a batch in any case."""
     lines: list[str] = []
     defaults = dataclasses.asdict(type(job)())
     for section, values in dataclasses.asdict(job).items():
@@ -170,7 +174,11 @@ def recipe_text(job: Any) -> str:
 
 def _table_lines(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     own = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
-    changed = {k: v for k, v in own.items() if v != defaults.get(k) or name in ("data", "training")}
+    changed = {
+        key: value
+        for key, value in own.items()
+        if value != defaults.get(key) or f"{name}.{key}".startswith(_ALWAYS_WRITTEN)
+    }
     lines = [f"{key} = {_toml_value(value)}" for key, value in changed.items()]
     if lines:
         lines.insert(0, f"[{name}]")

@@ -207,6 +207,50 @@ def test_init_starts_at_step_zero_from_published_weights(
     assert losses_of(tmp_path / "run")[0] < losses_of(two_ranks)[0] - 0.3
 
 
+def continue_pruned(run: Path, steps: int) -> None:
+    """What `slimstate train --config RUN/recipe.toml --training.steps N` does."""
+    from flame.train import parse
+    from flame.train import run as train_stage
+
+    train_stage(parse(["--config", str(run / "recipe.toml"), f"--training.steps={steps}"]))
+
+
+def test_a_pruned_run_trains_on_where_it_stood(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Step, schedule, data position and moments come along; channels of the moments are cut."""
+    from pruning import prune
+
+    pruned = tmp_path / "pruned"
+    config = tmp_path / "wide"
+    run_distributed(train_job, 2, assets, config, model__config=str(wide_config(assets, tmp_path)))
+    prune.run(prune.parse([str(config), str(pruned), "--method", "l1", "--ratio", "0.5"]))
+    before, cut = tensors_of(config / "checkpoint/step-6"), tensors_of(pruned / "checkpoint/step-6")
+    kept = json.loads((pruned / "plan.json").read_text())["spaces"]["layers.0.key"]
+    rows = [head * 32 + channel for head, channels in enumerate(kept) for channel in channels]
+    name = "optimizer.state.model.layers.0.attn.k_proj.weight.exp_avg_sq"
+    assert before[name].abs().sum() > 0
+    assert torch.equal(cut[name], before[name][rows])
+    run_distributed(continue_pruned, 2, pruned, 8)
+    assert (pruned / "checkpoint/step-8").is_dir()
+    losses = losses_of(pruned)
+    assert len(losses) == 2 and losses[0] < losses_of(config)[0]
+    loaders = [
+        json.loads((step / "dataloader.json").read_text())["next_sequence"]
+        for step in (config / "checkpoint/step-6", pruned / "checkpoint/step-8")
+    ]
+    assert loaders[1] - loaders[0] == 2 * 8
+    step = tensors_of(pruned / "checkpoint/step-8")["optimizer.state.lm_head.weight.step"]
+    assert float(step) == 8
+
+
+def wide_config(assets: Path, folder: Path) -> Path:
+    """The tiny model with 32 key channels, so that half of them is a width that is allowed."""
+    path = folder / "wide.json"
+    path.write_text(json.dumps(TINY | {"head_dim": 32, "expand_v": 0.75}))
+    return path
+
+
 # LoRA and gradients ---------------------------------------------------------------------------
 
 
