@@ -162,7 +162,7 @@ def job_from_tables(tables: dict[str, Any]) -> JobConfig:
 
 
 def recipe_text(job: Any) -> str:
-    """`job` as TOML: what differs from the defaults, the data and the sizes of a batch in any case."""
+    """`job` as TOML: what differs from the defaults, with the data and the batch in any case."""
     lines: list[str] = []
     defaults = dataclasses.asdict(type(job)())
     for section, values in dataclasses.asdict(job).items():
