@@ -20,6 +20,7 @@ from torch import Tensor
 from flame.checkpoint.checksums import check_file, hash_file, read_checksums
 from flame.checkpoint.convert import (
     check_space,
+    complete_config,
     copy_companions,
     copy_recipe,
     write_hf,
@@ -173,13 +174,14 @@ def write_pruned(
     sliced = SlicedSource(source, cuts_of(plan, reference.config), replaced)
     check_space(destination, total_bytes(sliced))
     copy_companions(reference, folder)
+    config = complete_config(plan.config_after)
     (folder / PLAN_FILE).write_text(plan_text(plan))
     if form == "dcp" and has_training_state(reference):
-        _write_training_state(plan, reference, sliced, folder)
+        _write_training_state(config, reference, sliced, folder)
     else:
         write = write_hf if form == "hf" else write_run
         infos = {name: sliced.info(name) for name in sliced.names()}
-        write(folder, plan.config_after, infos, sliced.read)
+        write(folder, config, infos, sliced.read)
     if form == "dcp":
         copy_recipe(reference, folder, destination)
 
@@ -198,7 +200,7 @@ def full_source(reference: ModelReference) -> TensorSource:
 
 
 def _write_training_state(
-    plan: Plan, reference: ModelReference, sliced: SlicedSource, folder: Path
+    config: Config, reference: ModelReference, sliced: SlicedSource, folder: Path
 ) -> None:
     """Write a step with the number, the schedules and the loader's state of the reference's."""
     step = reference.step_folder
@@ -208,8 +210,8 @@ def _write_training_state(
     number = int(step.name.removeprefix("step-"))
     checkpoints = folder / CHECKPOINT_FOLDER
     save_step(state, checkpoints, number, _extra_files(step), read=sliced.read, alone=True)
-    config = json.dumps(plan.config_after, indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(config + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n")
 
 
 def _promise(info: TensorInfo) -> Tensor:

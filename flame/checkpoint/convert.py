@@ -54,7 +54,7 @@ def convert(
     dst = Path(dst).absolute()
     reference = resolve(src)
     check_destination(reference, dst, overwrite, inside_source)
-    config = _complete(reference.config)
+    config = complete_config(reference.config)
     source = reference.source()
     infos = {name: source.info(name) for name in source.names()}
     check_space(dst, sum(info.nbytes for info in infos.values()))
@@ -156,7 +156,7 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
     (folder / RECIPE_FILE).write_text(recipe_text(job))
 
 
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """`config` with the name of its stock class, which some loaders look for.
 
     Raises `UserError` for a family that neither transformers nor fla has.

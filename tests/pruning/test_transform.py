@@ -115,8 +115,9 @@ def test_what_lies_beside_the_weights_goes_along(tmp_path: Path) -> None:
 
 def test_both_forms_of_a_model_give_one_plan_and_the_same_weights(tmp_path: Path) -> None:
     tensors = weights(GATED_DELTANET)
-    hf = write_hf(tmp_path / "hf", GATED_DELTANET, tensors)
-    run = write_run(tmp_path / "run", GATED_DELTANET, tensors)
+    config = {key: value for key, value in GATED_DELTANET.items() if key != "architectures"}
+    hf = write_hf(tmp_path / "hf", config, tensors)
+    run = write_run(tmp_path / "run", config, tensors)
     plan = plan_for(hf)
     assert plan_text(plan_for(run)) == plan_text(plan)
     for model in (hf, run):
@@ -127,6 +128,9 @@ def test_both_forms_of_a_model_give_one_plan_and_the_same_weights(tmp_path: Path
         other = tensors_in(resolve(tmp_path / name).source())
         assert other.keys() == first.keys()
         assert all(torch.equal(other[key], value) for key, value in first.items()), name
+        # Loaders other than transformers' look for the class by name.
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["architectures"] == ["GatedDeltaNetForCausalLM"]
     assert resolve(tmp_path / "hf-dcp").weights.name == "step-0"
 
 
