@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve
+from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
 from flame.output import check_output
 
@@ -31,7 +33,7 @@ def check_job(job: Any, world_size: int) -> None:
     _check_numbers(job)
     _check_batch(job, world_size)
     _check_checkpoint(job)
-    _check_folder(Path(job.job.dump_folder))
+    _check_folder(job)
     _check_model_and_data(job, world_size)
 
 
@@ -101,10 +103,29 @@ def _check_checkpoint(job: Any) -> None:
         raise UserError("checkpoint.enable must be true: a run without its last step is lost")
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(job: Any) -> None:
+    folder = Path(job.job.dump_folder)
+    checkpoints = folder / job.checkpoint.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"job.dump_folder {folder} is a file: choose a folder")
-    check_output(folder, overwrite=True)
+    init = resolve(job.model.init).folder if job.model.init else None
+    for output in (folder, folder / CONFIG_FILE, checkpoints / "step"):
+        check_output(output, overwrite=True, inside=init)
+    if (folder / CONFIG_FILE).is_file() and not _is_run(folder, checkpoints):
+        raise UserError(
+            f"job.dump_folder {folder} holds a model that is no run: choose another folder, and "
+            "give the model as --init"
+        )
+    if broken_steps(checkpoints) and not whole_steps(checkpoints):
+        names = ", ".join(broken_steps(checkpoints))
+        raise UserError(
+            f"cannot resume {folder}: {names} half-written or damaged, and no other step is there; "
+            f"remove {checkpoints} to start again"
+        )
+
+
+def _is_run(folder: Path, checkpoints: Path) -> bool:
+    return checkpoints.is_dir() or (folder / RECIPE_FILE).is_file()
 
 
 def _check_model_and_data(job: Any, world_size: int) -> None:

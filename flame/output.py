@@ -9,8 +9,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from flame.errors import UserError
 
@@ -40,7 +41,6 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` when the block ends without an error."""
     path = Path(path).absolute()
     check_output(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with writer_lock(path):
         _restore_old(path)
         check_output(path, overwrite)
@@ -60,7 +60,6 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling file name that becomes `path` when the block ends without error."""
     path = Path(path).absolute()
     check_output(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with writer_lock(path):
         temporary = path.parent / f".{path.name}.tmp"
         try:
@@ -73,15 +72,13 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the lock beside `path`; a second job that asks for it is refused."""
+    """Hold the lock beside `path`; a second job that asks for it is refused.
+
+    Folders that `path` lies in are made, and go again if they are empty at the end.
+    """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = path.parent / f".{path.name}.lock"
-    try:
-        lock = open(lock_path, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    with lock:
+    with _parents_of(path), _created(lock_path, path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A writer that ended just now may have removed the file that was opened here.
@@ -93,6 +90,32 @@ def writer_lock(path: Path) -> Iterator[None]:
             yield
         finally:
             lock_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        _make_folder(path.parent, path)
+        yield
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _make_folder(folder: Path, path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _created(lock_path: Path, path: Path) -> TextIO:
+    try:
+        return open(lock_path, "w")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _replace(temporary: Path, path: Path) -> None:

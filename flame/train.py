@@ -69,10 +69,12 @@ def train(job: Any) -> None:
     from flame import logs
     from flame.distributed import barrier, process_group, rank, world_size
     from flame.job_checks import check_job
+    from flame.start import check_start
 
     logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
         check_job(job, world_size())
+        check_start(job)
         barrier()
         if rank() == 0:
             prepare_run_folder(job)

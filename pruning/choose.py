@@ -16,7 +16,7 @@ from pruning.adapters.interface import Config
 from pruning.budgets import MULTIPLE_OF, uniform_widths
 from pruning.methods import Method
 from pruning.plan import Plan, options_of, spaces_of_kind, versions
-from pruning.spaces import Space
+from pruning.spaces import Axis, Space
 from pruning.statistics import Statistic
 
 SpaceStatistics = Mapping[str, Mapping[type[Statistic], Statistic]]
@@ -89,16 +89,19 @@ def choose(
 def _select(
     space: Space, k: int, source: TensorSource, method: Method, statistics: SpaceStatistics
 ) -> Tensor:
-    weights = {axis.fqn: _weight(source, axis.fqn) for axis in space.axes}
+    weights = {axis.fqn: _weight(source, axis) for axis in space.axes}
     try:
         return method.select(space, k, weights, statistics.get(space.name, {}))
     except ValueError as error:
         raise UserError(f"{method.name} on {space.name}: {first_line(error)}") from error
 
 
-def _weight(source: TensorSource, name: str) -> Tensor:
-    weight = source.read(name).float()
-    check_tensor_finite(name, weight)
+def _weight(source: TensorSource, axis: Axis) -> Tensor:
+    shape = source.info(axis.fqn).shape
+    if shape[axis.dim : axis.dim + 1] != (axis.layout.size,):
+        raise UserError(f"{axis.fqn} has shape {shape}, which config.json does not lead to")
+    weight = source.read(axis.fqn).float()
+    check_tensor_finite(axis.fqn, weight)
     return weight
 
 

@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     from flame.checkpoint.reference import resolve
     from flame.distributed import process_group
     from flame.output import replacing_file
-    from pruning.apply import on_first
+    from pruning.apply import WAIT, on_first
     from pruning.plan import plan_text
 
     def write() -> None:
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
             path.write_text(plan_text(plan))
         print(f"{options.plan}: {summary(plan)}", flush=True)
 
-    with process_group():
+    with process_group(WAIT):
         on_first(write)
 
 
@@ -100,14 +100,19 @@ def check_stats(stats: Path | None, method: "Method") -> None:
 def planned(
     reference: "ModelReference", method: "Method", budget: "Budget", stats: Path | None
 ) -> "Plan":
-    """The plan of `method` from saved statistics. One process does it alone."""
-    from flame.checkpoint.fingerprint import fingerprint
+    """The plan of `method` from saved statistics, after a look at all weights. One process alone.
+
+    Raises:
+        UserError: a weight is not finite, or the statistics are another model's.
+    """
+    from flame.checkpoint.fingerprint import check_finite, fingerprint
     from pruning.adapters import adapter_for
     from pruning.choose import choose
     from pruning.plan import spaces_of_kind
     from pruning.stats_file import check_model, load_statistics, read_meta
 
     config, source = reference.config, reference.source()
+    check_finite(source)
     if stats is None or not method.needs:
         return choose(config, source, method, budget)
     meta = read_meta(stats)

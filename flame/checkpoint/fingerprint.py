@@ -61,9 +61,12 @@ def canonical_config(config: Mapping[str, Any]) -> str:
     return json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"))
 
 
-def check_finite(source: TensorSource) -> None:
-    """Raise `UserError` naming the first tensor that holds NaN or infinite values."""
-    for name in progress(source.names(), "check weights"):
+def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
+    """Raise `UserError` naming the first tensor that holds NaN or infinite values.
+
+    Ranks share the work: with `first` and `stride` only every `stride`-th tensor is read.
+    """
+    for name in progress(source.names()[first::stride], "check weights"):
         if not source.info(name).dtype.is_floating_point:
             continue
         broken = int((~torch.isfinite(source.read(name).float())).sum())

@@ -34,11 +34,20 @@ def load_weights(model: nn.Module, source: TensorSource, strict: bool = True) ->
     """
     targets = _targets(model)
     places = _places(model, targets, source)
-    if strict:
-        _check_names(targets, places, source)
-    _check_shapes(targets, places, source)
+    _check(targets, places, source, strict)
     for name, stored in progress(places.items(), "load weights", len(places)):
         _copy(targets[name], stored, source)
+
+
+def check_weights(model: nn.Module, source: TensorSource) -> None:
+    """Raise `UserError` unless `source` has what `model` takes, by name and shape; reads none.
+
+    Args:
+        model: may be on the meta device.
+        source: what `load_weights` would be given.
+    """
+    targets = _targets(model)
+    _check(targets, _places(model, targets, source), source, strict=True)
 
 
 def load_model(
@@ -84,6 +93,14 @@ def _places(model: nn.Module, targets: dict[str, Tensor], source: TensorSource) 
         if OUTPUT_EMBEDDING in targets:
             places[OUTPUT_EMBEDDING] = embedding
     return places
+
+
+def _check(
+    targets: dict[str, Tensor], places: dict[str, str], source: TensorSource, strict: bool
+) -> None:
+    if strict:
+        _check_names(targets, places, source)
+    _check_shapes(targets, places, source)
 
 
 def _check_names(targets: dict[str, Tensor], places: dict[str, str], source: TensorSource) -> None:

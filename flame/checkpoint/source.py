@@ -74,11 +74,12 @@ class DcpSource:
     """The tensors of a step folder: the model's, or with `everything` the training state's too.
 
     A tensor may lie in chunks over many files: only the chunks that overlap the rows asked for are
-    read, one at a time. A file is hashed whole when something in it is read for the first time.
+    read, one at a time. A file is hashed whole when something in it is read for the first time,
+    unless the files are `verified` already (`flame.checkpoint.steps.verify_step`).
     """
 
-    def __init__(self, step: Path, everything: bool = False) -> None:
-        self._reader = SafeReader(step)
+    def __init__(self, step: Path, everything: bool = False, verified: bool = False) -> None:
+        self._reader = SafeReader(step, verified)
         self._step = step
         entries = self._reader.read_metadata().state_dict_metadata
         wanted = {n: e for n, e in entries.items() if everything or is_model_name(n)}

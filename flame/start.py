@@ -1,0 +1,55 @@
+"""What a training job starts from, examined before it writes anything.
+
+The ranks share the reading, and what one of them finds is raised on all.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.fingerprint import check_finite
+from flame.checkpoint.load import check_weights
+from flame.checkpoint.peers import Peers
+from flame.checkpoint.reference import resolve
+from flame.checkpoint.source import DcpSource
+from flame.checkpoint.steps import is_whole, latest_whole_step, step_folder, verify_step
+from flame.distributed import rank, world_size
+from flame.errors import UserError
+from flame.model import meta_model
+
+
+def check_start(job: Any) -> None:
+    """Refuse weights that are damaged, not finite or of another model. Collective.
+
+    Raises:
+        UserError: on every rank, naming the file or tensor.
+    """
+    peers = Peers()
+    step = peers.from_first(peers.agree(lambda: _resumed_step(job) if rank() == 0 else None))
+    if step is not None:
+        peers.agree(lambda: verify_step(step, rank(), world_size()))
+        peers.agree(lambda: _check_finite(DcpSource(step, verified=True)))
+    if job.model.init and (step is None or job.lora.rank > 0):
+        peers.agree(lambda: _check_init(job.model.init))
+
+
+def _resumed_step(job: Any) -> Path | None:
+    """The step that the job goes on from, if there is one."""
+    folder, asked = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint.load_step
+    if asked == -1:
+        latest = latest_whole_step(folder)
+        return None if latest is None else step_folder(folder, latest)
+    step = step_folder(folder, asked)
+    if not is_whole(step):
+        raise UserError(f"checkpoint.load_step is {asked}, but {step} is no whole step")
+    return step
+
+
+def _check_init(name: str) -> None:
+    reference = resolve(name)
+    source = reference.source()
+    check_weights(meta_model(reference.config), source)
+    _check_finite(source)
+
+
+def _check_finite(source: Any) -> None:
+    check_finite(source, rank(), world_size())
