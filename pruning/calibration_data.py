@@ -94,7 +94,13 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
     check_order(data.config.virtual_shards, world_size)
     tokenizer = load_tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, vocab_size)
-    check_enough(data.documents(), tokenizer, data.config, data.seq_len, data.sequences)
+    documents = data.documents()
+    try:
+        check_enough(documents, tokenizer, data.config, data.seq_len, data.sequences)
+    except UserError as error:
+        raise UserError(
+            f"--sequences {data.sequences} of --seq-len {data.seq_len} are too many: {error}"
+        ) from error
 
 
 _FRESH: dict[str, Any] = {

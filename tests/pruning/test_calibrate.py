@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_are_named_before_the_model_runs(
     [
         (("--methods", "drrqr,best"), {}, "unknown method 'best': choose from drrqr"),
         (("--methods", "l1"), {}, "l1 needs no statistics: there is nothing to calibrate"),
-        ((), {"sequences": 10000}, "10000"),
+        ((), {"sequences": 10000}, "--sequences 10000 of --seq-len 80 are too many: "),
         ((), {"sequences": 0}, "--sequences: 0 is not a whole number of at least 1"),
         ((), {"seq-len": "x"}, "--seq-len: x is not a whole number of at least 1"),
         ((), {"data": "/no/where"}, "/no/where"),
