@@ -47,6 +47,10 @@ class OpCall:
     """Log-decays, at most 0; None for a rule without decay."""
     cu_seqlens: Int[Tensor, " n"] | None
     """Document boundaries along T, from 0 to T."""
+    given_k: Float[Tensor, "B T H K"] | None = None
+    """Keys as the operator takes them: `k`, or `k` divided by its sum."""
+    normalizes: bool = True
+    """Whether the operator divides `given_k` by its L2 norm."""
 
 
 @contextmanager
@@ -154,6 +158,8 @@ class _Watch:
                 beta=_writing_strength(arguments),
                 g=_log_decay(arguments),
                 cu_seqlens=arguments.get("cu_seqlens"),
+                given_k=arguments["k"].detach(),
+                normalizes=bool(arguments.get("use_qk_l2norm_in_kernel", False)),
             )
         self.on_call(call)
 

@@ -19,7 +19,7 @@ FLAME_FOR_PRUNING = {
 }  # fmt: skip
 """Modules of flame that pruning may use: what it reads, writes and says, not how flame trains."""
 
-MATHEMATICS = ("spaces", "linalg", "statistics", "budgets", "methods")
+MATHEMATICS = ("spaces", "linalg", "statistics", "budgets", "methods", "state_rank")
 """Modules of pruning that import torch and nothing built on it."""
 
 FOREIGN_KERNELS = {"backends", "benchmark", "cli", "install", "layer", "load", "utils"}

@@ -1,0 +1,187 @@
+"""Rank of recurrent states: spectra, ranks, the two groups of heads, and how stable they are.
+
+A state `S` is a d_k x d_v matrix with singular values `s_1 >= ... >= s_d`, d = min(d_k, d_v).
+
+- stable rank `sum s_i^2 / s_1^2`, and rank utilisation, its share of d: arXiv 2602.04852;
+- threshold rank `#{s_i > epsilon s_1}`, epsilon 1e-4, and nuclear norm `sum s_i`: arXiv 2602.02195;
+- entropy rank `exp(-sum p_i ln p_i)` with `p_i = s_i / sum s_j`: Roy and Vetterli, EUSIPCO 2007.
+
+All of them are at least 1 and at most d; a state of zeros has rank 0. Everything here is float64.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+EPSILON = 1e-4
+"""Singular values above this share of the largest count for the threshold rank."""
+
+TIMES_PER_OCTAVE = 2
+
+Operator = Callable[..., tuple[Tensor, Tensor | None]]
+"""A delta-rule operator: fla's signature, without `g` if the rule has no decay."""
+
+
+@dataclass(frozen=True)
+class RankMeasures:
+    """Figures of a batch of states, one for each state."""
+
+    stable_rank: Float[Tensor, "..."]
+    utilisation: Float[Tensor, "..."]
+    """Stable rank over min(d_k, d_v)."""
+    threshold_rank: Float[Tensor, "..."]
+    entropy_rank: Float[Tensor, "..."]
+    nuclear_norm: Float[Tensor, "..."]
+    sigma_1: Float[Tensor, "..."]
+    sigma_ratio: Float[Tensor, "..."]
+    """Largest over smallest singular value; infinite for a singular state, NaN for one of zeros."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Heads split in two by their ranks (State Rank Stratification, arXiv 2602.02195)."""
+
+    bound: float
+    """Heads above it are of high rank; NaN if all ranks are equal and there is no split."""
+    high: Bool[Tensor, " n"]
+    separation: float
+    """Share of the ranks' variance that lies between the groups. 0.75 for ranks that are spread
+    evenly and 0.64 for normal ones, so two groups are there only well above these."""
+
+
+def times(length: int, per_octave: int = TIMES_PER_OCTAVE) -> list[int]:
+    """Log-spaced numbers of tokens from 1 to `length`, powers of two and `length` among them."""
+    if length < 1 or per_octave < 1:
+        raise ValueError(f"times for {length} tokens, {per_octave} an octave: both at least 1")
+    steps = range(math.floor(math.log2(length) * per_octave) + 1)
+    return sorted({*(round(2 ** (step / per_octave)) for step in steps), length})
+
+
+def states_at(
+    operator: Operator,
+    moments: Sequence[int],
+    k: Float[Tensor, "B T Hk K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H"] | None,
+    normalize: bool = True,
+) -> Iterator[Float[Tensor, "B H K V"]]:
+    """The states after each of `moments` tokens, one batch at a time.
+
+    The operator runs over the tokens between two moments, from the state of the first to that of
+    the second, so the cost is one pass over the tokens and no other state is kept.
+
+    Args:
+        operator: the chunk operator to run.
+        moments: increasing, from 1 to T.
+        k: keys as the operator takes them.
+        g: log-decays; None for a rule without decay.
+        normalize: the operator divides the keys by their L2 norm.
+    """
+    state, start = None, 0
+    for end in moments:
+        part = slice(start, end)
+        inputs = {"q": k[:, part], "k": k[:, part], "v": v[:, part], "beta": beta[:, part]}
+        if g is not None:
+            inputs["g"] = g[:, part]
+        _, state = operator(
+            **{name: tensor.contiguous() for name, tensor in inputs.items()},
+            initial_state=state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=normalize,
+        )
+        assert state is not None
+        yield state
+        start = end
+
+
+def segment_means(x: Float[Tensor, "... T H"], moments: Sequence[int]) -> Float[Tensor, "n ... H"]:
+    """Means over the tokens from each moment's predecessor (0 for the first) to the moment."""
+    ends = torch.tensor([0, *moments], device=x.device)
+    return torch.stack(
+        [part.double().mean(-2) for part in x[..., : ends[-1], :].split(ends.diff().tolist(), -2)]
+    )
+
+
+def singular_values(states: Float[Tensor, "... K V"]) -> Float[Tensor, "... d"]:
+    """Singular values in decreasing order, float64, of finite `states`.
+
+    By SVD on a CPU; elsewhere from the Gram matrix of the shorter side, whose batched eigenvalues
+    are faster there. The Gram matrix is float64: the roots of its eigenvalues are then right down
+    to 1e-8 of the largest, in float32 only to 3e-4, where thresholds of 1e-4 count noise.
+    """
+    states = states.double()
+    if states.device.type == "cpu":
+        return torch.linalg.svdvals(states)
+    return gram_singular_values(states)
+
+
+def gram_singular_values(states: Float[Tensor, "... K V"]) -> Float[Tensor, "... d"]:
+    """Singular values as roots of the eigenvalues of the smaller Gram matrix, decreasing.
+
+    Values below `eps ** 0.5` of the largest are noise, with the `eps` of the states' dtype.
+    """
+    wide = states.mT if states.shape[-2] > states.shape[-1] else states
+    return torch.linalg.eigvalsh(wide @ wide.mT).clamp_min(0).sqrt().flip(-1)
+
+
+def measure(values: Float[Tensor, "... d"], epsilon: float = EPSILON) -> RankMeasures:
+    """Ranks and norms from singular values in decreasing order."""
+    largest, total = values[..., 0], values.sum(-1)
+    tiny = torch.finfo(values.dtype).tiny
+    stable = (values / largest.clamp_min(tiny)[..., None]).square().sum(-1)
+    return RankMeasures(
+        stable_rank=stable,
+        utilisation=stable / values.shape[-1],
+        threshold_rank=(values > epsilon * values[..., :1]).sum(-1).to(values.dtype),
+        entropy_rank=_entropy(values / total.clamp_min(tiny)[..., None]).exp() * (total > 0),
+        nuclear_norm=total,
+        sigma_1=largest,
+        sigma_ratio=largest / values[..., -1],
+    )
+
+
+def _entropy(shares: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+    return -torch.special.xlogy(shares, shares).sum(-1)
+
+
+def split(ranks: Float[Tensor, " n"]) -> Groups:
+    """The two groups whose ranks vary least within: exact 2-means in one dimension (Otsu, 1979).
+
+    The bound lies midway between the groups; among equally good splits the lowest.
+    """
+    ordered = ranks.double().sort().values
+    n, total = len(ordered), ordered.sum()
+    variance = (ordered - ordered.mean()).square().sum()
+    if n < 2 or ordered[-1] - ordered[0] <= 1e-9 * ordered[-1].abs():
+        return Groups(math.nan, torch.zeros(n, dtype=torch.bool), math.nan)
+    below = torch.arange(1, n, dtype=torch.float64)
+    gap = ordered.cumsum(0)[:-1] / below - (total - ordered.cumsum(0)[:-1]) / (n - below)
+    between = below * (n - below) / n * gap.square()
+    last = int(between.argmax())
+    bound = float(ordered[last] + ordered[last + 1]) / 2
+    return Groups(bound, ranks > bound, float(between[last] / variance))
+
+
+def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """Spearman's rank correlation, ties by their mean position; NaN if either is constant."""
+    a, b = (_positions(z.double()) - (len(z) - 1) / 2 for z in (x, y))
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else math.nan
+
+
+def _positions(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The position of each element in sorted order, the mean one for elements that are equal."""
+    less = (x[None, :] < x[:, None]).sum(1)
+    equal = (x[None, :] == x[:, None]).sum(1)
+    return less.double() + (equal - 1).double() / 2
+
+
+def cosine(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """Cosine of two vectors; NaN if either is zero."""
+    norm = float(x.double().norm() * y.double().norm())
+    return float(x.double() @ y.double()) / norm if norm > 0 else math.nan
