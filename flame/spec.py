@@ -22,6 +22,7 @@ from torchtitan.tools.logging import logger
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
 from flame.data.loader import PackedLoader, alone
+from flame.data.mqar import is_mqar, mqar_tokenizer
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.distributed import device_type, gather_objects
@@ -188,7 +189,7 @@ def all_agree(ready: bool) -> bool:
 
 
 def tokenizer_of(job: Any) -> Any:
-    """The run folder's own tokenizer, `data.tokenizer`, or that of `model.init`."""
+    """The run folder's own tokenizer, `data.tokenizer`, that of `model.init`, or MQAR's own."""
     own = Path(job.job.dump_folder)
     if (own / "tokenizer.json").is_file() or (own / "tokenizer_config.json").is_file():
         return load_tokenizer(str(own))
@@ -198,6 +199,8 @@ def tokenizer_of(job: Any) -> Any:
         folder = resolve(job.model.init).tokenizer
         if folder is not None:
             return load_tokenizer(str(folder))
+    if is_mqar(job.data.dataset):
+        return mqar_tokenizer(job.data.dataset)
     raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
 
 

@@ -29,6 +29,8 @@ class Line:
     y: Sequence[float]
     faint: Sequence[float] | None = None
     """Unsmoothed y, drawn behind the line."""
+    colour: str = ""
+    """A CSS colour instead of that of the page's class."""
 
     def finite(self, values: Sequence[float]) -> list[tuple[float, float]]:
         pairs = zip(self.x, values, strict=True)
@@ -61,20 +63,25 @@ class Axis:
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_label: str, title: str, log_y: bool = False
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_y: bool = False,
+    log_x: bool = False,
 ) -> str:
     """An SVG of `lines`, each labelled at its end, or a sentence where there is nothing to draw.
 
     Args:
         x_label, y_label: what the axes show, with units.
         title: what the chart shows, for readers that do not see it.
-        log_y: a logarithmic y axis; y must be positive.
+        log_y, log_x: a logarithmic axis; its values must be positive.
     """
     lines = [line for line in lines if len(line.finite(line.y)) > 1]
     if not lines:
         return '<p class="note">Fewer than two points were recorded.</p>'
     right = max(24.0, 12 + LABEL_WIDTH * max(len(line.label) for line in lines))
-    x = Axis(*_extent(lines, "x"), LEFT, WIDTH - right)
+    x = Axis(*_extent(lines, "x"), LEFT, WIDTH - right, log_x)
     y = Axis(
         *(_log_extent(lines) if log_y else _padded(_extent(lines, "y"))),
         HEIGHT - BOTTOM,
@@ -83,9 +90,9 @@ def line_chart(
     )
     parts = [*_y_axis(y, y_label, x.end), *_x_axis(x, x_label)]
     parts += [
-        _path(line.finite(line.faint), x, y, line.name, "faint") for line in lines if line.faint
+        _path(line.finite(line.faint), x, y, line, "faint") for line in lines if line.faint
     ]
-    parts += [_path(line.finite(line.y), x, y, line.name, "line") for line in lines]
+    parts += [_path(line.finite(line.y), x, y, line, "line") for line in lines]
     parts += _end_labels(lines, x, y)
     return svg(WIDTH, HEIGHT, title, parts)
 
@@ -173,13 +180,19 @@ def _y_axis(axis: Axis, label: str, right: float) -> list[str]:
     return parts
 
 
-def _path(points: list[tuple[float, float]], x: Axis, y: Axis, name: str, kind: str) -> str:
+def _path(points: list[tuple[float, float]], x: Axis, y: Axis, line: Line, kind: str) -> str:
     """A polyline inside the axes' frame; values outside are drawn at its edge."""
     if len(points) < 2:
         return ""
     low, high = sorted((y.start, y.end))
     drawn = [f"{x(px):.1f} {min(max(y(py), low), high):.1f}" for px, py in thinned(points)]
-    return f'<path class="{kind} m-{escape(name)}" d="M{"L".join(drawn)}"/>'
+    return f'<path {_looks(line, kind)} d="M{"L".join(drawn)}"/>'
+
+
+def _looks(line: Line, kind: str) -> str:
+    """The attributes that colour a mark of `line`."""
+    colour = f' style="--c:{escape(line.colour)}"' if line.colour else ""
+    return f'class="{kind} m-{escape(line.name)}"{colour}'
 
 
 def thinned(points: list[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
@@ -189,6 +202,7 @@ def thinned(points: list[tuple[float, float]], most: int = 400) -> list[tuple[fl
 
 
 def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
+    lines = [line for line in lines if line.label]
     ends = [line.finite(line.y)[-1] for line in lines]
     wanted = [y(point[1]) for point in ends]
     placed = spread(wanted, LABEL_GAP, TOP + 4, HEIGHT - BOTTOM - 2)
@@ -197,11 +211,11 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
         start = x(end_x)
         if abs(want - place) > 3:
             parts.append(
-                f'<path class="leader m-{escape(line.name)}" '
+                f'<path {_looks(line, "leader")} '
                 f'd="M{start + 2:.1f} {want:.1f}L{start + 8:.1f} {place:.1f}"/>'
             )
         parts.append(
-            f'<text class="name m-{escape(line.name)}" x="{start + 10:.1f}" y="{place + 4:.1f}">'
+            f'<text {_looks(line, "name")} x="{start + 10:.1f}" y="{place + 4:.1f}">'
             f"{escape(line.label)}</text>"
         )
     return parts

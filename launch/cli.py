@@ -36,6 +36,7 @@ COMMANDS = {
     "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
     "eval": Command("launch.evaluate", "measure held-out perplexity"),
+    "bench": Command("launch.bench", "measure size and speed, beside another model"),
     "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }
 

@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from flame.errors import UserError
+from launch.timing import take_turns
 
 
 def decode_tokens_per_second(
@@ -33,9 +34,27 @@ def decode_speeds(
 ) -> dict[str, float]:
     """Tokens that greedy decoding yields a second, over the whole batch, for each model.
 
-    The median of `repeats` rounds. The models take turns, so that what else the machine does falls
-    on all of them. The prompt is read before the clock starts, and a first round is not counted: it
-    meets cold caches and compiles kernels. Batch and lengths belong beside the figures.
+    The median of `repeats` rounds: see `decode_seconds`. Batch and lengths belong beside the
+    figures.
+    """
+    seconds = decode_seconds(models, batch_size, length, prompt_length, seed, repeats)
+    tokens = batch_size * length
+    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
+
+
+def decode_seconds(
+    models: Mapping[str, nn.Module],
+    batch_size: int = 8,
+    length: int = 64,
+    prompt_length: int = 32,
+    seed: int = 0,
+    repeats: int = 5,
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` greedy decodings for each model.
+
+    The models take turns, so that what else the machine does falls on all of them. The prompt is
+    read before the clock starts, and a first round is not counted: it meets cold caches and
+    compiles kernels.
 
     Args:
         models: causal language models of transformers or fla, each on one device.
@@ -47,13 +66,12 @@ def decode_speeds(
     for name, count in {**counts, "repeats": repeats}.items():
         if count < 1:
             raise UserError(f"decoding: {name} is {count}, it must be at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):
-        for name, model in models.items():
-            prompt = random_prompt(model, batch_size, prompt_length, seed)
-            seconds[name].append(timed_decoding(model, prompt, length)[1])
-    tokens = batch_size * length
-    return {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
+
+    def decoding(model: nn.Module) -> Callable[[], float]:
+        prompt = random_prompt(model, batch_size, prompt_length, seed)
+        return lambda: timed_decoding(model, prompt, length)[1]
+
+    return take_turns({name: decoding(model) for name, model in models.items()}, repeats)
 
 
 def random_prompt(model: nn.Module, batch_size: int, length: int, seed: int) -> Tensor:

@@ -59,8 +59,8 @@ def parse(argv: list[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
-    add("--steps", type=int, default=400, help="pretraining steps (default: %(default)s)")
-    add("--recovery-steps", type=int, default=80, help="of recovery (default: %(default)s)")
+    add("--steps", type=int, default=600, help="pretraining steps (default: %(default)s)")
+    add("--recovery-steps", type=int, default=120, help="of recovery (default: %(default)s)")
     add("--ratio", type=float, default=0.5, help="of key channels removed (default: %(default)s)")
     add("--sequences", type=int, default=32, help="for calibration (default: %(default)s)")
     add("--heldout", type=int, default=128, help="held-out sequences (default: %(default)s)")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class DataConfig:
     dataset: str = ""
     """Training text: a hub name, a local file or folder (parquet, json, jsonl, txt), or
-    `python-stdlib`, the running interpreter's own standard-library source."""
+    `python-stdlib`, the running interpreter's own standard-library source, or `mqar:…`, generated
+    associative recall (`flame.data.mqar.Mqar` has its numbers)."""
 
     subset: str = ""
     """Configuration of a hub data set, where it has several."""

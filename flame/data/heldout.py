@@ -11,7 +11,16 @@ from torch import Tensor
 
 from flame.data import corpus
 from flame.data.config import DataConfig
-from flame.data.packing import IGNORE_INDEX, Cursor, Packer, Row, plain_batch, varlen_batch
+from flame.data.mqar import answers_of
+from flame.data.packing import (
+    IGNORE_INDEX,
+    Cursor,
+    Packer,
+    Predicted,
+    Row,
+    plain_batch,
+    varlen_batch,
+)
 from flame.data.sources import Documents, build_documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
@@ -32,7 +41,8 @@ def heldout_sequences(
     """
     encoder = Encoder(tokenizer, config.add_eos)
     documents = heldout_documents(config)
-    items = (_item(row, config.varlen) for row in _rows(documents, encoder, seq_len))
+    predicted = answers_of(config.heldout or config.dataset, tokenizer)
+    items = (_item(row, config.varlen, predicted) for row in _rows(documents, encoder, seq_len))
     first = next(items, None)
     if first is None:
         raise UserError(f"{documents.name} has no text to evaluate on: all its documents are empty")
@@ -69,8 +79,8 @@ def _rows(documents: Documents, encoder: Encoder, seq_len: int) -> Iterator[Row]
         yield row
 
 
-def _item(row: Row, varlen: bool) -> Heldout:
+def _item(row: Row, varlen: bool, predicted: Predicted | None) -> Heldout:
     ids = Row(row.tokens[0], row.starts)
-    inputs, labels = (varlen_batch if varlen else plain_batch)([ids])
+    inputs, labels = (varlen_batch if varlen else plain_batch)([ids], predicted)
     sizes = torch.from_numpy(row.tokens[1, 1:])
     return inputs, labels, int(sizes[labels[0] != IGNORE_INDEX].sum())

@@ -9,10 +9,12 @@ states of all ranks together resume at any W that divides V.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from flame.data.config import DataConfig
+from flame.data.mqar import answers_of
 from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
 from flame.data.sources import Documents
 from flame.data.tokenizer import Encoder, check_vocabulary
@@ -71,6 +73,7 @@ class PackedLoader:
         self.rank = rank
         self.world_size = world_size
         self._encoder = Encoder(tokenizer, config.add_eos)
+        self._predicted = answers_of(config.dataset, tokenizer)
         self._agree = agree
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
@@ -130,7 +133,8 @@ class PackedLoader:
         packers = {shard: self._packer(shard, cursor) for shard, cursor in self._cursors.items()}
         collate = varlen_batch if self.config.varlen else plain_batch
         rows = _rows(packers, self._sequence, self.world_size, self.seq_len)
-        self._batches = _batches(rows, packers, self.local_batch_size, collate)
+        whole = partial(collate, predicted=self._predicted)
+        self._batches = _batches(rows, packers, self.local_batch_size, whole)
         self._pool = ThreadPoolExecutor(1, "data")
         self._pending.extend(self._submit() for _ in range(PREFETCH))
 

@@ -6,7 +6,7 @@ its last token. A cursor names the first token of the next row; it does not depe
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
@@ -25,6 +25,8 @@ IGNORE_INDEX = -100
 
 Array: TypeAlias = NDArray[np.int64]
 Batch = tuple[dict[str, Tensor], Tensor]
+Predicted = Callable[[Array, Sequence[int]], NDArray[np.bool_]]
+"""Says of a row's tokens, and of where documents start in it, which are to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,16 @@ def _encoded(
             )
 
 
-def varlen_batch(rows: list[Row]) -> Batch:
+def varlen_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:
     """Rows end to end, documents and rows kept apart.
 
     Returns `input` `[1, B·T]` with `cu_seqlens` `[n + 1]` (int64, from 0 to B·T, strictly
-    increasing), and labels `[1, B·T]`, `IGNORE_INDEX` at the last token of each document.
+    increasing), and labels `[1, B·T]`, `IGNORE_INDEX` at the last token of each document and where
+    the next token is not `predicted` (default: all are).
     """
     inputs, labels, bounds, offset = [], [], [0], 0
     for row in rows:
-        targets = row.tokens[1:].copy()
+        targets = _targets(row, predicted)
         targets[[start - 1 for start in row.starts]] = IGNORE_INDEX
         length = targets.size
         bounds += [offset + start for start in row.starts if start < length] + [offset + length]
@@ -146,10 +149,17 @@ def varlen_batch(rows: list[Row]) -> Batch:
     return batch, _flat(labels)
 
 
-def plain_batch(rows: list[Row]) -> Batch:
-    """`input` and labels `[B, T]`, documents run into one another."""
+def plain_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:
+    """`input` and labels `[B, T]`, documents run into one another; `predicted` as above."""
     inputs = torch.from_numpy(np.stack([row.tokens[:-1] for row in rows]))
-    return {"input": inputs}, torch.from_numpy(np.stack([row.tokens[1:] for row in rows]))
+    return {"input": inputs}, torch.from_numpy(np.stack([_targets(r, predicted) for r in rows]))
+
+
+def _targets(row: Row, predicted: Predicted | None) -> Array:
+    targets = row.tokens[1:].copy()
+    if predicted is not None:
+        targets[~predicted(row.tokens, row.starts)[1:]] = IGNORE_INDEX
+    return targets
 
 
 def _flat(parts: list[Array]) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flame.data import corpus
+from flame.data import corpus, mqar
 from flame.data.config import DataConfig
 from flame.data.hub import hub_problem
 from flame.errors import UserError, first_line
@@ -163,6 +163,8 @@ def build_documents(config: DataConfig, split: str) -> Documents:
     if config.dataset == corpus.NAME:
         texts = corpus.stdlib_texts(split)
         return _indexed(config, corpus.NAME, ListedTexts(texts[: config.max_documents or None]))
+    if mqar.is_mqar(config.dataset):
+        return mqar.mqar_documents(config.dataset, split, config.seed)
     rows, text_key, name = _load(config, split)
     columns = rows.column_names
     if columns is not None:
