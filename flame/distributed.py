@@ -19,6 +19,9 @@ from flame.errors import UserError
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
+RANK_ZERO_WORKS = timedelta(hours=12)
+"""Timeout of stages in which the other ranks wait for the one that reads or writes a model."""
+
 
 def device_type() -> str:
     """`"cuda"` where there is a CUDA device, else `"cpu"`."""

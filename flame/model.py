@@ -6,7 +6,7 @@ names are those of its published checkpoints.
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flame.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from flame.checkpoint.reference import ModelReference
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -152,23 +149,6 @@ def sum_replicated_gradients(model: nn.Module, group: dist.ProcessGroup | None =
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a sharded model that FSDP2 leaves whole on every rank."""
     return [p for p in model.parameters() if not isinstance(p, DTensor)]
-
-
-def build_sharded(
-    reference: "ModelReference", mesh: DeviceMesh, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The model of `reference` in evaluation mode, sharded over `mesh`, computing in `dtype`.
-
-    Collective over the mesh. The weights are read tensor by tensor, slice by slice.
-    """
-    from flame.checkpoint.load import load_weights
-    from flame.distributed import local_device
-
-    model = shard(meta_model(reference.config), mesh, dtype)
-    model.to_empty(device=local_device())
-    restore_after_to_empty(model)
-    load_weights(model, reference.source())
-    return model.eval()
 
 
 @torch.no_grad()

@@ -94,9 +94,10 @@ def evaluate_perplexity(
     Raises:
         UserError: the model, its tokenizer or the text cannot be used, or losses are not finite.
     """
+    from flame.checkpoint.load import build_sharded
     from flame.checkpoint.reference import ModelReference, resolve
     from flame.distributed import data_parallel_mesh, world_size
-    from flame.model import build_sharded, count_parameters
+    from flame.model import count_parameters
 
     reference = model if isinstance(model, ModelReference) else resolve(model)
     chosen = heldout_text(reference, text or HeldoutOptions())

@@ -6,11 +6,9 @@ arguments. One process does the work.
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flame.errors import run_stage
 
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
     from pruning.transform import Form
 
 log = logging.getLogger(__name__)
-
-WAIT = timedelta(hours=12)
-"""How long other ranks wait for the one that writes."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,11 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Write the pruned model. Collective; rank 0 works and the others wait."""
+    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import process_group
+    from flame.distributed import RANK_ZERO_WORKS, process_group
 
-    with process_group(WAIT):
+    with process_group(RANK_ZERO_WORKS):
         reference = resolve(options.model)
         on_first(lambda: _apply(options, reference))
 
@@ -87,19 +83,6 @@ def _apply(options: Options, reference: "ModelReference") -> None:
         write_pruned(plan, reference, folder, form, out, options.plan.absolute().parent)
     print(f"{options.out}: {summary(plan)}", flush=True)
     say_what_to_know(plan, reference, form)
-
-
-def on_first(action: Callable[[], Any]) -> Any:
-    """Rank 0's result of `action`, None on other ranks, which wait. Collective.
-
-    A UserError is raised on every rank.
-    """
-    from flame.checkpoint.peers import Peers
-    from flame.distributed import barrier, rank
-
-    # Another rank may still be checking that the output, which rank 0 is about to write, is free.
-    barrier()
-    return Peers().agree(lambda: action() if rank() == 0 else None)
 
 
 def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":

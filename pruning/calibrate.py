@@ -89,9 +89,9 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Calibrate as the options say. Collective; inside a process group, or starting one."""
+    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
     from flame.distributed import process_group
-    from pruning.apply import on_first
     from pruning.calibration_data import calibration_data
     from pruning.stats_file import save_statistics
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flame.checkpoint.load import build_sharded
 from flame.checkpoint.peers import Peers
 from flame.checkpoint.reference import ModelReference
 from flame.distributed import (
@@ -25,7 +26,6 @@ from flame.distributed import (
     world_size,
 )
 from flame.errors import UserError
-from flame.model import build_sharded
 from flame.progress import progress
 from pruning.adapters import Adapter, adapter_for
 from pruning.calibration_data import CalibrationData

@@ -67,10 +67,10 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Write the plan. Collective; rank 0 works and the others wait."""
+    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import process_group
+    from flame.distributed import RANK_ZERO_WORKS, process_group
     from flame.output import replacing_file
-    from pruning.apply import WAIT, on_first
     from pruning.plan import plan_text
 
     def write() -> None:
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
             path.write_text(plan_text(plan))
         print(f"{options.plan}: {summary(plan)}", flush=True)
 
-    with process_group(WAIT):
+    with process_group(RANK_ZERO_WORKS):
         on_first(write)
 
 

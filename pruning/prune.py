@@ -84,16 +84,17 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Prune as the options say. Collective; inside a process group, or starting one."""
+    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import process_group, rank
+    from flame.distributed import RANK_ZERO_WORKS, process_group, rank
     from flame.output import replacing_folder
-    from pruning.apply import WAIT, form_of, on_first, say_what_to_know
+    from pruning.apply import form_of, say_what_to_know
     from pruning.plan_command import summary
     from pruning.transform import write_pruned
 
     reference, out = resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)
-    with process_group(WAIT), ExitStack() as stack:
+    with process_group(RANK_ZERO_WORKS), ExitStack() as stack:
         output = replacing_folder(out, options.overwrite)
         folder = on_first(lambda: stack.enter_context(output))
         plan = make_plan(options, reference)
@@ -109,7 +110,7 @@ def make_plan(options: Options, reference: "ModelReference") -> "Plan":
 
     On other ranks the result has no meaning.
     """
-    from pruning.apply import on_first
+    from flame.checkpoint.peers import on_first
     from pruning.calibrate import calibrate
     from pruning.calibration_data import calibration_data
     from pruning.choose import choose

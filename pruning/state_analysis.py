@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from flame.checkpoint.load import build_sharded
 from flame.checkpoint.peers import Peers
 from flame.checkpoint.reference import ModelReference
 from flame.distributed import (
@@ -23,7 +24,6 @@ from flame.distributed import (
     world_size,
 )
 from flame.errors import UserError
-from flame.model import build_sharded
 from flame.progress import progress
 from pruning.adapters import ADAPTERS, Adapter
 from pruning.collect import compute_dtype

@@ -17,6 +17,8 @@ from flame.errors import UserError
 
 ALGORITHM = "xxh3_128"
 CHECKSUMS = "checksums.json"
+METADATA = ".metadata"
+"""DCP's index of a step."""
 _BLOCK = 8 << 20
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flame.checkpoint.source import TensorSource
@@ -60,6 +61,23 @@ def load_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
+    restore_after_to_empty(model)
+    load_weights(model, reference.source())
+    return model.eval()
+
+
+def build_sharded(
+    reference: "ModelReference", mesh: DeviceMesh, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model of `reference` in evaluation mode, sharded over `mesh`, computing in `dtype`.
+
+    Collective over the mesh. The weights are read tensor by tensor, slice by slice.
+    """
+    from flame.distributed import local_device
+    from flame.model import meta_model, restore_after_to_empty, shard
+
+    model = shard(meta_model(reference.config), mesh, dtype)
+    model.to_empty(device=local_device())
     restore_after_to_empty(model)
     load_weights(model, reference.source())
     return model.eval()

@@ -41,6 +41,17 @@ class Peers:
         return result  # type: ignore[return-value]
 
 
+def on_first(action: Callable[[], T]) -> T:
+    """The first rank's result of `action`; other ranks wait, and get None. Collective.
+
+    A `UserError` is raised on every rank.
+    """
+    peers = Peers()
+    # Another rank may still be checking that the output, which the first will write, is free.
+    peers.agree(lambda: None)
+    return peers.agree(lambda: action() if peers.is_first else None)  # type: ignore[return-value]
+
+
 def raise_cause(error: CheckpointException, doing: str) -> None:
     """Raise what lies behind DCP's collective exception: a `UserError`, or one for an OSError."""
     causes = [error.failures[rank][0] for rank in sorted(error.failures)]

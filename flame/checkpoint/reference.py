@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flame.checkpoint.steps import METADATA, broken_steps, is_whole, step_folder, whole_steps
+from flame.checkpoint.checksums import METADATA
+from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
 from flame.errors import UserError, first_line
 from flame.output import check_output
 

@@ -29,9 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from flame.checkpoint.checksums import check_file, hash_bytes, read_checksums
+from flame.checkpoint.checksums import METADATA, check_file, hash_bytes, read_checksums
 from flame.checkpoint.peers import Peers, raise_cause
-from flame.checkpoint.steps import METADATA
 from flame.errors import UserError, first_line
 
 _METADATA_CLASSES = (

@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.checksums import CHECKSUMS, check_file, read_checksums
+from flame.checkpoint.checksums import CHECKSUMS, METADATA, check_file, read_checksums
 from flame.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-METADATA = ".metadata"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _TEMPORARY = "tmp-"
 

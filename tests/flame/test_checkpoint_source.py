@@ -368,7 +368,7 @@ def _load_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> dict[str, Tensor
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from flame.model import build_sharded
+    from flame.checkpoint.load import build_sharded
 
     names = ("replicas", "shards")[-len(mesh_shape) :]
     mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
