@@ -83,15 +83,13 @@ def line_chart(
     right = max(24.0, 12 + LABEL_WIDTH * max(len(line.label) for line in lines))
     x = Axis(*_extent(lines, "x"), LEFT, WIDTH - right, log_x)
     y = Axis(
-        *(_log_extent(lines) if log_y else _padded(_extent(lines, "y"))),
+        *(_log_extent(lines) if log_y else padded(_extent(lines, "y"))),
         HEIGHT - BOTTOM,
         TOP,
         log_y,
     )
-    parts = [*_y_axis(y, y_label, x.end), *_x_axis(x, x_label)]
-    parts += [
-        _path(line.finite(line.faint), x, y, line, "faint") for line in lines if line.faint
-    ]
+    parts = [*axis_y(y, y_label, x.end), *axis_x(x, x_label)]
+    parts += [_path(line.finite(line.faint), x, y, line, "faint") for line in lines if line.faint]
     parts += [_path(line.finite(line.y), x, y, line, "line") for line in lines]
     parts += _end_labels(lines, x, y)
     return svg(WIDTH, HEIGHT, title, parts)
@@ -138,7 +136,8 @@ def _extent(lines: Sequence[Line], axis: str) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _padded(extent: tuple[float, float]) -> tuple[float, float]:
+def padded(extent: tuple[float, float]) -> tuple[float, float]:
+    """The extent with a margin on both sides."""
     low, high = extent
     margin = 0.06 * (high - low)
     return low - margin, high + margin
@@ -151,8 +150,8 @@ def _log_extent(lines: Sequence[Line]) -> tuple[float, float]:
     return low, max(max(values), low * 10)
 
 
-def _x_axis(axis: Axis, label: str) -> list[str]:
-    base = HEIGHT - BOTTOM
+def axis_x(axis: Axis, label: str, base: float = HEIGHT - BOTTOM) -> list[str]:
+    """An x axis at height `base` with its ticks and its label."""
     ticks = "".join(
         f'<text x="{axis(value):.1f}" y="{base + 16}" class="middle">{_number(value)}</text>'
         for value in axis.ticks()
@@ -161,13 +160,17 @@ def _x_axis(axis: Axis, label: str) -> list[str]:
     return [
         f'<path class="axis" d="M{axis.start} {base}H{axis.end:.1f}"/>',
         ticks,
-        f'<text x="{middle:.1f}" y="{HEIGHT - 6}" class="middle label">{escape(label)}</text>',
+        f'<text x="{middle:.1f}" y="{base + BOTTOM - 6:g}" class="middle label">'
+        f"{escape(label)}</text>",
     ]
 
 
-def _y_axis(axis: Axis, label: str, right: float) -> list[str]:
+def axis_y(axis: Axis, label: str, right: float, whole: bool = False) -> list[str]:
+    """A y axis with rules up to `right` and its label; `whole` leaves out broken numbers."""
     parts = []
     for value in axis.ticks():
+        if whole and value % 1:
+            continue
         y = axis(value)
         text = _power(value) if axis.log else _number(value)
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{right:.1f}"/>')
@@ -211,7 +214,7 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
         start = x(end_x)
         if abs(want - place) > 3:
             parts.append(
-                f'<path {_looks(line, "leader")} '
+                f"<path {_looks(line, 'leader')} "
                 f'd="M{start + 2:.1f} {want:.1f}L{start + 8:.1f} {place:.1f}"/>'
             )
         parts.append(
