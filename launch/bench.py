@@ -1,0 +1,286 @@
+"""Stage `bench`: how large and how fast a model is, beside another one.
+
+`slimstate bench MODEL [--against MODEL] [--json FILE]`, on one device: the GPU where there is one.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flame.errors import UserError, run_stage
+from flame.output import check_output, replacing_file
+from launch.bench_table import bench_table, kernel_lines, ratio_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.bench_measures import Measure, Models, Workload
+
+PARTS = ("prefill", "decode", "mixer", "train")
+DTYPES = ("auto", "float32", "bfloat16")
+KIND = "bench"
+"""What the JSON says it is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    against: str = ""
+    json: Path | None = None
+    measure: tuple[str, ...] = PARTS
+    lengths: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    decode_length: int | None = None
+    prompt_length: int | None = None
+    train_batch: int | None = None
+    train_length: int | None = None
+    repeats: int = 5
+    dtype: str = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="slimstate bench",
+        description="Measure how large and how fast a model is, beside another one.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, step folder, Hugging Face folder or hub name")
+    add("--against", default="", metavar="MODEL", help="the model to compare with")
+    add("--json", type=Path, metavar="FILE", help="write every run of every measure to FILE")
+    add("--measure", default=",".join(PARTS), metavar="A,B", help="parts (default: %(default)s)")
+    add("--lengths", default="", metavar="N,N", help="prompts to read (default: by device)")
+    add("--batch-sizes", default="", metavar="N,N", help="of decoding (default: by device)")
+    add("--decode-length", type=int, metavar="N", help="tokens decoded for each sequence")
+    add("--prompt-length", type=int, metavar="N", help="tokens that decoding starts from")
+    add("--train-batch", type=int, metavar="N", help="sequences of a training step")
+    add("--train-length", type=int, metavar="N", help="tokens of each of them")
+    add("--repeats", type=int, default=5, metavar="N", help="times (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help="compute dtype; auto: bfloat16 on CUDA")
+    add("--seed", type=int, default=0, help="of the random tokens")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
+    values = vars(parser.parse_args(argv))
+    values["measure"] = tuple(filter(None, values["measure"].split(",")))
+    for name in ("lengths", "batch_sizes"):
+        values[name] = _numbers(name, values[name])
+    return Options(**values)
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work: models, sizes, the output, more than one process."""
+    from flame.checkpoint.reference import resolve
+
+    if world_size != 1:
+        raise UserError(f"--nproc {world_size}: bench measures one device, run it on 1 process")
+    _check_sizes(options)
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}: it must not be negative")
+    for name in filter(None, (options.model, options.against)):
+        folder = resolve(name).folder
+        if options.json is not None:
+            check_output(options.json, options.overwrite, inside=folder)
+
+
+def run(options: Options) -> None:
+    """Measure, print the table side by side, write JSON."""
+    from flame.checkpoint.reference import resolve
+
+    names = model_names(options.model, options.against)
+    references = {name: resolve(reference) for name, reference in names.items()}
+    against = list(names)[1] if options.against else None
+    record = benchmark(references, against, options)
+    print(bench_table(record).text())
+    print("\n" + "\n".join(kernel_lines(record)), flush=True)
+    if options.json is not None:
+        with replacing_file(options.json, options.overwrite) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def benchmark(
+    references: Mapping[str, Any], against: str | None, options: Options
+) -> dict[str, Any]:
+    """All measures of the models, as JSON has them.
+
+    Args:
+        references: `flame.checkpoint.reference.ModelReference` by the name in the table.
+        against: the model that ratios are over.
+    """
+    from flame.checkpoint.load import load_model
+    from flame.distributed import local_device
+    from launch.perplexity import compute_dtype
+
+    dtype, device = compute_dtype(options.dtype), local_device()
+    work = workload(options, device.type)
+
+    def load(as_dtype: "torch.dtype") -> "Models":
+        return {n: load_model(r, as_dtype, str(device)) for n, r in references.items()}
+
+    ran: dict[str, Any] = {}
+    measures = list(_measures(load, dtype, work, options.measure, ran))
+    return {
+        "kind": KIND,
+        "models": {n: _described(n, r, ran) for n, r in references.items()},
+        "against": against,
+        "measures": [_measured(measure, against) for measure in measures],
+        "dtype": str(dtype).removeprefix("torch."),
+        **_machine(device),
+        "repeats": work.repeats,
+        "seed": work.seed,
+    }
+
+
+def workload(options: Options, device_type: str) -> "Workload":
+    """The sizes asked for, and the device's own for the rest."""
+    from launch.bench_measures import ON_CPU, ON_CUDA
+
+    asked = {
+        name: getattr(options, name)
+        for name in (
+            "lengths",
+            "batch_sizes",
+            "decode_length",
+            "prompt_length",
+            "train_batch",
+            "train_length",
+        )
+        if getattr(options, name)
+    }
+    usual = ON_CUDA if device_type == "cuda" else ON_CPU
+    return replace(usual, repeats=options.repeats, seed=options.seed, **asked)
+
+
+def model_names(model: str, against: str) -> dict[str, str]:
+    """References by a short name: the last part of a path that tells them apart."""
+    paths = [Path(reference) for reference in (model, against) if reference]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(paths):
+            return dict(zip(names, filter(None, (model, against)), strict=True))
+    return {model: model, f"{model} (again)": against}
+
+
+def _measures(
+    load: "Callable[[torch.dtype], Models]",
+    dtype: "torch.dtype",
+    work: "Workload",
+    parts: tuple[str, ...],
+    ran: dict[str, Any],
+) -> "Iterator[Measure]":
+    import torch
+
+    from flame.progress import progress
+    from launch import bench_measures as measures
+
+    models = load(dtype)
+    ran.update(measures.kernels(models, work))
+    yield from measures.cache_sizes(models, work)
+    chosen = {"prefill": measures.prefill, "decode": measures.decode, "mixer": measures.mixer}
+    for name in progress([part for part in chosen if part in parts], "measure"):
+        yield from chosen[name](models, work)
+    if "train" in parts:
+        trained = models if dtype == torch.float32 else load(torch.float32)
+        del models
+        yield from measures.training(trained, work, dtype)
+
+
+def _measured(measure: "Measure", against: str | None) -> dict[str, Any]:
+    values = {
+        name: {
+            "median": spread.median,
+            "min": spread.least,
+            "max": spread.most,
+            "runs": list(spread.runs),
+        }
+        for name, spread in measure.values.items()
+    }
+    record = {
+        "name": measure.name,
+        "label": measure.label,
+        "unit": measure.unit,
+        "better": measure.better,
+        **measure.sizes,
+        "values": values,
+    }
+    return {**record, "ratio": ratio_of(record, against)}
+
+
+def _described(name: str, reference: Any, ran: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "reference": str(reference.weights),
+        "model_type": reference.config["model_type"],
+        "kernels": ran[name],
+    }
+
+
+def _machine(device: "torch.device") -> dict[str, Any]:
+    import torch
+
+    from launch.perplexity import versions
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    memory = (
+        "bytes that the CUDA allocator handed out"
+        if device.type == "cuda"
+        else "bytes of tensors alive together"
+    )
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "peak_memory": memory,
+        "versions": versions(),
+    }
+
+
+def _cpu_name() -> str:
+    """What Linux calls the processor; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _check_sizes(options: Options) -> None:
+    unknown = [part for part in options.measure if part not in PARTS]
+    if unknown or not options.measure:
+        given = unknown[0] if unknown else "nothing"
+        raise UserError(f"--measure names {given}: choose from {', '.join(PARTS)}")
+    for name in ("decode_length", "prompt_length", "train_batch", "train_length", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    option = f"--{name.replace('_', '-')}"
+    try:
+        values = tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise UserError(f"{option} {text}: give whole numbers between commas") from None
+    for value in values:
+        if value < 1:
+            raise UserError(f"{option} has {value}: each must be at least 1")
+    return tuple(sorted(set(values)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()
