@@ -1,4 +1,4 @@
-"""One table, written as text for a terminal, CSV, Markdown or HTML."""
+"""One table, written as text for a terminal, CSV, Markdown, HTML or LaTeX."""
 
 import csv
 import html
@@ -9,6 +9,29 @@ from typing import Any, Literal
 
 MISSING = "-"
 """What a cell without a value reads, but in CSV, where it is empty."""
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: "\\" + sign for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "×": r"$\times$",
+    "÷": r"$\div$",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "–": "--",
+    "…": r"\dots{}",
+    "→": r"$\to$",
+    "σ": r"$\sigma$",
+    "α": r"$\alpha$",
+    "β": r"$\beta$",
+    "ε": r"$\epsilon$",
+    "₁": "$_1$",
+}
+"""What LaTeX reads for characters that it takes for commands or does not have."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,16 @@ class Table:
         lines += [self._html_line("td", cells) for cells in self._cells()]
         return "<table>\n" + "\n".join(lines) + "\n</table>"
 
+    def latex(self) -> str:
+        """A `tabular` in the style of the package booktabs, which the document must load.
+
+        Text is escaped; the mathematical signs that our own headings use become mathematics.
+        """
+        alignment = "".join(column.align[0] for column in self.columns)
+        lines = [_latex_line(self._headings()), r"\midrule", *map(_latex_line, self._cells())]
+        begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
+        return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", end])
+
     def _headings(self) -> list[str]:
         return [column.heading or column.key for column in self.columns]
 
@@ -86,3 +119,13 @@ class Table:
 
 def _escaped(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    return " & ".join(map(_latex_cell, cells)) + r" \\"
+
+
+def _latex_cell(cell: str) -> str:
+    r"""`cell` escaped; `[` and `*` at its start would be an argument of the `\\` before it."""
+    text = "".join(LATEX.get(sign, sign) for sign in cell)
+    return f"{{{text[0]}}}{text[1:]}" if text[:1] in ("[", "*") else text

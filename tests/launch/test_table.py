@@ -2,8 +2,9 @@
 
 import csv
 import io
+import re
 
-from launch.table import Column, Table
+from launch.table import LATEX, Column, Table
 
 TABLE = Table(
     [
@@ -59,3 +60,54 @@ def test_no_rows_is_a_heading() -> None:
 
 def test_truth_values_are_text() -> None:
     assert Column("ok", number=".2f").cell(True) == "True"
+
+
+def test_latex_is_a_booktabs_tabular() -> None:
+    assert TABLE.latex().splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"model & perplexity & state bytes \\",
+        r"\midrule",
+        r"dense & 12.35 & 1,048,576 \\",
+        r"a\textbar{}b \textless{}c\textgreater{} & inf & - \\",
+        r"two lines & - & 7 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_latex_reads_back_as_what_was_written() -> None:
+    """Every special sign, and cells that would change the command before them."""
+    signs = "".join(LATEX)
+    cells = [
+        ["a & b_c", "50% of #1", "$x^2$ ~ {y}"],
+        ["[least]", "*", "\\\\[3pt]"],
+        [signs, "", "-"],
+    ]
+    columns = [Column(key) for key in ("a_1", "b", "c")]
+    table = Table(columns, [dict(zip(("a_1", "b", "c"), row, strict=True)) for row in cells])
+    lines = table.latex().splitlines()
+    assert _read_latex(lines[2]) == ["a_1", "b", "c"]
+    assert [_read_latex(line) for line in lines[4:-2]] == cells
+    assert all(line.count("{") == line.count("}") for line in _without_escapes(lines))
+    assert not any(line.startswith(("[", "*")) for line in lines)
+
+
+def _read_latex(line: str) -> list[str]:
+    """The cells of a line of a tabular, as LaTeX would print them."""
+    assert line.endswith(r" \\")
+    cells = re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))
+    return [_printed(re.sub(r"^\{([[*])\}", r"\1", cell)) for cell in cells]
+
+
+def _printed(cell: str) -> str:
+    written = sorted(LATEX.items(), key=lambda pair: -len(pair[1]))
+    text = ""
+    while cell:
+        sign, code = next(((s, c) for s, c in written if cell.startswith(c)), (cell[0], cell[0]))
+        text, cell = text + sign, cell[len(code) :]
+    return text
+
+
+def _without_escapes(lines: list[str]) -> list[str]:
+    return [re.sub(r"\\[{}]", "", line) for line in lines]
