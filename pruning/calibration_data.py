@@ -9,6 +9,7 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference
 from flame.data.config import DataConfig
+from flame.data.mqar import without_curriculum
 from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
 from pruning.options import SEQ_LEN, DataOptions
@@ -65,6 +66,7 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
     config = data_config(recipe)
     if options.data:
         config = dataclasses.replace(config, dataset=options.data, **_FRESH)
+    config = dataclasses.replace(config, dataset=without_curriculum(config.dataset))
     for key in ("subset", "split", "text_key"):
         if getattr(options, key):
             config = dataclasses.replace(config, **{key: getattr(options, key)})

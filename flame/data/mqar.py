@@ -3,8 +3,8 @@
 A document states pairs of a key and a value, then asks for each key once, in a new order, the
 questions strewn among filler: `k5 v1 k2 v7 . k2 v7 . k5 v1`. What is learned and measured is the
 value behind a key that the document has stated; everything else is random, so it gets no label.
-The task is that of Zoology (Arora et al., arXiv 2312.04927), but that distances are uniform there
-is no power law, and an answer follows its question in the input.
+The task is that of Zoology (Arora et al., arXiv 2312.04927); here the answer follows its question
+in the input too, and questions lie at even distances rather than by a power law.
 
 A data set is a name with its numbers, `mqar:pairs=4/8/16,length=64,every=4000`, so that recipes
 and commands take it wherever they take data. Example i is a function of seed, split and i alone.
@@ -46,6 +46,10 @@ class Mqar:
     every: int = 0
     """Examples before the next stage is reached; 0 reaches all at once."""
 
+    again: int = 0
+    """1 puts more questions, for keys drawn at random, in place of some of the filler: a document
+    teaches more, and a model learns the task in a fraction of the tokens."""
+
     examples: int = 1000
     """Size of a split that is not `train`; that one has no end."""
 
@@ -53,8 +57,8 @@ class Mqar:
         for field in ("length", "keys", "values", "examples"):
             if getattr(self, field) < 1:
                 raise UserError(f"mqar {field} is {getattr(self, field)}: it must be at least 1")
-        if self.every < 0 or not self.pairs or min(self.pairs) < 1:
-            raise UserError("mqar pairs must be at least 1, and every at least 0")
+        if min(self.pairs) < 1:
+            raise UserError("mqar pairs must be at least 1")
         for bound, what in ((self.keys, "keys"), (self.values, "values"), (self.length // 4, "")):
             if max(self.pairs) > bound:
                 room = f"there are {bound} {what}" if what else f"length {self.length} has room"
@@ -116,15 +120,22 @@ def recall_example(task: Mqar, pairs: int, random: np.random.RandomState) -> Exa
     values = [f"v{n}" for n in random.permutation(task.values)[:pairs]]
     words = [word for pair in zip(keys, values, strict=True) for word in pair]
     answers = []
-    # -1 is filler; every other number asks for that pair.
-    slots = [*range(pairs), *([-1] * (task.length - 4 * pairs))]
-    for slot in random.permutation(slots):
+    for slot in _slots(task, pairs, random):
         if slot < 0:
             words.append(FILLER)
         else:
             words += [keys[slot], values[slot]]
             answers.append(len(words) - 1)
     return Example(words, answers)
+
+
+def _slots(task: Mqar, pairs: int, random: np.random.RandomState) -> NDArray[np.int64]:
+    """What follows the pairs: −1 is filler, every other number a question for that pair."""
+    room = task.length - 4 * pairs
+    again = random.randint(room // 2 + 1) if task.again else 0
+    more = random.randint(0, pairs, again)
+    filler = np.full(room - 2 * again, -1)
+    return random.permutation(np.concatenate([np.arange(pairs), more, filler]))
 
 
 def example_random(seed: int, split: str, number: int) -> np.random.RandomState:
@@ -155,11 +166,13 @@ class MqarDocuments:
             yield " ".join(self.example(number).words)
 
     def example(self, number: int) -> Example:
-        """Example `number`: its pairs drawn evenly from the stages that are reached by then."""
+        """Example `number`, of a stage that is reached by then: a later one more often."""
         random = example_random(self.seed, self.split, number)
         stages = len(self.task.pairs)
         reached = min(1 + number // self.task.every, stages) if self.task.every else stages
-        return recall_example(self.task, self.task.pairs[random.randint(reached)], random)
+        return recall_example(
+            self.task, self.task.pairs[random.randint(0, reached, 2).max()], random
+        )
 
 
 def mqar_documents(dataset: str, split: str, seed: int) -> MqarDocuments:
