@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve
+from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve, vocabulary_size
 from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
 from flame.output import check_output
 
 BYTES_PER_PARAMETER = 12
 """fp32 weight and two fp32 moments in a checkpoint."""
+
+LOG_SUFFIXES = (".err", ".log", ".out")
 
 UNSUPPORTED_DEGREES = (
     "tensor_parallel_degree",
@@ -111,10 +113,10 @@ def _check_folder(job: Any) -> None:
     init = resolve(job.model.init).folder if job.model.init else None
     for output in (folder, folder / CONFIG_FILE, checkpoints / "step"):
         check_output(output, overwrite=True, inside=init)
-    if (folder / CONFIG_FILE).is_file() and not _is_run(folder, checkpoints):
+    if not _may_hold_run(folder, checkpoints):
         raise UserError(
-            f"job.dump_folder {folder} holds a model that is no run: choose another folder, and "
-            "give the model as --init"
+            f"job.dump_folder {folder} exists and is no run: choose another (a model to start from "
+            "is given as --init)"
         )
     if broken_steps(checkpoints) and not whole_steps(checkpoints):
         names = ", ".join(broken_steps(checkpoints))
@@ -124,8 +126,11 @@ def _check_folder(job: Any) -> None:
         )
 
 
-def _is_run(folder: Path, checkpoints: Path) -> bool:
-    return checkpoints.is_dir() or (folder / RECIPE_FILE).is_file()
+def _may_hold_run(folder: Path, checkpoints: Path) -> bool:
+    """Whether `folder` is a run to go on with, or has nothing in it but logs of a scheduler."""
+    if not folder.exists() or checkpoints.is_dir() or (folder / RECIPE_FILE).is_file():
+        return True
+    return all(path.is_file() and path.suffix in LOG_SUFFIXES for path in folder.iterdir())
 
 
 def _check_model_and_data(job: Any, world_size: int) -> None:
@@ -136,7 +141,7 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
 
     config = model_config(job)
     tokenizer = tokenizer_of(job)
-    check_vocabulary(tokenizer, config["vocab_size"])
+    check_vocabulary(tokenizer, vocabulary_size(config))
     parameters = count_parameters(meta_model(config).parameters())
     _check_space(job, parameters)
     documents = build_documents(job.data, job.data.split)

@@ -53,7 +53,8 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
         ):
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RuntimeError) as error:
+        # Some constructors compute their initial values, which the meta device has none of.
         raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
     model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.no_weight_decay_names = no_weight_decay(model)

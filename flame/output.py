@@ -36,6 +36,13 @@ def check_output(path: Path, overwrite: bool = False, inside: Path | None = None
         raise UserError(f"cannot write {path}: {parent} is read-only for this user")
 
 
+def check_file_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
+    """`check_output` for a file: a folder of that name is refused, `overwrite` or not."""
+    if Path(path).is_dir():
+        raise UserError(f"output {path} is a folder: give the name of a file")
+    check_output(path, overwrite, inside)
+
+
 @contextmanager
 def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` when the block ends without an error."""
@@ -59,7 +66,7 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling file name that becomes `path` when the block ends without error."""
     path = Path(path).absolute()
-    check_output(path, overwrite)
+    check_file_output(path, overwrite)
     with writer_lock(path):
         temporary = path.parent / f".{path.name}.tmp"
         try:

@@ -21,12 +21,13 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
+from flame.data.hub import hub_problem
 from flame.data.loader import PackedLoader, alone
 from flame.data.mqar import is_mqar, mqar_tokenizer
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.distributed import device_type, gather_objects
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 from flame.lora import initialise_adapters, inject
 from flame.model import (
     count_parameters,
@@ -85,13 +86,15 @@ def hub_config(name: str) -> dict[str, Any]:
     """The `config.json` of a hub model, from the cache or the network."""
     from huggingface_hub import hf_hub_download
 
+    problem = hub_problem()
     try:
-        return read_config(Path(hf_hub_download(name, CONFIG_FILE)))
+        path = hf_hub_download(name, CONFIG_FILE, local_files_only=problem is not None)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.config {name!r} is neither a file, a folder with a config.json nor a hub model "
-            "that can be reached from here"
+            f"model.config {name!r} is neither a file nor a folder, and not to be had from the hub "
+            f"({problem or first_line(error)}): give a local config.json"
         ) from error
+    return read_config(Path(path))
 
 
 def build_model(args: CausalLMArgs) -> nn.Module:

@@ -28,6 +28,7 @@ def check_start(job: Any) -> None:
     if step is not None:
         peers.agree(lambda: verify_step(step, rank(), world_size()))
         peers.agree(lambda: _check_finite(DcpSource(step, verified=True)))
+        peers.agree(lambda: _check_entries(step) if rank() == 0 else None)
     if job.model.init and (step is None or job.lora.rank > 0):
         peers.agree(lambda: _check_init(job.model.init))
 
@@ -42,6 +43,11 @@ def _resumed_step(job: Any) -> Path | None:
     if not is_whole(step):
         raise UserError(f"checkpoint.load_step is {asked}, but {step} is no whole step")
     return step
+
+
+def _check_entries(step: Path) -> None:
+    """Read the entries that are no tensors: one that is more than plain data is refused."""
+    DcpSource(step, everything=True, verified=True).values()
 
 
 def _check_init(name: str) -> None:

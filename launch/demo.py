@@ -83,6 +83,8 @@ def check(options: Options, world_size: int = 1) -> None:
         raise UserError(f"--seed is {options.seed}: it must not be negative")
     if VIRTUAL_SHARDS % world_size:
         raise UserError(f"--nproc {world_size}: the demo runs on 1, 2, 4 or 8 processes")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file: choose a folder")
     check_output(options.out, overwrite=True)
     _check_same_demo(options)
 

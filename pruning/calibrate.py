@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import check_destination, resolve
+    from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
     from pruning.adapters import adapter_for
     from pruning.calibration_data import calibration_data, check_data
 
@@ -84,7 +84,7 @@ def check(options: Options, world_size: int = 1) -> None:
     data = calibration_data(reference, options.data)
     if options.resume:
         _check_resume(options, data)
-    check_data(data, reference.config["vocab_size"], world_size)
+    check_data(data, vocabulary_size(reference.config), world_size)
 
 
 def run(options: Options) -> None:

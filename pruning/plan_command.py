@@ -56,11 +56,11 @@ def parse(argv: list[str] | None = None) -> Options:
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
     from flame.checkpoint.reference import resolve
-    from flame.output import check_output
+    from flame.output import check_file_output
     from pruning.choose import check_budget
 
     reference = resolve(options.model)
-    check_output(options.plan, options.overwrite, inside=reference.folder)
+    check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config)
     check_stats(options.stats, options.method)
 

@@ -67,7 +67,7 @@ def parse(argv: list[str] | None = None) -> Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import check_destination, resolve
+    from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
     from pruning.calibration_data import calibration_data, check_data
     from pruning.choose import check_budget
     from pruning.plan_command import check_stats
@@ -79,7 +79,7 @@ def check(options: Options, world_size: int = 1) -> None:
         check_stats(options.stats, options.method)
     elif options.method.needs:
         data = calibration_data(reference, options.data)
-        check_data(data, reference.config["vocab_size"], world_size)
+        check_data(data, vocabulary_size(reference.config), world_size)
 
 
 def run(options: Options) -> None:

@@ -139,6 +139,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def vocabulary_size(config: dict[str, Any]) -> int:
+    """`vocab_size` of a `config.json`; `UserError` if it has none."""
+    size = config.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"config.json: vocab_size is {size!r}, expected a positive integer")
+    return size
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` if there is none."""
     try:

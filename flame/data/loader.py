@@ -228,15 +228,14 @@ def check_order(
 def check_enough(
     documents: Documents, tokenizer: Any, config: DataConfig, seq_len: int, global_batch_size: int
 ) -> None:
-    """Raise `UserError` if one epoch is shorter than one global batch; a stream is not checked.
+    """Raise `UserError` if one epoch is shorter than one global batch.
 
-    Tokenises documents until there are enough.
+    Tokenises documents until there are enough. Of a stream the tokens are counted, not those of
+    each virtual shard, which would mean to open it as many times.
     """
     encoder = Encoder(tokenizer, config.add_eos)
     _check_shards(documents, config.virtual_shards)
-    if documents.size is None:
-        return
-    if config.repeat:
+    if config.repeat or documents.size is None:
         _check_tokens(documents, encoder, seq_len, global_batch_size)
     else:
         _check_rows(documents, encoder, config.virtual_shards, seq_len, global_batch_size)

@@ -1,6 +1,7 @@
 """Loading, training and applying tokenizers."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,23 @@ def _local_tokenizer(path: Path) -> Any:
 def _from_pretrained(reference: str, local_files_only: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        reference, local_files_only=local_files_only, trust_remote_code=False
-    )
+    with _without_warnings():
+        return AutoTokenizer.from_pretrained(
+            reference, local_files_only=local_files_only, trust_remote_code=False
+        )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from warning of a family that it does not know before fla is imported."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Any:
