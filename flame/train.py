@@ -67,7 +67,8 @@ def train(job: Any) -> None:
     """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
     import flame.register  # noqa: F401
     from flame import logs
-    from flame.distributed import barrier, process_group, rank, world_size
+    from flame.checkpoint.peers import on_first
+    from flame.distributed import process_group, world_size
     from flame.job_checks import check_job
     from flame.start import check_start
 
@@ -75,14 +76,11 @@ def train(job: Any) -> None:
     with process_group(), _only_writer(Path(job.job.dump_folder)):
         check_job(job, world_size())
         check_start(job)
-        barrier()
-        if rank() == 0:
-            prepare_run_folder(job)
-        barrier()
+        on_first(lambda: prepare_run_folder(job))
         _train(job)
-        if job.lora.rank > 0 and job.lora.merge and rank() == 0:
-            merge(Path(job.job.dump_folder))
-        barrier()
+    # Nobody waits for rank 0 here: merging a large model outlasts the timeout of a training step.
+    if job.lora.rank > 0 and job.lora.merge and int(os.environ.get("RANK", "0")) == 0:
+        merge(Path(job.job.dump_folder))
 
 
 def _train(job: Any) -> None:
