@@ -62,10 +62,17 @@ def _cached(cache: Any) -> "Iterator[tuple[int, Tensor]]":
 def _spectrum(layer: int, states: "Tensor") -> Spectrum:
     import torch
 
+    from pruning.state_rank import singular_values
+
     if not torch.isfinite(states).all():
         raise UserError(f"layer {layer}: the recurrent states are not finite: check the weights")
-    values = torch.linalg.svdvals(states.double()).flatten(0, 1)
-    largest = values[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
-    normalised = values / largest
-    stable_rank = normalised.square().sum(-1).mean()
-    return Spectrum(layer, normalised.mean(0).tolist(), float(stable_rank))
+    return mean_spectrum(layer, singular_values(states).flatten(0, 1))
+
+
+def mean_spectrum(layer: int, values: "Tensor") -> Spectrum:
+    """The spectrum of one layer from singular values [states, d] in decreasing order."""
+    from pruning.state_rank import measure, shares
+
+    return Spectrum(
+        layer, shares(values).mean(0).tolist(), float(measure(values).stable_rank.mean())
+    )

@@ -190,7 +190,7 @@ def _finite(state: Float[Tensor, "H K V"], layer: int, time: int) -> Tensor:
     if bool(bad.any()):
         head = int(bad.nonzero()[0])
         raise UserError(
-            f"layer {layer} head {head}: the state is not finite after {time} tokens: "
+            f"layer {layer} head {head}: the state after token {time} is not finite: "
             "check the model's weights"
         )
     return state

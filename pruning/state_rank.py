@@ -133,7 +133,7 @@ def measure(values: Float[Tensor, "... d"], epsilon: float = EPSILON) -> RankMea
     """Ranks and norms from singular values in decreasing order."""
     largest, total = values[..., 0], values.sum(-1)
     tiny = torch.finfo(values.dtype).tiny
-    stable = (values / largest.clamp_min(tiny)[..., None]).square().sum(-1)
+    stable = shares(values).square().sum(-1)
     return RankMeasures(
         stable_rank=stable,
         utilisation=stable / values.shape[-1],
@@ -145,8 +145,13 @@ def measure(values: Float[Tensor, "... d"], epsilon: float = EPSILON) -> RankMea
     )
 
 
-def _entropy(shares: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    return -torch.special.xlogy(shares, shares).sum(-1)
+def shares(values: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Singular values over the largest of each state; zeros for a state of zeros."""
+    return values / values[..., :1].clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _entropy(p: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+    return -torch.special.xlogy(p, p).sum(-1)
 
 
 def split(ranks: Float[Tensor, " n"]) -> Groups:
