@@ -37,6 +37,7 @@ COMMANDS = {
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
     "eval": Command("launch.evaluate", "measure held-out perplexity"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
+    "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }
 
