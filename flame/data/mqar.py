@@ -12,7 +12,7 @@ and commands take it wherever they take data. Example i is a function of seed, s
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -47,8 +47,9 @@ class Mqar:
     """Examples before the next stage is reached; 0 reaches all at once."""
 
     again: int = 0
-    """1 puts more questions, for keys drawn at random, in place of some of the filler: a document
-    teaches more, and a model learns the task in a fraction of the tokens."""
+    """1, for training, puts more questions, for keys drawn at random, in place of some of the
+    filler, and some among the pairs: a document teaches more, and a model learns in a fraction of
+    the tokens and wherever a pair may lie."""
 
     examples: int = 1000
     """Size of a split that is not `train`; that one has no end."""
@@ -59,11 +60,17 @@ class Mqar:
                 raise UserError(f"mqar {field} is {getattr(self, field)}: it must be at least 1")
         if min(self.pairs) < 1:
             raise UserError("mqar pairs must be at least 1")
-        for bound, what in ((self.keys, "keys"), (self.values, "values"), (self.length // 4, "")):
-            if max(self.pairs) > bound:
-                room = f"there are {bound} {what}" if what else f"length {self.length} has room"
-                hint = f"for {bound} at most (4 words a pair)" if not what else "give more"
-                raise UserError(f"mqar cannot place {max(self.pairs)} pairs: {room} {hint}")
+        most = max(self.pairs)
+        if most > min(self.keys, self.values):
+            raise UserError(
+                f"mqar cannot state {most} pairs with {self.keys} keys and {self.values} values: "
+                "give as many of each"
+            )
+        if 4 * most > self.length:
+            raise UserError(
+                f"mqar cannot place {most} pairs in {self.length} words: a pair takes 4, so give "
+                f"a length of {4 * most}, or {self.length // 4} pairs"
+            )
 
     @property
     def name(self) -> str:
@@ -118,24 +125,31 @@ def recall_example(task: Mqar, pairs: int, random: np.random.RandomState) -> Exa
     """One document of `pairs` pairs."""
     keys = [f"k{n}" for n in random.permutation(task.keys)[:pairs]]
     values = [f"v{n}" for n in random.permutation(task.values)[:pairs]]
-    words = [word for pair in zip(keys, values, strict=True) for word in pair]
-    answers = []
-    for slot in _slots(task, pairs, random):
-        if slot < 0:
+    words: list[str] = []
+    answers: list[int] = []
+    seen: set[int] = set()
+    for pair in _plan(task, pairs, random):
+        if pair < 0:
             words.append(FILLER)
-        else:
-            words += [keys[slot], values[slot]]
+            continue
+        words += [keys[pair], values[pair]]
+        if pair in seen:
             answers.append(len(words) - 1)
+        seen.add(pair)
     return Example(words, answers)
 
 
-def _slots(task: Mqar, pairs: int, random: np.random.RandomState) -> NDArray[np.int64]:
-    """What follows the pairs: −1 is filler, every other number a question for that pair."""
+def _plan(task: Mqar, pairs: int, random: np.random.RandomState) -> list[int]:
+    """The pairs in the order of the document, first stated, then asked; −1 is a word of filler."""
     room = task.length - 4 * pairs
     again = random.randint(room // 2 + 1) if task.again else 0
+    filler = room - 2 * again
+    early = random.randint(filler + 1) if task.again else 0
+    stated = np.full(pairs + early, -1)
+    stated[np.sort(random.permutation(pairs + early)[:pairs])] = np.arange(pairs)
     more = random.randint(0, pairs, again)
-    filler = np.full(room - 2 * again, -1)
-    return random.permutation(np.concatenate([np.arange(pairs), more, filler]))
+    asked = np.concatenate([np.arange(pairs), more, np.full(filler - early, -1)])
+    return [*stated.tolist(), *random.permutation(asked).tolist()]
 
 
 def example_random(seed: int, split: str, number: int) -> np.random.RandomState:
@@ -191,6 +205,17 @@ def mqar_tokenizer(dataset: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token=END, pad_token=END, unk_token=END
     )
+
+
+def mqar_sizes(vocabulary: Collection[str]) -> tuple[int, int] | None:
+    """How many keys and values a tokenizer's words are, if it is one of MQAR; else None."""
+    keys, values = (next(n for n in count() if f"{letter}{n}" not in vocabulary) for letter in "kv")
+    whole = (
+        keys
+        and values
+        and set(vocabulary) == set(Mqar(keys=keys, values=values, pairs=(1,)).vocabulary())
+    )
+    return (keys, values) if whole else None
 
 
 @dataclass(frozen=True)

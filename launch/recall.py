@@ -1,0 +1,269 @@
+"""Stage `recall`: how many of the facts in its context a model can give back.
+
+`slimstate recall MODEL … [--pairs 4,8,16] [--needle 64,256] [--json FILE]`. Multi-query associative
+recall (Zoology, arXiv 2312.04927) and a needle in a haystack, generated and seeded, for any model
+reference; `launch.recall_tasks` has the texts, `launch.recall_score` the scores.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.reference import ModelReference, resolve
+from flame.data.mqar import Mqar, is_mqar, parse_mqar
+from flame.errors import UserError, run_stage
+from flame.output import check_output, replacing_file
+from flame.recipe import data_config, read_tables
+from launch.perplexity import DTYPES
+from launch.table import Column, Table
+
+PAIRS = (4, 8, 16)
+DEPTHS = (0, 50, 100)
+WORDS = 64
+"""Keys, and values, where the model's vocabulary does not say how many."""
+
+
+@dataclass(frozen=True)
+class Options:
+    models: tuple[str, ...]
+    pairs: tuple[int, ...] = ()
+    """Numbers of pairs; empty for those that the first model was trained on, or `PAIRS`."""
+
+    length: int | None = None
+    """Words a document; None for that of the recipe, or four a pair."""
+
+    needle: tuple[int, ...] = ()
+    """Lengths of the haystack, in words; empty for no needle."""
+
+    depths: tuple[int, ...] = DEPTHS
+    """Where the needle lies, in percent of the haystack before it."""
+
+    query_noise: bool = False
+    """Also measure how each head amplifies the noise of its queries."""
+
+    examples: int = 256
+    seed: int = 0
+    batch: int = 32
+    tokenizer: str = ""
+    json: Path | None = None
+    dtype: str = "auto"
+    overwrite: bool = False
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="slimstate recall",
+        description="Measure associative recall, and retrieval of a needle from a haystack.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="run, step or Hugging Face folder, or hub name")
+    add("--pairs", type=_numbers(1), default=(), metavar="N,…", help="numbers of pairs to recall")
+    add("--length", type=_number(1), metavar="N", help="words a document (default: the recipe's)")
+    add("--needle", type=_numbers(8), default=(), metavar="N,…", help="haystacks, in words")
+    add("--depths", type=_depths, default=DEPTHS, metavar="P,…", help="of the needle, percent")
+    add("--query-noise", action="store_true", help="and how heads amplify noise in their queries")
+    add("--examples", type=_number(1), default=256, metavar="N", help="documents a figure")
+    add("--seed", type=_number(0), default=0, metavar="N", help="of everything random")
+    add("--batch", type=_number(1), default=32, metavar="N", help="documents at once")
+    add("--tokenizer", default="", metavar="T", help="folder or hub name (default: the model's)")
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    add("--dtype", choices=DTYPES, default="auto", help="compute dtype; auto: bfloat16 on CUDA")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
+    values = vars(parser.parse_args(argv))
+    return Options(**{**values, "models": tuple(values["models"])})
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work: a model, its tokenizer, the sizes, the output."""
+    references = [resolve(model) for model in options.models]
+    if options.json is not None:
+        for reference in references:
+            check_output(options.json, options.overwrite, inside=reference.folder)
+    task = task_of(options, references[0])
+    for reference in references:
+        _check_family(reference, options)
+        encode = encoder_of(options, reference)
+        for word in (f"k{task.keys - 1}", f"v{task.values - 1}"):
+            encode(word)
+
+
+def run(options: Options) -> None:
+    """Measure, print a table, write JSON. Collective; inside a process group, or starting one."""
+    from flame.distributed import process_group, rank
+
+    with process_group():
+        records = measure(options)
+        if rank() == 0:
+            _write(records, options)
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One record a model, as the JSON file has them. Collective.
+
+    `mqar` has the accuracy of a queried value for each number of pairs, `needle` that of the
+    needle for each length and depth, `query_noise` the heads.
+    """
+    task = task_of(options, resolve(options.models[0]))
+    return [_measured(name, task, options) for name in options.models]
+
+
+def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
+    from flame.checkpoint.load import build_sharded
+    from flame.distributed import data_parallel_mesh, world_size
+    from launch.perplexity import compute_dtype, state_bytes, versions
+    from launch.recall_score import accuracy
+    from launch.recall_tasks import mqar_examples, needle_examples
+
+    reference = resolve(name)
+    encode, dtype = encoder_of(options, reference), compute_dtype(options.dtype)
+    model = build_sharded(reference, data_parallel_mesh(), dtype)
+    numbers = options.examples, options.seed
+    found: dict[str, Any] = {"model": name, "state_bytes": state_bytes(reference.config)}
+    found["mqar"] = [
+        {"pairs": n, "accuracy": accuracy(model, examples, encode, options.batch)}
+        for n in task.pairs
+        for examples in [mqar_examples(task, n, *numbers)]
+    ]
+    found["needle"] = [
+        {"length": n, "depth": depth, "accuracy": accuracy(model, examples, encode, options.batch)}
+        for n in options.needle
+        for depth in options.depths
+        for examples in [needle_examples(task, n, depth, encode, *numbers)]
+    ]
+    if options.query_noise:
+        found["query_noise"] = _query_noise(model, reference, task, encode, options)
+    return {
+        **found,
+        "task": task.name,
+        "examples": options.examples,
+        "seed": options.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "world_size": world_size(),
+        "versions": versions(),
+    }
+
+
+def _query_noise(
+    model: Any, reference: ModelReference, task: Mqar, encode: Any, options: Options
+) -> list[dict[str, Any]]:
+    """The heads' records on one batch of the largest number of pairs, the same on every rank."""
+    from launch.query_noise import query_noise
+    from launch.recall_score import token_rows
+    from launch.recall_tasks import mqar_examples
+
+    examples = list(mqar_examples(task, max(task.pairs), options.batch, options.seed))
+    tokens, lengths = token_rows(examples, encode)
+    records = query_noise(model, reference.config, tokens[:, : min(lengths)])
+    return [vars(record) for record in records]
+
+
+def task_of(options: Options, reference: ModelReference) -> Mqar:
+    """The sizes of the task: the options', then those that the model was trained on."""
+    dataset = data_config(read_tables(reference.recipe)).dataset
+    trained = parse_mqar(dataset) if is_mqar(dataset) else None
+    sizes = encoder_of(options, reference).sizes
+    known = tuple(n for n in PAIRS if sizes is None or n <= min(sizes))
+    pairs = options.pairs or (trained.pairs if trained else known) or (1,)
+    length = options.length or max(4 * max(pairs), trained.length if trained else 0)
+    keys, values = sizes or (max(WORDS, max(pairs)),) * 2
+    return Mqar(pairs=pairs, length=length, keys=keys, values=values)
+
+
+def encoder_of(options: Options, reference: ModelReference) -> Any:
+    """The encoder of words for a model, its tokenizer checked against its vocabulary."""
+    from flame.data.tokenizer import check_vocabulary, load_tokenizer
+    from launch.perplexity import vocabulary
+    from launch.recall_score import WordEncoder
+
+    folder = options.tokenizer or (str(reference.tokenizer) if reference.tokenizer else "")
+    if not folder:
+        raise UserError(f"{reference.folder} has no tokenizer: give --tokenizer FOLDER")
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocabulary(reference.config))
+    return WordEncoder(tokenizer)
+
+
+def _check_family(reference: ModelReference, options: Options) -> None:
+    """Refuse an unknown family; where noise is asked for, one whose states are not known."""
+    from pruning.adapters import ADAPTERS
+
+    family = reference.config["model_type"]
+    if family in ADAPTERS:
+        return
+    if options.query_noise:
+        raise UserError(
+            f"{reference.folder} is of {family!r}: --query-noise needs a family whose states are "
+            f"known, {', '.join(ADAPTERS)}"
+        )
+    from flame.model import stock_config
+
+    stock_config(reference.config)
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """Accuracy in percent: a row a model, a column a number of pairs or a needle."""
+    rows = [{**record, **_cells(record)} for record in records]
+    columns = [Column("model", align="left"), Column("state_bytes", "state bytes", ",d")]
+    return Table([*columns, *(Column(name, number=".1f") for name in _cells(records[0]))], rows)
+
+
+def _cells(record: dict[str, Any]) -> dict[str, float]:
+    cells = {f"{cell['pairs']} pairs %": 100 * cell["accuracy"] for cell in record["mqar"]}
+    for cell in record["needle"]:
+        cells[f"needle {cell['length']} @{cell['depth']} %"] = 100 * cell["accuracy"]
+    return cells
+
+
+def _write(records: list[dict[str, Any]], options: Options) -> None:
+    print(table(records).text(), flush=True)
+    if options.query_noise:
+        _print_noise(records)
+    if options.json is not None:
+        with replacing_file(options.json, options.overwrite) as temporary:
+            temporary.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def _print_noise(records: list[dict[str, Any]]) -> None:
+    from launch import query_noise
+
+    for record in records:
+        heads = [query_noise.QueryNoise(**head) for head in record["query_noise"]]
+        print(f"\nquery noise in {record['model']}\n{query_noise.table(heads).text()}", flush=True)
+
+
+def _number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            range_ = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {range_}")
+        return int(text)
+
+    return convert
+
+
+def _numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    convert = _number(least, most)
+    return lambda text: tuple(sorted({convert(part) for part in text.split(",")}))
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    return _numbers(0, 100)(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()
