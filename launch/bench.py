@@ -227,9 +227,9 @@ def _machine(device: "torch.device") -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     memory = (
-        "bytes that the CUDA allocator handed out"
+        "what the CUDA allocator handed out"
         if device.type == "cuda"
-        else "bytes of tensors alive together"
+        else "the bytes of all tensors alive together"
     )
     return {
         "device": device.type,

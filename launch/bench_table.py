@@ -58,19 +58,20 @@ def ratio_of(measure: Mapping[str, Any], against: str | None) -> float | None:
 
 
 def kernel_lines(record: Mapping[str, Any]) -> list[str]:
-    """Which operators computed the delta rule, and where."""
-    device = f"{record['device_name']}, {record['device']}, {record['dtype']}"
+    """Sentences: where it was measured, and which operators computed the delta rule."""
+    where = f"{record['device_name']} ({record['device']}, {record['dtype']}"
+    threads = f", {record['threads']} CPU threads" if record["device"] == "cpu" else ""
     lines = [
-        f"on {device}, {record['threads']} CPU threads; median of {record['repeats']} runs "
-        "[least – most]; peak memory: " + record["peak_memory"]
+        f"Measured on {where}{threads}); medians of {record['repeats']} runs, in brackets the "
+        f"least and the most. Peak memory is {record['peak_memory']}."
     ]
     for phase in ("prefill", "decode"):
         found = {n: delta_kernels(model["kernels"][phase]) for n, model in record["models"].items()}
         shown = sorted(set(found.values()))
         if len(shown) == 1:
-            lines.append(f"{phase} ran {shown[0]}")
+            lines.append(f"{phase.capitalize()} ran {shown[0]}.")
         else:
-            lines += [f"{phase} of {name} ran {ran}" for name, ran in found.items()]
+            lines += [f"{phase.capitalize()} of {name} ran {ran}." for name, ran in found.items()]
     return lines
 
 

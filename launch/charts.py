@@ -69,6 +69,7 @@ def line_chart(
     title: str,
     log_y: bool = False,
     log_x: bool = False,
+    y_extent: tuple[float, float] | None = None,
 ) -> str:
     """An SVG of `lines`, each labelled at its end, or a sentence where there is nothing to draw.
 
@@ -76,6 +77,7 @@ def line_chart(
         x_label, y_label: what the axes show, with units.
         title: what the chart shows, for readers that do not see it.
         log_y, log_x: a logarithmic axis; its values must be positive.
+        y_extent: ends of the y axis; by default those of the values.
     """
     lines = [line for line in lines if len(line.finite(line.y)) > 1]
     if not lines:
@@ -83,7 +85,7 @@ def line_chart(
     right = max(24.0, 12 + LABEL_WIDTH * max(len(line.label) for line in lines))
     x = Axis(*_extent(lines, "x"), LEFT, WIDTH - right, log_x)
     y = Axis(
-        *(_log_extent(lines) if log_y else padded(_extent(lines, "y"))),
+        *(y_extent or (_log_extent(lines) if log_y else padded(_extent(lines, "y")))),
         HEIGHT - BOTTOM,
         TOP,
         log_y,

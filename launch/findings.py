@@ -17,8 +17,16 @@ Row = Mapping[str, float | None]
 
 def verdict(rows: Mapping[str, Row]) -> str:
     """One sentence: what pruning saved and what it cost after recovery, as measured."""
+    if not {"pruned", "random", "recovered"} & set(rows):
+        return _without_pruning(rows)
     recovered, control = perplexity(rows, "recovered"), control_of(rows)
     dense = perplexity(rows, control) if control else None
+    if dense is not None and recovered is None and (pruned := perplexity(rows, "pruned")):
+        change = change_text(dense, pruned)
+        return (
+            f"{_saving(rows)}; before recovery perplexity is {short(pruned)} against "
+            f"{short(dense)} of {described(control)} ({change})."
+        )
     if recovered is None or control is None or dense is None:
         return f"{_saving(rows)}; what it cost was not measured."
     against = f"perplexity {short(recovered)} against {short(dense)} of {described(control)}"
@@ -32,6 +40,21 @@ def verdict(rows: Mapping[str, Row]) -> str:
             f"and {short(pruned)} before recovery."
         )
     return f"{_saving(rows)} and cost {cost} after recovery: {against}."
+
+
+def _without_pruning(rows: Mapping[str, Row]) -> str:
+    """What can be said where no row is known to be a pruned model."""
+    measured = {name: value for name in rows if (value := perplexity(rows, name)) is not None}
+    if not measured:
+        return f"{_unpruned(len(rows))}; perplexity was not measured."
+    best = min(measured, key=lambda name: measured[name])
+    lowest = "perplexity" if len(measured) == 1 else "the lowest perplexity is"
+    of = "" if len(measured) == 1 else f", of {LABELS.get(best, best)}"
+    return f"{_unpruned(len(rows))}: {lowest} {short(measured[best])}{of}."
+
+
+def _unpruned(count: int) -> str:
+    return "One model, not pruned" if count == 1 else f"{count} models, none of them pruned"
 
 
 def won_back(rows: Mapping[str, Row]) -> float | None:

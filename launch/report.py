@@ -6,7 +6,6 @@ The page's sentences are computed from the numbers (`launch.findings`).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
@@ -28,18 +27,21 @@ from launch.findings import (
     verdict,
 )
 from launch.marks import bars, channel_grid
-from launch.spectra import Spectrum
-from launch.table import Column, Table
-
-COLUMNS = (
-    Column("model", "model", align="left"),
-    Column("perplexity", "perplexity", ",.3f"),
-    Column("bits_per_byte", "bits per byte", ".4f"),
-    Column("parameters", "parameters", ",.0f"),
-    Column("state_bytes", "state bytes a sequence", ",.0f"),
-    Column("decode_tokens_per_second", "decoded tokens/s", ",.1f"),
+from launch.page_parts import panels, section
+from launch.report_data import KeptChannels, ReportData
+from launch.report_sections import (
+    bench_section,
+    fidelity_section,
+    plans_section,
+    ranks_section,
+    recall_section,
+    scrolled,
+    tasks_section,
 )
-"""The columns of a run's summary, in every format of it."""
+from launch.report_tables import COLUMNS, models_note, summary_table
+from launch.spectra import Spectrum
+
+__all__ = ["COLUMNS", "KeptChannels", "ReportData", "page", "summary_table", "write_report"]
 
 LOG_SCALE_FROM = 6.0
 """Ratio of the largest perplexity to the smallest above which bars are logarithmic."""
@@ -49,51 +51,6 @@ LOSS_TAG = "loss_metrics/global_avg_loss"
 
 SMALLEST_DRAWN = 1e-8
 """Singular values, over the largest, below this are fp32 noise and drawn at it."""
-
-MOST_PANELS = 8
-"""Charts of layers that are shown at once."""
-
-
-@dataclass(frozen=True)
-class KeptChannels:
-    """Key channels that one layer kept."""
-
-    layer: int
-    head_dim: int
-    """Channels a head had before."""
-
-    kept: Sequence[Sequence[int]]
-    """For each key head the kept channels, in increasing order."""
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """What a report shows; whatever is empty is left out of the page."""
-
-    title: str
-    rows: Mapping[str, Row]
-    """The keys of `COLUMNS`, by model (`launch.findings.LABELS`)."""
-
-    loss_curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    """By model: steps and training losses in nats per token. `dense` is pretraining."""
-
-    spectra: Mapping[str, Sequence[Spectrum]] = field(default_factory=dict)
-    """By model, the one before pruning first: one for each layer with a recurrent state."""
-
-    kept: Sequence[KeptChannels] = ()
-    method: str = "drrqr"
-    """The method that chose the kept channels of `pruned`."""
-
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall-clock seconds by stage; `total` is written, not drawn."""
-
-    commands: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, str | int | float] = field(default_factory=dict)
-    """Whatever else belongs to the record: data, sequence length, batch of the decoding."""
-
-    world_size: int = 1
-    seed: int = 0
 
 
 def write_report(path: Path, data: ReportData, overwrite: bool = False) -> Path:
@@ -110,9 +67,15 @@ def page(data: ReportData) -> str:
     sections = [
         _table_section(data),
         _perplexity_section(data),
-        _loss_section(data),
-        _spectra_section(data),
+        tasks_section(data),
+        fidelity_section(data),
+        recall_section(data),
+        bench_section(data),
+        plans_section(data),
         _kept_section(data),
+        _spectra_section(data),
+        ranks_section(data),
+        _loss_section(data),
         _time_section(data),
         _record_section(data),
     ]
@@ -122,11 +85,6 @@ def page(data: ReportData) -> str:
         tiles=_tiles(data.rows),
         sections="\n".join(section for section in sections if section),
     )
-
-
-def summary_table(rows: Mapping[str, Row]) -> Table:
-    """The table of a run's models, for the terminal and for the page."""
-    return Table(COLUMNS, [{"model": LABELS.get(name, name), **row} for name, row in rows.items()])
 
 
 def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
@@ -189,13 +147,10 @@ def _tiles(rows: Mapping[str, Row]) -> str:
 
 
 def _table_section(data: ReportData) -> str:
-    return _section(
-        "All models on the same held-out text",
-        "Perplexity is e to the mean negative log-likelihood of a token. The state is what "
-        "decoding keeps for one sequence over all layers, in fp32, without convolution caches. "
-        f"One run with seed {data.seed}: there are no error bars.",
-        f'<div class="scroll">{summary_table(data.rows).html()}</div>',
-    )
+    if not data.rows:
+        return ""
+    heading = "All models on the same held-out text"
+    return section(heading, models_note(data), scrolled(summary_table(data.rows)))
 
 
 def _perplexity_section(data: ReportData) -> str:
@@ -213,7 +168,7 @@ def _perplexity_section(data: ReportData) -> str:
     mark = perplexity(data.rows, control) if control else None
     dashed = f" The dashed line is {described(control)}." if control and mark else ""
     texts = {name: short(value) for name, value in known.items()}
-    return _section(
+    return section(
         "Held-out perplexity",
         f"{comparison(data.rows, data.method)} Lower is better. {scale}{dashed}".strip(),
         bars(known, LABELS, texts, log, mark),
@@ -224,16 +179,16 @@ def _loss_section(data: ReportData) -> str:
     if not data.loss_curves:
         return ""
     later = {name: curve for name, curve in data.loss_curves.items() if name != "dense"}
-    panels = []
+    drawn = []
     if "dense" in data.loss_curves:
-        panels.append(_loss_panel("Pretraining", {"dense": data.loss_curves["dense"]}))
+        drawn.append(_loss_panel("Pretraining", {"dense": data.loss_curves["dense"]}))
     if later:
-        panels.append(_loss_panel("After pruning, and the dense control", later))
-    return _section(
+        drawn.append(_loss_panel("After pruning, and the dense control", later))
+    return section(
         "Training loss",
         "The line is a running mean, the faint one the loss of each logged step. The two panels "
         "have axes of their own.",
-        _panels(panels),
+        panels(drawn),
     )
 
 
@@ -248,7 +203,7 @@ def _loss_panel(heading: str, curves: Mapping[str, tuple[Sequence[float], Sequen
 
 def _spectra_section(data: ReportData) -> str:
     layers = sorted({spectrum.layer for spectra in data.spectra.values() for spectrum in spectra})
-    panels = []
+    drawn = []
     for layer in layers:
         found = {
             name: spectrum
@@ -256,15 +211,15 @@ def _spectra_section(data: ReportData) -> str:
             for spectrum in spectra
             if spectrum.layer == layer
         }
-        panels.append(_spectrum_panel(layer, found))
-    if not panels:
+        drawn.append(_spectrum_panel(layer, found))
+    if not drawn:
         return ""
-    return _section(
+    return section(
         "Singular values of the states",
         "Each state is a key-by-value matrix; its singular values are divided by the largest and "
         "averaged over heads. A line that falls fast belongs to a state that uses few of its "
         "directions. The stable rank is the sum of their squares over the largest square.",
-        _panels(panels),
+        panels(drawn),
     )
 
 
@@ -296,15 +251,15 @@ def _stable_ranks(found: Mapping[str, Spectrum]) -> str:
 def _kept_section(data: ReportData) -> str:
     if not data.kept:
         return ""
-    panels = []
+    drawn = []
     for layer in data.kept:
         count = len(layer.kept[0]) if layer.kept else 0
         title = f"Layer {layer.layer}: {count} of {layer.head_dim} channels a head"
-        panels.append(f"<h3>{title}</h3>{channel_grid(layer.kept, layer.head_dim, title)}")
-    return _section(
+        drawn.append(f"<h3>{title}</h3>{channel_grid(layer.kept, layer.head_dim, title)}")
+    return section(
         "Kept key channels",
         f"A row is a key head, a column one of its channels; {data.method} kept the filled ones.",
-        _panels(panels),
+        panels(drawn),
     )
 
 
@@ -316,41 +271,22 @@ def _time_section(data: ReportData) -> str:
     texts = {name: f"{value:,.1f} s" for name, value in stages.items()}
     drawn = bars(stages, {name: name.replace("_", " ") for name in stages}, texts, colour="stage")
     processes = "1 process" if data.world_size == 1 else f"{data.world_size} processes"
-    return _section(
+    where = f", on {processes}" if data.world_size is not None else ""
+    return section(
         "Where the time went",
-        f"{total:,.1f} seconds in all, on {processes}.",
+        f"{total:,.1f} seconds in all{where}.",
         f'<div class="thin">{drawn}</div>',
     )
 
 
 def _record_section(data: ReportData) -> str:
-    facts = {"seed": data.seed, "processes": data.world_size, **data.facts, **data.versions}
+    run = {"seed": data.seed, "processes": data.world_size}
+    known = {name: value for name, value in run.items() if value is not None}
+    facts = {**known, **data.facts, **data.versions}
     pairs = "".join(
         f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in facts.items()
     )
     commands = "".join(f"<code>{escape(command)}\n</code>" for command in data.commands)
     shown = f"<pre>{commands}</pre>" if commands else ""
-    return _section("How it was made", "", f'{shown}<dl class="facts">{pairs}</dl>')
-
-
-def _section(heading: str, note: str, body: str) -> str:
-    text = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(heading)}</h2>{text}{body}</section>"
-
-
-def _panels(panels: Sequence[str]) -> str:
-    """Panels side by side; of many, some from first to last are shown and the rest folded away."""
-    if len(panels) <= MOST_PANELS:
-        return _grid(panels)
-    shown = {index * (len(panels) - 1) // (MOST_PANELS - 1) for index in range(MOST_PANELS)}
-    folded = [panel for index, panel in enumerate(panels) if index not in shown]
-    summary = f"<summary>The other {len(folded)} layers</summary>"
-    return (
-        _grid([panels[index] for index in sorted(shown)])
-        + f"<details>{summary}{_grid(folded)}</details>"
-    )
-
-
-def _grid(panels: Sequence[str]) -> str:
-    return f'<div class="panels">{"".join(f"<div>{panel}</div>" for panel in panels)}</div>'
+    return section("How it was made", "", f'{shown}<dl class="facts">{pairs}</dl>')

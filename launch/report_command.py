@@ -1,0 +1,123 @@
+"""Stage `report`: one page about runs, from their folders and the result files beside them.
+
+`slimstate report RUN … [--out FILE]` writes HTML that refers to nothing outside itself, or
+Markdown where FILE ends in `.md`. `--latex` and `--markdown` print instead. Nothing is measured
+here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside the runs.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flame.errors import UserError, run_stage
+from flame.output import check_output, replacing_file
+from launch.findings import verdict
+from launch.report_collect import collect
+from launch.report_data import ReportData
+from launch.run_folders import find_runs
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tuple[Path, ...]
+    out: Path | None = None
+    latex: bool = False
+    markdown: bool = False
+    title: str = ""
+    overwrite: bool = False
+
+    @property
+    def file(self) -> Path | None:
+        """What is written; None if the report is printed."""
+        if self.out is None and not (self.latex or self.markdown):
+            return self.runs[0] / REPORT_FILE
+        return self.out
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="slimstate report",
+        description="Write one page about runs and the results beside them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of runs")
+    add("--out", type=Path, metavar="FILE", help=f"HTML, or .md (default: RUN/{REPORT_FILE})")
+    add("--latex", action="store_true", help="print the tables as booktabs")
+    add("--markdown", action="store_true", help="print the report as Markdown")
+    add("--title", default="", help="of the page (default: from the names of the runs)")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
+    values = vars(parser.parse_args(argv))
+    return Options(**{**values, "runs": tuple(values["runs"])})
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse folders that hold no run, and an output that exists."""
+    if world_size != 1:
+        raise UserError(f"--nproc {world_size}: report only reads files, run it on 1 process")
+    find_runs(options.runs)
+    if options.file is not None:
+        if options.file.suffix not in (".html", ".htm", ".md"):
+            raise UserError(f"--out {options.file}: the name must end in .html or .md")
+        check_output(options.file, options.overwrite)
+
+
+def run(options: Options) -> None:
+    """Write the page, or print it."""
+    from launch.report import page
+    from launch.report_tables import latex_tables
+
+    data = collect(options.runs, options.title)
+    if options.latex:
+        print("\n\n".join(latex_tables(data)))
+    if options.markdown:
+        print(markdown(data), end="")
+    if options.file is None:
+        return
+    text = markdown(data) if options.file.suffix == ".md" else page(data)
+    with replacing_file(options.file, options.overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{options.file} has {', '.join(_contents(data))}", flush=True)
+
+
+def markdown(data: ReportData) -> str:
+    """The report without its drawings, as Markdown."""
+    from launch.report_tables import markdown_tables
+
+    parts = [f"# {data.title}", verdict(data.rows), *markdown_tables(data)]
+    if data.commands:
+        listed = "\n".join(data.commands)
+        parts.append(f"## How it was made\n\n```sh\n{listed}\n```")
+    facts = {**data.facts, **data.versions}
+    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _contents(data: ReportData) -> list[str]:
+    counted = {
+        "models": len(data.rows),
+        "plans": len(data.plans),
+        "scores of tasks": len(data.tasks),
+        "recall curves": len(data.recall),
+        "rank analyses": len(data.ranks),
+        "benchmarks": len(data.bench),
+        "loss curves": len(data.loss_curves),
+    }
+    return [f"{count} {name}" for name, count in counted.items() if count]
+
+
+def main(argv: list[str] | None = None) -> None:
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""`slimstate report`: every number of the runs and of the files beside them, in every format."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame.errors import UserError
+from launch import report_command
+from launch.bench_table import cell
+from launch.page_parts import inline_drawing
+from launch.rank_marks import heat_map, svg_file
+from launch.report_collect import collect
+from launch.report_command import check, parse
+from launch.run_folders import find_runs
+from pruning import prune
+from pruning.adapters import adapter_for
+from tests.launch.test_report import Nesting
+from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
+
+BEFORE, AFTER = 2 * 4 * 32 * 24 * 4, 2 * 4 * 16 * 24 * 4
+"""State bytes of the model before and after pruning: layers, value heads, keys, values, fp32."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run that was trained, and the same pruned by the real command, with nothing else."""
+    root = tmp_path_factory.mktemp("runs")
+    text = write_text(root / "text")
+    write_run(root / "dense", GATED_DELTANET, weights(GATED_DELTANET))
+    _log_losses(root / "dense", {1: 5.5, 2: 4.25, 3: 4.125})
+    prune.main([
+        str(root / "dense"), str(root / "half"), "--method", "drrqr", "--ratio", "0.5",
+        "--data", str(text), "--tokenizer", str(root / "text" / "tokenizer"),
+        "--sequences", "2", "--seq-len", "64",
+    ])  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def results(runs: Path, tmp_path: Path) -> Path:
+    """The runs with every kind of result file beside them."""
+    import shutil
+
+    root = tmp_path / "all"
+    shutil.copytree(runs, root)
+    _write(root / "eval.json", evaluations(root))
+    _write(root / "recall.json", [recall(root, "dense", 0.987), recall(root, "half", 0.4321)])
+    _write(root / "speed.json", benchmark(root))
+    _write(root / "foreign.json", {"model": "/elsewhere/other", "perplexity": 77.77})
+    (root / "broken.json").write_text("{")
+    _write_analysis(root / "analysis", root)
+    return root
+
+
+def test_page_holds_every_number_and_nothing_foreign(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    run(results, "--out", out)
+    text = out.read_text()
+    for part in numbers():
+        assert part in text, part
+    for part in ("dense", "pruned", "Layer 0: 16 of 32 channels", "Layer 1: 16 of 32 channels"):
+        assert part in text, part
+    assert "--method drrqr --ratio 0.5 --space key" in text and "2.99.0" in text
+    assert "77.77" not in text and "nan" not in text.lower()
+    parser = Nesting()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == [] and parser.links == []
+    assert not parser.tags & {"script", "link", "iframe", "img", "object"}
+    assert not re.search(r"https?://|url\(|@import|xmlns", text)
+    assert text.count("<style>") == 1
+
+
+def test_markdown_and_latex_hold_the_same_numbers(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.md"
+    run(results, "--out", out)
+    capsys.readouterr()
+    run(results, "--latex")
+    latex = capsys.readouterr().out
+    for part in numbers():
+        assert part in out.read_text(), part
+        assert part.replace("%", r"\%").replace("±", r"$\pm$").replace("–", "--") in latex, part
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 7
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 7
+    assert not (results / "report.html").exists()
+    run(results, "--markdown")
+    assert capsys.readouterr().out == out.read_text()
+
+
+def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
+    data = collect([runs / "dense", runs / "half"])
+    assert list(data.rows) == ["dense", "pruned"]
+    assert [row["state_bytes"] for row in data.rows.values()] == [BEFORE, AFTER]
+    parameters = sum(tensor.numel() for tensor in weights(GATED_DELTANET).values())
+    assert data.rows["dense"]["parameters"] == parameters
+    assert data.loss_curves == {"dense": ([1, 2, 3], [5.5, 4.25, 4.125])}
+    assert data.plans["pruned"]["method"] == "drrqr" and data.method == "drrqr"
+    assert data.plans["pruned"]["calibration tokens"] == 128
+    assert [len(layer.kept[0]) for layer in data.kept] == [16, 16]
+    assert data.commands[0].startswith("slimstate train --config")
+    assert data.commands[1].startswith(f"slimstate prune {runs}/dense {runs}/half --method drrqr")
+    assert not (data.tasks or data.fidelity or data.recall or data.ranks or data.bench)
+
+
+def test_perplexities_in_a_row_are_of_one_text(results: Path) -> None:
+    data = collect([results])
+    assert data.rows["dense"]["perplexity"] == 12.345
+    assert data.tasks["perplexity of long.txt, rows of 99"] == {"pruned": 99.875}
+    assert data.facts["held-out text"] == "held.txt"
+
+
+def test_parts_are_told_by_how_a_run_came_about(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for folder, base in (("a", "half"), ("b", "dense")):
+        shutil.copytree(runs / "dense", tmp_path / folder)
+        recipe = f'[model]\ninit = "{runs / base}/checkpoint/step-7"\n'
+        (tmp_path / folder / "recipe.toml").write_text(recipe)
+    found = find_runs([runs / "dense", runs / "half", tmp_path])
+    folders = {name: run.folder.name for name, run in found.items()}
+    assert folders == {"dense": "dense", "dense_continued": "b", "pruned": "half", "recovered": "a"}
+    twice = find_runs([runs / "half", runs / "dense", tmp_path / "a", results_copy(runs, tmp_path)])
+    assert list(twice) == ["dense", "pruned", "recovered", "other"]
+
+
+def results_copy(runs: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(runs / "half", tmp_path / "more" / "other"))
+
+
+def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([tmp_path / "none"], "no run at"),
+        ([tmp_path / "empty"], "is no run and holds none: a run has config.json and checkpoint/"),
+        ([tmp_path / "file"], "is a file: give a run folder, or a folder of runs"),
+        ([runs, "--out", tmp_path / "file"], "the name must end in .html or .md"),
+        ([runs / "dense", "--out", runs / "report.html"], "exists: choose another, or pass"),
+    ):
+        (runs / "report.html").write_text("mine")
+        with pytest.raises(UserError) as error:
+            check(parse([str(word) for word in arguments]))
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert (runs / "report.html").read_text() == "mine"
+        (runs / "report.html").unlink()
+    with pytest.raises(UserError, match="--nproc 2: report only reads files"):
+        check(parse([str(runs)]), world_size=2)
+
+
+def test_nothing_to_report_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "alone", GATED_DELTANET, weights(GATED_DELTANET))
+    with pytest.raises(UserError, match="nothing to report on .*alone: no plan, no losses and no"):
+        collect([tmp_path / "x" / "alone"])
+
+
+def test_a_drawing_loses_what_makes_it_stand_alone() -> None:
+    drawn = heat_map({"0": [1.0, 2.5]}, "layer", "ranks <by> layer")
+    text = inline_drawing(svg_file(drawn, "ranks <by> layer"))
+    assert "2.50" in text and "ranks &lt;by&gt; layer" in text
+    for part in ("xmlns", "<style", 'class="title"', 'class="page"', 'width="8'):
+        assert part not in text
+    hostile = '<?xml version="1.0"?><svg viewBox="0 0 4 4"><script>x()</script><path/></svg>'
+    assert inline_drawing(hostile) == '<svg viewBox="0 0 4 4"><path/></svg>'
+
+
+def run(folder: Path, *words: Any) -> None:
+    options = parse([str(folder), *map(str, words)])
+    check(options)
+    report_command.run(options)
+
+
+def numbers() -> list[str]:
+    """What each result must be read as."""
+    spread = cell({"median": 1234.5, "min": 1200, "max": 1300, "runs": [1, 2, 3]}, "tokens/s")
+    return [
+        "12.345", "13.579", "3.1416", f"{BEFORE:,}", f"{AFTER:,}",
+        "0.5123 ± 0.0103", "28.12", "0.1234", "0.8765", "99.8750",
+        "98.7%", "43.2%", "7.3%", "1.87", "2.31", spread, "0.617",
+    ]  # fmt: skip
+
+
+def evaluations(root: Path) -> dict[str, Any]:
+    def record(name: str, perplexity: float, data: str = "held.txt", length: int = 64) -> Any:
+        return {
+            "model": f"runs/{name}", "weights": str(root / name / "checkpoint" / "step-7"),
+            "perplexity": perplexity, "bits_per_byte": 3.1416, "data": data, "seq_len": length,
+            "versions": {"torch": "2.99.0"},
+        }  # fmt: skip
+
+    _write(root / "long.json", record("half", 99.875, "long.txt", 99))
+    half = record("half", 13.579) | {
+        "fidelity": {"kl": 0.1234, "agreement": 0.8765},
+        "tasks": {
+            "results": {
+                "arc": {"alias": "arc", "acc,none": 0.5123, "acc_stderr,none": 0.0103},
+                "wiki": {"word_perplexity,none": 28.12, "word_perplexity_stderr,none": "N/A"},
+            }
+        },
+    }
+    return {"settings": {}, "models": {"runs/dense": record("dense", 12.345), "runs/half": half}}
+
+
+def recall(root: Path, name: str, accuracy: float) -> dict[str, Any]:
+    return {
+        "model": str(root / name),
+        "mqar": [{"pairs": 4, "accuracy": accuracy}, {"pairs": 8, "accuracy": 0.0731}],
+        "needle": [],
+        "task": "mqar:pairs=4/8,length=64",
+    }
+
+
+def benchmark(root: Path) -> dict[str, Any]:
+    def value(median: float) -> dict[str, Any]:
+        return {"median": median, "min": 1200, "max": 1300, "runs": [1, 2, 3]}
+
+    names = ("half", "dense")
+    return {
+        "kind": "bench",
+        "models": {
+            name: {"reference": str(root / name), "kernels": {"prefill": [], "decode": []}}
+            for name in names
+        },
+        "against": "dense",
+        "measures": [
+            {
+                "name": "decode", "label": "decoding, batch 8", "unit": "tokens/s",
+                "batch_size": 8, "values": {"half": value(1234.5), "dense": value(2000.0)},
+                "ratio": 0.61725,
+            }
+        ],
+        "device": "cpu", "device_name": "a CPU", "dtype": "float32", "threads": 1, "repeats": 3,
+        "peak_memory": "bytes", "versions": {},
+    }  # fmt: skip
+
+
+def _write_analysis(folder: Path, root: Path) -> None:
+    folder.mkdir()
+    layers = [{"layer": 0, "stable_rank": 1.87}, {"layer": 1, "stable_rank": 2.31}]
+    summary = {
+        "model_reference": str(root / "half"), "against_reference": None, "data": ["held.txt"],
+        "length": 64, "sequences": 1, "model": {"layers": layers},
+    }  # fmt: skip
+    _write(folder / "summary.json", summary)
+    drawn = heat_map({"0": [1.0, 2.0]}, "layer", "ranks")
+    (folder / "heat_map.svg").write_text(svg_file(drawn, "ranks"), encoding="utf-8")
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def _log_losses(folder: Path, losses: dict[int, float]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tb" / "20250101-0000"))
+    for step, loss in losses.items():
+        writer.add_scalar("loss_metrics/global_avg_loss", loss, step)
+    writer.close()
+
+
+def test_state_bytes_are_the_adapters() -> None:
+    assert adapter_for(GATED_DELTANET).state_bytes(GATED_DELTANET) == BEFORE
