@@ -38,6 +38,8 @@ COMMANDS = {
     "eval": Command("launch.evaluate", "measure held-out perplexity"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
+    "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),
+    "report": Command("launch.report_command", "write one page about runs and their results"),
     "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }
 
