@@ -87,12 +87,22 @@ def heldout_text(reference: ModelReference, options: HeldoutOptions) -> HeldoutT
             f"{reference.folder} has no recipe that names held-out text: "
             "give it as --perplexity DATA"
         )
-    own = str(reference.tokenizer) if reference.tokenizer else trained_on.tokenizer
-    tokenizer = options.tokenizer or own
-    if not tokenizer:
-        raise UserError(f"{reference.folder} has no tokenizer: give --tokenizer FOLDER")
+    tokenizer = tokenizer_name(reference, options.tokenizer)
     seq_len = options.seq_len or sequence_length(recipe) or _default_length(reference.config)
     return HeldoutText(config, tokenizer, seq_len, options.max_sequences)
+
+
+def tokenizer_name(reference: ModelReference, given: str = "") -> str:
+    """The folder or hub name of a model's tokenizer: `given`, its own or its recipe's.
+
+    Raises:
+        UserError: there is none.
+    """
+    own = str(reference.tokenizer) if reference.tokenizer else ""
+    name = given or own or data_config(read_tables(reference.recipe)).tokenizer
+    if not name:
+        raise UserError(f"{reference.folder} has no tokenizer: give --tokenizer FOLDER")
+    return name
 
 
 def check_text(text: HeldoutText, vocab_size: int, from_recipe: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flame.errors import UserError
-from launch.heldout_text import HeldoutOptions, heldout_text
+from launch.heldout_text import HeldoutOptions, HeldoutText, heldout_text
 
 if TYPE_CHECKING:
     import torch
@@ -96,14 +96,36 @@ def evaluate_perplexity(
     """
     from flame.checkpoint.load import build_sharded
     from flame.checkpoint.reference import ModelReference, resolve
-    from flame.distributed import data_parallel_mesh, world_size
-    from flame.model import count_parameters
+    from flame.distributed import data_parallel_mesh
 
     reference = model if isinstance(model, ModelReference) else resolve(model)
     chosen = heldout_text(reference, text or HeldoutOptions())
     computed_in = compute_dtype(dtype)
-    rows = chosen.sequences(vocabulary(reference.config), keeps_documents_apart(reference.config))
     network = build_sharded(reference, data_parallel_mesh(), computed_in)
+    name = str(model.weights if isinstance(model, ModelReference) else model)
+    return measure_perplexity(network, reference, chosen, computed_in, name)
+
+
+def measure_perplexity(
+    network: "nn.Module",
+    reference: "ModelReference",
+    text: HeldoutText,
+    dtype: "torch.dtype",
+    name: str,
+) -> Perplexity:
+    """Perplexity of a loaded model, `network`, that `reference` describes. Collective.
+
+    Args:
+        dtype: what `network` computes in.
+        name: what the result calls the model.
+
+    Raises:
+        UserError: the tokenizer or the text cannot be used, or losses are not finite.
+    """
+    from flame.distributed import world_size
+    from flame.model import count_parameters
+
+    rows = text.sequences(vocabulary(reference.config), keeps_documents_apart(reference.config))
     sums = sum_losses(network, rows)
     _check_finite(sums, reference)
     return Perplexity(
@@ -114,10 +136,10 @@ def evaluate_perplexity(
         sequences=sums.sequences,
         parameters=count_parameters(network.parameters()),
         state_bytes=state_bytes(reference.config),
-        model=str(model.weights if isinstance(model, ModelReference) else model),
-        data=chosen.name,
-        seq_len=chosen.seq_len,
-        dtype=str(computed_in).removeprefix("torch."),
+        model=name,
+        data=text.name,
+        seq_len=text.seq_len,
+        dtype=str(dtype).removeprefix("torch."),
         world_size=world_size(),
         versions=versions(),
     )

@@ -1,0 +1,304 @@
+"""The tasks of lm-eval and of local task files: found, loaded, and measured on a model."""
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flame.data.hub import hub_problem
+from flame.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from launch.lm.model import SlimstateLM
+
+BOOTSTRAP = 1000
+"""Resamplings for the standard errors that have no formula."""
+
+SEEDS = (0, 1234)
+"""Of Python, and of NumPy, torch and the choice of examples: lm-eval's own defaults."""
+
+LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+"""Loaders of local files, as a task file names them in `dataset_path`."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks, and how much of them."""
+
+    names: tuple[str, ...]
+    """Tasks, groups or tags."""
+
+    path: Path | None = None
+    """A folder with task files of the user's own; they come before those of the same name."""
+
+    limit: int | None = None
+    """Documents of each task; None for all."""
+
+    num_fewshot: int | None = None
+    """Examples before each question; None for what the task says."""
+
+    def record(self) -> dict[str, Any]:
+        """What changes a score."""
+        from launch.eval_results import files_mark
+
+        files = [] if self.path is None else [f for f in self.path.rglob("*") if f.is_file()]
+        return {
+            "tasks": list(self.names),
+            "task_files": files_mark(files),
+            "limit": self.limit,
+            "num_fewshot": self.num_fewshot,
+        }
+
+
+def check_tasks(options: TaskOptions) -> None:
+    """Refuse tasks that are not there; cheap where all are local ones.
+
+    Raises:
+        UserError: lm-eval is not installed, the folder is missing, or a name is unknown.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "tasks need lm-eval, which is not installed: pip install 'slimstate[tasks]'"
+        )
+    if options.path is not None and not options.path.is_dir():
+        raise UserError(f"--task-path {options.path} is not a folder")
+    for name in ("limit", "num_fewshot"):
+        value, least = getattr(options, name), int(name == "limit")
+        if value is not None and value < least:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is {value}: it must be at least {least}")
+    known = _manager(options).all_tasks
+    for name in options.names:
+        if name not in known:
+            raise UserError(_unknown(name, known))
+
+
+def load_tasks(options: TaskOptions) -> dict[str, Any]:
+    """The tasks with their data, as lm-eval's `evaluate` takes them.
+
+    Raises:
+        UserError: as `check_tasks`; or data is missing, or a task file cannot be used.
+    """
+    check_tasks(options)
+    manager = _manager(options)
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in options.names:
+        with _quiet(), _data_named(name, options.path):
+            for kind, found in manager.load([name]).items():
+                loaded[kind].update(found)
+    for task in loaded["tasks"].values():
+        _settle_fewshot(task, options.num_fewshot)
+    return loaded
+
+
+def evaluate_tasks(
+    lm: "SlimstateLM", tasks: dict[str, Any], limit: int | None = None
+) -> dict[str, Any]:
+    """Scores of `lm`, and what they were measured with, for JSON. Collective.
+
+    `results` and `versions` are lm-eval's, `task_hashes` name documents, prompts and targets.
+    On ranks above 0 standard errors that take resampling are left out.
+
+    Args:
+        tasks: what `load_tasks` gave; may be used again.
+        limit: documents of each task; None for all.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    from flame.distributed import rank
+
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=SEEDS[1])
+    random.seed(SEEDS[0])
+    np.random.seed(SEEDS[1])
+    torch.manual_seed(SEEDS[1])
+    with _quiet(), _resampling_here():
+        try:
+            found = evaluate(
+                lm,
+                tasks,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP if rank() == 0 else 0,
+                log_samples=True,
+            )
+        except ValueError as error:
+            raise UserError(f"lm-eval refuses the tasks: {first_line(error)}") from error
+    return _record(lm, found)
+
+
+def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Each score of `results` with its standard error, as text, by `task metric`."""
+    figures = {}
+    for task, scores in results.items():
+        for key, value in scores.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, int | float) or not kind or metric.endswith("_stderr"):
+                continue
+            error = scores.get(f"{metric}_stderr,{kind}")
+            spread = f" ±{error:.2g}" if isinstance(error, int | float) and error > 0 else ""
+            named = metric if kind == "none" else f"{metric} ({kind})"
+            number = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+            figures[f"{task} {named}"] = f"{number}{spread}"
+    return figures
+
+
+def _record(lm: "SlimstateLM", found: Mapping[str, Any]) -> dict[str, Any]:
+    from lm_eval.utils import hash_string
+
+    samples = found.get("samples", {})
+    marks = ("doc_hash", "prompt_hash", "target_hash")
+    return {
+        "results": found["results"],
+        "groups": dict(found.get("groups", {})),
+        "versions": found["versions"],
+        "n_shot": found["n-shot"],
+        "n_samples": found["n-samples"],
+        "higher_is_better": found["higher_is_better"],
+        "task_hashes": {
+            task: hash_string("".join(sample[mark] for sample in drawn for mark in marks))
+            for task, drawn in samples.items()
+        },
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "seeds": list(SEEDS),
+        "bootstrap": BOOTSTRAP,
+        **lm.description(),
+    }
+
+
+def _settle_fewshot(task: Any, wanted: int | None) -> None:
+    """lm-eval's rule: a task whose file says 0 stays at 0, one that says nothing gets 0."""
+    own = task.get_config("num_fewshot")
+    if own is None or (wanted is not None and own != 0):
+        task.set_config(key="num_fewshot", value=wanted or 0)
+
+
+def _manager(options: TaskOptions) -> Any:
+    """The local tasks if they are all that is asked for: reading lm-eval's own takes 10 s."""
+    with _quiet():
+        if options.path is not None:
+            local = _indexed(options.path.absolute(), False)
+            if set(options.names) <= set(local.all_tasks):
+                return local
+        return _indexed(options.path and options.path.absolute(), True)
+
+
+@cache
+def _indexed(path: Path | None, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    include = None if path is None else str(path)
+    return TaskManager(include_path=include, include_defaults=defaults)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists its own"
+    return f"unknown task {name}: {hint} (--task-path DIR adds task files)"
+
+
+@contextmanager
+def _data_named(task: str, folder: Path | None) -> Iterator[None]:
+    """Within the block, data that is missing is a `UserError` that says what to do."""
+    import datasets
+
+    plain = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        if path in LOCAL_FORMATS and "data_files" in options:
+            options["data_files"] = _located(task, options["data_files"], folder)
+        elif not Path(path).exists():
+            _check_hub(task, path, name)
+        try:
+            return plain(path, name, **options)
+        except (OSError, ValueError) as error:
+            reason = f"task {task} cannot load {path!r}: {first_line(error)}"
+            raise UserError(f"{reason}; {_WAY_OUT}") from error
+
+    datasets.load_dataset = load
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"task {task} cannot be used: {first_line(error)}") from error
+    finally:
+        datasets.load_dataset = plain
+
+
+_WAY_OUT = (
+    "to use a file of your own, give --task-path DIR with a task file whose dataset_path is json "
+    "and whose dataset_kwargs.data_files names it"
+)
+
+
+def _located(task: str, files: Any, folder: Path | None) -> Any:
+    """`data_files` with relative names found in the current folder, or else in `folder`."""
+    if isinstance(files, Mapping):
+        return {split: _located(task, part, folder) for split, part in files.items()}
+    if isinstance(files, list | tuple):
+        return [_located(task, part, folder) for part in files]
+    if "://" in str(files) or "*" in str(files):
+        return files
+    places = [Path(files).expanduser(), *([] if folder is None else [folder / files])]
+    for place in places:
+        if place.is_file():
+            return str(place.absolute())
+    looked = " or ".join(dict.fromkeys(str(place) for place in places))
+    raise UserError(
+        f"task {task} needs the file {looked}, which is not there: put it there, or name another "
+        "in the task file's dataset_kwargs.data_files"
+    )
+
+
+def _check_hub(task: str, path: str, name: str | None) -> None:
+    """Refuse a hub data set at once where there is no network; the hub's clients try for long."""
+    problem = hub_problem()
+    if problem is not None and "HF_HUB_OFFLINE" not in problem:
+        part = f" ({name})" if name else ""
+        raise UserError(
+            f"task {task} needs the data set {path}{part}, and {problem}: {_WAY_OUT}; "
+            "HF_HUB_OFFLINE=1 uses what an earlier run has fetched"
+        )
+
+
+@contextmanager
+def _resampling_here() -> Iterator[None]:
+    """Let lm-eval resample in this process: it would fork one that has threads and a GPU."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's commentary: what it logs below errors, prints, and shows bars of."""
+    import datasets
+    from tqdm import tqdm
+
+    datasets.disable_progress_bars()
+    logger, plain = logging.getLogger("lm_eval"), tqdm.__init__
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    # Bars that say themselves whether they are shown, as this project's do, are left alone.
+    tqdm.__init__ = functools.partialmethod(plain, disable=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = plain
+        logger.setLevel(before)
