@@ -38,7 +38,7 @@ def cell(value: Mapping[str, Any], unit: str) -> str:
     if len(value.get("runs", ())) < 2:
         return figure(value["median"])
     least, most = figure(value["min"]), figure(value["max"])
-    return f"{figure(value['median'])} [{least} – {most}]"
+    return f"{figure(value['median'])} [{least}–{most}]"
 
 
 def figure(value: float) -> str:

@@ -115,7 +115,7 @@ def test_ratio_is_of_medians_and_missing_where_one_is() -> None:
     assert ratio_of({"values": values}, None) is None
     assert ratio_of({"values": {"old": {"median": 4.0}}}, "old") is None
     runs = {"median": 1234.5, "min": 0.25, "max": 150.21, "runs": [1, 2]}
-    assert cell(runs, "ms") == "1,234 [0.25 – 150.2]"
+    assert cell(runs, "ms") == "1,234 [0.25–150.2]"
     assert cell({"median": 1536}, "bytes") == "1.5 KiB"
 
 
