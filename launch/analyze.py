@@ -144,7 +144,9 @@ def _write(
 ) -> None:
     from flame.output import replacing_folder
 
-    models = _distinct([_model_label(r) for r in references], [str(r.weights) for r in references])
+    given = [options.model, options.against]
+    labels = [_label(name, reference) for name, reference in zip(given, references, strict=False)]
+    models = _distinct(labels, [str(reference.weights) for reference in references])
     names = _distinct([Path(text.name).name for text in texts], [text.name for text in texts])
     model, *rest = analyses
     against = rest.pop(0) if options.against else None
@@ -286,8 +288,9 @@ def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor
     return whole
 
 
-def _model_label(reference: "ModelReference") -> str:
-    return reference.folder.name
+def _label(given: str, reference: "ModelReference") -> str:
+    """The run's name, or the model's on the hub, whose folder is named by a hash."""
+    return reference.folder.name if Path(given).expanduser().exists() else Path(given).name
 
 
 def _distinct(labels: list[str], full: list[str]) -> list[str]:

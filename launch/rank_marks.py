@@ -246,11 +246,16 @@ def _cell(cell: tuple[float, float, float, float], value: float, share: float, t
     place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}"'
     size = min(11.0, width / 2.7)
     style = f"fill:{ink};font-size:{size:.1f}px"
-    return f'{drawn}<text {place} class="middle" style="{style}">{number_text(value)}</text>'
+    number = number_text(value, tight=width < 28)
+    return f'{drawn}<text {place} class="middle" style="{style}">{number}</text>'
 
 
-def number_text(value: float) -> str:
-    """Three digits, no more than a cell holds."""
+def number_text(value: float, tight: bool = False) -> str:
+    """Two or three digits; where it is tight, two and no leading zero."""
+    if tight and 0 < value < 0.995:
+        return f"{value:.2f}"[1:]
+    if tight and abs(value) < 9.95:
+        return f"{value:.1f}"
     if value != 0 and (abs(value) < 0.01 or abs(value) >= 1000):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

@@ -69,6 +69,7 @@ def plots(
     if against is not None:
         found["heat_map_against"] = maps[1]
         found["against"] = _against(model, against, metric)
+        found["against_over_time"] = _against_over_time(model, against, metric)
     if second is not None:
         found["data"] = _data(model, *second, metric)
     return {name: plot for name, plot in found.items() if plot.drawing.startswith("<svg")}
@@ -155,6 +156,19 @@ def _against(model: Series, against: Series, metric: str) -> Plot:
     }
     title = f"{_name(metric)} by layer, mean over heads, {_after(model)}"
     return Plot(title, pairs(rows, (against.label, model.label), ("layer", NAMES[metric]), title))
+
+
+def _against_over_time(model: Series, against: Series, metric: str) -> Plot:
+    title = f"{_name(metric)} over time, mean over layers and heads"
+    lines = [
+        Line(name, series.label, series.analysis.times, _over_all(series, metric))
+        for name, series in (("dense", against), ("pruned", model))
+    ]
+    return Plot(title, line_chart(lines, "tokens read", NAMES[metric], title, log_x=True))
+
+
+def _over_all(series: Series, metric: str) -> list[float]:
+    return series.analysis.values[metric].mean((0, 1, 2)).tolist()
 
 
 def _data(model: Series, text: str, second: Series, metric: str) -> Plot:

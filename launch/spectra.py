@@ -13,6 +13,8 @@ from flame.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pruning.state_analysis import Analysis
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -39,6 +41,14 @@ def state_spectra(model: "nn.Module", tokens: "Tensor") -> list[Spectrum]:
         UserError: a layer's states are not finite.
     """
     return [_spectrum(layer, states) for layer, states in recurrent_states(model, tokens)]
+
+
+def spectra_of(analysis: "Analysis") -> list[Spectrum]:
+    """The spectra, by layer, of the states that a rank analysis ended with."""
+    return [
+        mean_spectrum(layer, values.flatten(0, 1))
+        for layer, values in zip(analysis.layers, analysis.spectra, strict=True)
+    ]
 
 
 def recurrent_states(model: "nn.Module", tokens: "Tensor") -> "list[tuple[int, Tensor]]":
