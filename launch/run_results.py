@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flame.errors import UserError, first_line
 from launch.report_data import Figure, RankAnalysis, Recall
 from launch.run_folders import RunFolder, is_run, load_json
 
-LARGEST = 64 * 2**20
+LARGEST = 16 * 2**20
 """Bytes above which a JSON file is not looked into."""
 
 PASSED_OVER = {"config.json", "plan.json", "tokenizer.json", "tokenizer_config.json", "base.json"}
@@ -55,15 +56,24 @@ class Collector:
         """All that lies in `places` and is about the runs."""
         for path in _files(places):
             before = self._size()
-            if path.is_dir():
-                self._analysis(path)
-            else:
-                self._content(load_json(path))
+            try:
+                self._read_one(path)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{path} looks like a result, but {type(error).__name__} {first_line(error)}: "
+                    "move it away, or measure again"
+                ) from error
             if self._size() != before:
                 self.found.files.append(path)
         self._settle_perplexities()
         self._settle_recall()
         return self.found
+
+    def _read_one(self, path: Path) -> None:
+        if path.is_dir():
+            self._analysis(path)
+        else:
+            self._content(load_json(path))
 
     def _content(self, content: Any) -> None:
         if not isinstance(content, dict | list):
@@ -90,7 +100,7 @@ class Collector:
         against = record.get("against")
         order = [*self.runs, *(name for name in names.values() if name not in self.runs)]
         by_row = sorted(names, key=lambda name: order.index(names[name]))
-        self.found.bench.append({
+        renamed = {
             **record,
             "models": {names[name]: record["models"][name] for name in by_row},
             "against": names.get(against, against),
@@ -98,7 +108,11 @@ class Collector:
                 {**m, "values": {names[n]: m["values"][n] for n in by_row if n in m["values"]}}
                 for m in record["measures"]
             ],
-        })  # fmt: skip
+        }
+        # An older file of the same models and device has been measured again.
+        key = ("models", "device", "dtype")
+        older = [r for r in self.found.bench if _same(r, renamed, key)]
+        self.found.bench = [r for r in self.found.bench if r not in older] + [renamed]
         self.found.versions |= record.get("versions", {})
 
     def _demo(self, summary: dict[str, Any]) -> None:
@@ -168,7 +182,8 @@ class Collector:
             f"{summary.get('sequences')} sequences; definitions are in pruning/state_rank.py."
         )
         heading = f"Rank of the states of {names[0] or names[1]}"
-        self.found.ranks.append(RankAnalysis(heading, note, layers, figures))
+        others = [a for a in self.found.ranks if (a.heading, a.note) != (heading, note)]
+        self.found.ranks = [*others, RankAnalysis(heading, note, layers, figures)]
 
     def _settle_perplexities(self) -> None:
         """Rows compare models on one text: the one that most were measured on, and the newest."""
@@ -226,11 +241,19 @@ def _files(places: Sequence[Path]) -> list[Path]:
     found = {
         path
         for place in places
-        for path in place.iterdir()
+        for path in _listed(place)
         if (path.is_dir() and _is_analysis(path)) or _is_result(path)
     }
     found |= {place for place in places if _is_analysis(place)}
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where that is not for us to see."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _is_result(path: Path) -> bool:
@@ -286,6 +309,14 @@ def _task_scores(results: Any) -> dict[str, str]:
             named = metric if kind == "none" else f"{metric} ({kind})"
             found[f"{task}, {named}"] = _score(value) + spread
     return found
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Whether two records agree in `keys`; of models only the names count."""
+    return all(
+        list(one[key]) == list(other[key]) if key == "models" else one[key] == other[key]
+        for key in keys
+    )
 
 
 def _score(value: float) -> str:

@@ -160,6 +160,21 @@ def test_nothing_to_report_is_said(tmp_path: Path) -> None:
         collect([tmp_path / "x" / "alone"])
 
 
+def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: Path) -> None:
+    import os
+
+    newer = benchmark(results)
+    newer["measures"][0]["ratio"] = 0.5
+    _write(results / "again.json", newer)
+    os.utime(results / "speed.json", (1, 1))
+    (record,) = collect([results]).bench
+    assert record["measures"][0]["ratio"] == 0.5 and list(record["models"]) == ["dense", "pruned"]
+    del newer["measures"][0]["values"]
+    _write(results / "again.json", newer)
+    with pytest.raises(UserError, match="again.json looks like a result, but KeyError 'values'"):
+        collect([results])
+
+
 def test_a_drawing_loses_what_makes_it_stand_alone() -> None:
     drawn = heat_map({"0": [1.0, 2.5]}, "layer", "ranks <by> layer")
     text = inline_drawing(svg_file(drawn, "ranks <by> layer"))
