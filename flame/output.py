@@ -5,6 +5,7 @@ meets half of it. A lock beside the output refuses a second writer; it is the ke
 with the process that holds it, and what a killed writer left behind is removed by the next one.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -78,10 +79,24 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Make the folder `path` to write in; a new one is removed if the block ends with an error."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            _remove(path)
+        raise
+
+
+@contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
     """Hold the lock beside `path`; a second job that asks for it is refused.
 
-    Folders that `path` lies in are made, and go again if they are empty at the end.
+    Folders that `path` lies in are made, and go again if they are empty at the end. That the disk
+    is full becomes a UserError.
     """
     path = Path(path).absolute()
     lock_path = path.parent / f".{path.name}.lock"
@@ -95,6 +110,13 @@ def writer_lock(path: Path) -> Iterator[None]:
             raise UserError(f"another job is writing {path}: wait for it to end") from error
         try:
             yield
+        except BaseException as error:
+            if _says_disk_is_full(error):
+                raise UserError(
+                    f"cannot write {path}: No space left on device: make room, or choose another "
+                    "place"
+                ) from error
+            raise
         finally:
             lock_path.unlink(missing_ok=True)
 
@@ -120,9 +142,15 @@ def _make_folder(folder: Path, path: Path) -> None:
 
 def _created(lock_path: Path, path: Path) -> TextIO:
     try:
-        return open(lock_path, "w")
+        return open(lock_path, "a")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _says_disk_is_full(error: BaseException) -> bool:
+    """Whether `error` is the system's, or that of a library in Rust, which only quotes it."""
+    quoted = f"os error {errno.ENOSPC}" in str(error)
+    return quoted or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_stage
-from flame.output import writer_lock
+from flame.output import made_folder, writer_lock
 from flame.recipe import read_tables, recipe_path
 
 SHORTHANDS = {"--config": "--job.config_file", "--init": "--model.init"}
@@ -107,12 +107,12 @@ def prepare_run_folder(job: Any) -> None:
 
     folder = Path(job.job.dump_folder)
     config, tokenizer = model_config(job), tokenizer_of(job)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(folder)
-    (folder / RECIPE_FILE).write_text(recipe_text(job))
-    if job.lora.rank > 0:
-        _write_base(job, folder, config)
+    with made_folder(folder):
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tokenizer.save_pretrained(folder)
+        (folder / RECIPE_FILE).write_text(recipe_text(job))
+        if job.lora.rank > 0:
+            _write_base(job, folder, config)
 
 
 def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
