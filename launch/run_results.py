@@ -173,8 +173,9 @@ class Collector:
             for row in summary.get(key, {}).get("layers", [])
         ]
         figures = [
-            Figure(_title(text), text)
-            for text in (path.read_text(encoding="utf-8") for path in _drawings(folder))
+            Figure(_title(text), _coloured(text, names) if path.stem == "against" else text)
+            for path in _drawings(folder)
+            for text in [path.read_text(encoding="utf-8")]
         ]
         texts = ", ".join(Path(str(text)).name for text in summary.get("data", []))
         note = (
@@ -268,6 +269,13 @@ def _is_analysis(path: Path) -> bool:
 
 def _drawings(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.svg"))
+
+
+def _coloured(svg: str, names: Sequence[str | None]) -> str:
+    """A drawing of two models, as `pruned` and `dense`, in the colours of these rows instead."""
+    pruned, dense = (f"m-{name or 'other'}" for name in names)
+    colours = {"m-pruned": pruned, "m-dense": dense}
+    return re.sub(r"\bm-(?:pruned|dense)\b", lambda found: colours[found[0]], svg)
 
 
 def _title(svg: str) -> str:

@@ -11,7 +11,7 @@ from flame.errors import UserError
 from launch import report_command
 from launch.bench_table import cell
 from launch.page_parts import inline_drawing
-from launch.rank_marks import heat_map, svg_file
+from launch.rank_marks import heat_map, pairs, svg_file
 from launch.report_collect import collect
 from launch.report_command import check, parse
 from launch.run_folders import find_runs
@@ -105,6 +105,14 @@ def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
     assert data.commands[0].startswith("slimstate train --config")
     assert data.commands[1].startswith(f"slimstate prune {runs}/dense {runs}/half --method drrqr")
     assert not (data.tasks or data.fidelity or data.recall or data.ranks or data.bench)
+
+
+def test_two_models_in_one_drawing_have_the_colours_of_their_rows(results: Path) -> None:
+    (analysis,) = collect([results]).ranks
+    (drawn,) = [figure.svg for figure in analysis.figures if figure.title == "two models"]
+    body = drawn.partition("</style>")[2]
+    assert 'm-pruned"' in body and 'm-other"' in body and "m-dense" not in body
+    assert [row["model"] for row in analysis.layers] == ["pruned", "pruned"]
 
 
 def test_perplexities_in_a_row_are_of_one_text(results: Path) -> None:
@@ -259,12 +267,15 @@ def _write_analysis(folder: Path, root: Path) -> None:
     folder.mkdir()
     layers = [{"layer": 0, "stable_rank": 1.87}, {"layer": 1, "stable_rank": 2.31}]
     summary = {
-        "model_reference": str(root / "half"), "against_reference": None, "data": ["held.txt"],
+        "model_reference": str(root / "half"), "against_reference": "/gone/other",
+        "data": ["held.txt"],
         "length": 64, "sequences": 1, "model": {"layers": layers},
     }  # fmt: skip
     _write(folder / "summary.json", summary)
     drawn = heat_map({"0": [1.0, 2.0]}, "layer", "ranks")
     (folder / "heat_map.svg").write_text(svg_file(drawn, "ranks"), encoding="utf-8")
+    both = pairs({"0": (1.5, 2.5)}, ("dense", "half"), "rank", "two models")
+    (folder / "against.svg").write_text(svg_file(both, "two models"), encoding="utf-8")
 
 
 def _write(path: Path, content: Any) -> None:
