@@ -262,8 +262,7 @@ def test_what_cannot_be_calibrated_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stream_that_ends_early_ends_on_every_rank(home: Path, tmp_path: Path) -> None:
-    """Its length is not known beforehand, and the shards end at different rounds."""
+def test_a_stream_that_is_too_short_is_refused_on_every_rank(home: Path, tmp_path: Path) -> None:
     recipe = f'[data]\ndataset = "{home / "text.jsonl"}"\nstreaming = true\n'
     config = FAMILIES["delta_net"]
     run = write_run(home / "streaming", config, weights(config), recipe=recipe)
@@ -271,7 +270,7 @@ def test_a_stream_that_ends_early_ends_on_every_rank(home: Path, tmp_path: Path)
         (run / name).write_bytes((home / "tokenizer" / name).read_bytes())
     arguments = [str(run), str(tmp_path / "stats"), "--seq-len", "512", "--sequences", "400"]
     texts = run_distributed(complaint, 2, stage, *arguments)
-    assert all("data ends before 400 sequences of 512 tokens" in text for text in texts)
+    assert all("--sequences 400 of --seq-len 512 are too many" in text for text in texts), texts
     assert not list(tmp_path.iterdir())
 
 
