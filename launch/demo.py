@@ -34,6 +34,14 @@ EVALUATED = {
 """Rows of the summary and the folders of their models."""
 
 DECODING = {"batch_size": 8, "length": 48, "prompt_length": 16}
+BENCH = (
+    "--lengths", "512", "--batch-sizes", "1", "--decode-length", "16", "--train-batch", "4",
+    "--train-length", "256", "--repeats", "3",
+)  # fmt: skip
+ANALYSIS = ("--length", "512", "--sequences", "2")
+COMPARED = 16
+"""Held-out sequences of the comparison with the dense model, at most."""
+
 SPECTRUM_TOKENS = 1024
 VIRTUAL_SHARDS = 8
 
@@ -127,8 +135,11 @@ class Demo:
         self._step("continue_dense", lambda: self._recover("dense_continued", "dense"))
         self._step("export", self._export)
         rows = self._step("evaluate", self._evaluate)
+        self._step("compare", self._compare)
+        self._step("analyze", self._analyze)
         if rank() == 0:
             self._measure_decoding(rows)
+            self._bench()
             self._write(rows)
 
     def _step(self, name: str, action: Callable[[], Any]) -> Any:
@@ -225,6 +236,33 @@ class Demo:
             }
         return rows
 
+    def _compare(self) -> None:
+        """How closely the pruned models follow the dense one, on a part of the held-out text."""
+        file = self.out / "fidelity.json"
+        models = [self.out / name for name in ("pruned", "random", "recovered")]
+        rows = min(self.options.heldout, COMPARED)
+        command = [*models, "--against", self.out / "dense", "--max-sequences", rows]
+        self._command("eval", "launch.evaluate", [*command, "--json", file], file.is_file())
+
+    def _analyze(self) -> None:
+        command = [self.out / "recovered", self.out / "analysis", "--against", self.out / "dense"]
+        done = (self.out / "analysis").is_dir()
+        self._command("analyze", "launch.analyze", [*command, *ANALYSIS], done)
+
+    def _bench(self) -> None:
+        """Size and speed of the recovered model beside the dense one. On one process."""
+        from launch import bench
+
+        begin = time.perf_counter()
+        file = self.out / "bench.json"
+        words = [str(self.out / "recovered"), "--against", str(self.out / "dense"), *BENCH]
+        words += ["--json", str(file), "--overwrite"]
+        self.commands.append(shlex.join(["slimstate", "bench", *words]))
+        options = bench.parse(words)
+        bench.check(options)
+        bench.run(options)
+        self.seconds["bench"] = time.perf_counter() - begin
+
     def _measure_decoding(self, rows: dict[str, dict[str, Any]]) -> None:
         from flame.checkpoint.load import load_model
         from flame.checkpoint.reference import resolve
@@ -251,6 +289,7 @@ class Demo:
             **rows,
             "world_size": world_size(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "commands": self.commands,
             "versions": versions(),
             "seed": self.options.seed,
             "decoding": DECODING,
@@ -263,17 +302,20 @@ class Demo:
         _print_summary(self.out)
 
     def _report(self, rows: dict[str, dict[str, Any]]) -> None:
+        from dataclasses import replace
+
         from flame.distributed import world_size
         from launch.perplexity import versions
-        from launch.report import ReportData, loss_curve, write_report
+        from launch.report import write_report
+        from launch.report_collect import collect
 
-        curves = {"dense": "dense", "recovered": "recovered", "dense_continued": "dense_continued"}
-        data = ReportData(
-            title="slimstate demo: half the key channels of a small GatedDeltaNet",
+        found = collect(
+            [self.out], "slimstate demo: half the key channels of a small GatedDeltaNet"
+        )
+        data = replace(
+            found,
             rows=rows,
-            loss_curves={name: loss_curve(self.out / folder) for name, folder in curves.items()},
             spectra=self._spectra(),
-            kept=self._kept(),
             seconds=self.seconds,
             commands=self.commands,
             versions=versions(),
@@ -306,19 +348,6 @@ class Demo:
                 model.to(local_device()), inputs["input"].to(local_device())
             )
         return spectra
-
-    def _kept(self) -> list[Any]:
-        from launch.report import KeptChannels
-        from pruning.adapters import adapter_for
-        from pruning.plan import planned_spaces, read_plan
-
-        plan = read_plan(self.out / "pruned" / "plan.json")
-        spaces = {space.name: space for space in planned_spaces(plan, plan.config_before)}
-        assert adapter_for(plan.config_before)
-        return [
-            KeptChannels(spaces[name].layer, spaces[name].head_dim, kept.tolist())
-            for name, kept in plan.kept.items()
-        ]
 
 
 def _is_finished(options: Options) -> bool:

@@ -73,6 +73,25 @@ def test_summary_has_every_figure_as_measured(demo: Path) -> None:
     assert summary["pruned"]["perplexity"] != summary["random"]["perplexity"]
 
 
+def test_the_report_holds_what_was_measured(demo: Path) -> None:
+    text = (demo / "report.html").read_text()
+    for heading in (
+        "Fidelity to the dense model",
+        "Speed and memory of recovered against dense",
+        "What was pruned, and how",
+        "Rank of the states of recovered",
+        "Training loss",
+    ):
+        assert heading in text, heading
+    summary = json.loads((demo / "summary.json").read_text())
+    for name in MODELS:
+        assert f"{summary[name]['perplexity']:,.3f}" in text
+    for file, model in (("fidelity.json", "random"), ("bench.json", "dense")):
+        assert model in (demo / file).read_text()
+    stages = {words.split()[1] for words in summary["commands"]}
+    assert stages >= {"train", "calibrate", "prune", "convert", "eval", "analyze", "bench"}
+
+
 def summary_ratio(summary: dict[str, Any], name: str) -> float:
     """Bytes a token, the same for all rows since they read the same text."""
     from math import log2
