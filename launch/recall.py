@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None = None) -> Options:
     add("models", metavar="MODEL", nargs="+", help="run, step or Hugging Face folder, or hub name")
     add("--pairs", type=_numbers(1), default=(), metavar="N,…", help="numbers of pairs to recall")
     add("--length", type=_number(1), metavar="N", help="words a document (default: the recipe's)")
-    add("--needle", type=_numbers(8), default=(), metavar="N,…", help="haystacks, in words")
+    add("--needle", type=_numbers(8), default=(), metavar="N,…", help="words of haystacks")
     add("--depths", type=_depths, default=DEPTHS, metavar="P,…", help="of the needle, percent")
     add("--query-noise", action="store_true", help="and how heads amplify noise in their queries")
     add("--examples", type=_number(1), default=256, metavar="N", help="documents a figure")
@@ -123,18 +124,20 @@ def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
     reference = resolve(name)
     encode, dtype = encoder_of(options, reference), compute_dtype(options.dtype)
     model = build_sharded(reference, data_parallel_mesh(), dtype)
+    score = partial(accuracy, model, encode=encode, batch_size=options.batch)
     numbers = options.examples, options.seed
     found: dict[str, Any] = {"model": name, "state_bytes": state_bytes(reference.config)}
     found["mqar"] = [
-        {"pairs": n, "accuracy": accuracy(model, examples, encode, options.batch)}
-        for n in task.pairs
-        for examples in [mqar_examples(task, n, *numbers)]
+        {"pairs": n, "accuracy": score(mqar_examples(task, n, *numbers))} for n in task.pairs
     ]
     found["needle"] = [
-        {"length": n, "depth": depth, "accuracy": accuracy(model, examples, encode, options.batch)}
-        for n in options.needle
+        {
+            "length": length,
+            "depth": depth,
+            "accuracy": score(needle_examples(task, length, depth, encode, *numbers)),
+        }
+        for length in options.needle
         for depth in options.depths
-        for examples in [needle_examples(task, n, depth, encode, *numbers)]
     ]
     if options.query_noise:
         found["query_noise"] = _query_noise(model, reference, task, encode, options)
@@ -206,22 +209,40 @@ def _check_family(reference: ModelReference, options: Options) -> None:
     stock_config(reference.config)
 
 
-def table(records: list[dict[str, Any]]) -> Table:
-    """Accuracy in percent: a row a model, a column a number of pairs or a needle."""
-    rows = [{**record, **_cells(record)} for record in records]
+def mqar_table(records: list[dict[str, Any]]) -> Table:
+    """Accuracy in percent: a row a model, a column a number of pairs."""
     columns = [Column("model", align="left"), Column("state_bytes", "state bytes", ",d")]
-    return Table([*columns, *(Column(name, number=".1f") for name in _cells(records[0]))], rows)
+    return _percentages(columns, records, "mqar", lambda cell: f"{cell['pairs']} pairs")
 
 
-def _cells(record: dict[str, Any]) -> dict[str, float]:
-    cells = {f"{cell['pairs']} pairs %": 100 * cell["accuracy"] for cell in record["mqar"]}
-    for cell in record["needle"]:
-        cells[f"needle {cell['length']} @{cell['depth']} %"] = 100 * cell["accuracy"]
-    return cells
+def needle_table(records: list[dict[str, Any]]) -> Table:
+    """Accuracy in percent: a row a model, a column a length and depth."""
+    columns = [Column("model", align="left")]
+    return _percentages(
+        columns, records, "needle", lambda cell: f"{cell['length']} words, at {cell['depth']} %"
+    )
+
+
+def _percentages(
+    columns: list[Column],
+    records: list[dict[str, Any]],
+    task: str,
+    heading: Callable[[dict[str, Any]], str],
+) -> Table:
+    rows = [
+        {**record, **{heading(cell): 100 * cell["accuracy"] for cell in record[task]}}
+        for record in records
+    ]
+    cells = [Column(heading(cell), number=".1f") for cell in records[0][task]]
+    return Table([*columns, *cells], rows)
 
 
 def _write(records: list[dict[str, Any]], options: Options) -> None:
-    print(table(records).text(), flush=True)
+    print(
+        f"recall of values, % right over {options.examples} documents\n{mqar_table(records).text()}"
+    )
+    if options.needle:
+        print(f"\nneedle in a haystack, % found\n{needle_table(records).text()}")
     if options.query_noise:
         _print_noise(records)
     if options.json is not None:
