@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,13 +186,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return value
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of an analysis, for reports."""
-    return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-
-
-def svg_files(folder: Path) -> Iterator[Path]:
-    """The plots of an analysis, in the order of their names."""
-    yield from sorted(folder.glob("*.svg"))

@@ -1,6 +1,7 @@
 """Stage `analyze`: its table, summary and plots, the same for any number of processes."""
 
 import dataclasses
+import json
 import math
 import resource
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from flame.errors import UserError
 from launch import analyze
-from launch.analysis_files import RANKS, agreement, groups_summary, read_summary
+from launch.analysis_files import RANKS, SUMMARY_FILE, agreement, groups_summary
 from launch.analyze import check, parse
 from launch.rank_marks import heat_map, histogram, svg_file
 from launch.rank_plots import NAMES, Series, plots
@@ -119,7 +120,7 @@ def test_the_figures_of_the_table_belong_together(outputs: list[Path]) -> None:
 
 
 def test_the_summary_is_that_of_the_table(outputs: list[Path]) -> None:
-    columns, summary = table(outputs[0]), read_summary(outputs[0])
+    columns, summary = table(outputs[0]), json.loads((outputs[0] / SUMMARY_FILE).read_text())
     assert (summary["length"], summary["sequences"]) == (LENGTH, SEQUENCES)
     assert summary["data"][1].endswith("other.jsonl")
     for key, model, data in [("model", "thin", "text"), ("against", "dense", "text"), ("second_data", "thin", "other")]:  # fmt: skip  # noqa: E501
