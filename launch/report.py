@@ -32,6 +32,7 @@ from launch.report_data import KeptChannels, ReportData
 from launch.report_sections import (
     bench_section,
     fidelity_section,
+    noise_section,
     plans_section,
     ranks_section,
     recall_section,
@@ -70,6 +71,7 @@ def page(data: ReportData) -> str:
         tasks_section(data),
         fidelity_section(data),
         recall_section(data),
+        noise_section(data),
         bench_section(data),
         plans_section(data),
         _kept_section(data),

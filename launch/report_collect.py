@@ -39,6 +39,7 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
         tasks=results.tasks,
         fidelity=results.fidelity,
         recall=results.recall,
+        query_noise=[row for name in runs for row in results.query_noise.get(name, ())],
         ranks=results.ranks,
         bench=results.bench,
         loss_curves=curves,

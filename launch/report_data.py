@@ -72,6 +72,9 @@ class ReportData:
     """Distances to the dense model on held-out text."""
 
     recall: Sequence[Recall] = ()
+    query_noise: Sequence[Mapping[str, Any]] = ()
+    """A row for each model and layer: the keys of `launch.report_tables.NOISE_COLUMNS`."""
+
     ranks: Sequence[RankAnalysis] = ()
     bench: Sequence[Mapping[str, Any]] = ()
     """What `launch.bench.benchmark` returned, or its JSON."""

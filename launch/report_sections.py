@@ -12,9 +12,11 @@ from launch.page_parts import inline_drawing, panels, section
 from launch.report_data import RankAnalysis, Recall, ReportData
 from launch.report_tables import (
     FIDELITY_NOTE,
+    NOISE_NOTE,
     RECALL_NOTE,
     bench_heading,
     label,
+    noise_table,
     plans_table,
     ranks_table,
     recall_table,
@@ -62,6 +64,12 @@ def recall_section(data: ReportData) -> str:
     )
     folded = f"<details><summary>The same in numbers</summary>{tables}</details>"
     return section("Recall", RECALL_NOTE, panels(drawn, "charts") + folded)
+
+
+def noise_section(data: ReportData) -> str:
+    if not data.query_noise:
+        return ""
+    return section("Query noise", NOISE_NOTE, scrolled(noise_table(data.query_noise)))
 
 
 def ranks_section(data: ReportData) -> str:

@@ -32,6 +32,21 @@ RANK_COLUMNS = (
 )
 
 
+NOISE_COLUMNS = (
+    Column("model", "model", align="left"),
+    Column("layer", "layer", "d"),
+    Column("stable_rank", "stable rank", ".2f"),
+    Column("amplification", "amplification", ".3f"),
+    Column("random_queries", "of random queries", ".3f"),
+    Column("error_at_10_percent", "error at 10% noise", ".3f"),
+)
+NOISE_NOTE = (
+    "How much of the noise in a query reaches a layer's output: amplification is the squared "
+    "relative error of the output over that of the query, beside what random queries would see "
+    "in a state of that stable rank. Means over heads, geometric but for the rank."
+)
+
+
 class Titled(NamedTuple):
     """A table under its heading, with a sentence that a reader of it needs."""
 
@@ -52,6 +67,8 @@ def all_tables(data: ReportData) -> Iterator[Titled]:
         yield Titled("Fidelity", FIDELITY_NOTE, scores_table(data.fidelity, data.rows))
     for recall in data.recall:
         yield Titled(recall.heading, RECALL_NOTE, recall_table(recall))
+    if data.query_noise:
+        yield Titled("Query noise", NOISE_NOTE, noise_table(data.query_noise))
     for analysis in data.ranks:
         yield Titled(analysis.heading, analysis.note, ranks_table(analysis))
     for record in data.bench:
@@ -114,6 +131,11 @@ def recall_table(recall: Recall) -> Table:
     xs = sorted({x for curve in recall.curves.values() for x in curve[0]})
     points = {name: dict(zip(*curve, strict=True)) for name, curve in recall.curves.items()}
     return Table(columns, [{"x": x, **{n: points[n].get(x) for n in points}} for x in xs])
+
+
+def noise_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each model and layer."""
+    return Table(NOISE_COLUMNS, [{**row, "model": label(row["model"])} for row in rows])
 
 
 def ranks_table(analysis: RankAnalysis) -> Table:

@@ -31,6 +31,7 @@ class Results:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
     recall: list[Recall] = field(default_factory=list)
+    query_noise: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     ranks: list[RankAnalysis] = field(default_factory=list)
     bench: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -156,6 +157,8 @@ class Collector:
         by_length: dict[int, list[tuple[float, float]]] = {}
         for cell in record.get("needle") or ():
             by_length.setdefault(cell["length"], []).append((cell["depth"], cell["accuracy"]))
+        if record.get("query_noise"):
+            self.found.query_noise[name] = _by_layer(name, record["query_noise"])
         for length, points in by_length.items():
             heading = (f"Needle in a haystack of {length} words", "depth of the needle, %")
             self._recalls.setdefault(heading, {})[name] = sorted(points)
@@ -225,7 +228,7 @@ class Collector:
         found = self.found
         scores = sum(map(len, [*found.tasks.values(), *found.fidelity.values()]))
         perplexities = sum(map(len, self._perplexities.values()))
-        recalls = sum(map(len, self._recalls.values()))
+        recalls = sum(map(len, self._recalls.values())) + len(found.query_noise)
         others = len(found.bench) + len(found.ranks) + len(found.seconds)
         return scores + perplexities + recalls + others
 
@@ -271,6 +274,27 @@ def _drawings(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.svg"))
 
 
+def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Query noise by layer: the mean of the stable ranks, geometric means of the rest."""
+    from statistics import fmean, geometric_mean
+
+    layers: dict[int, list[Mapping[str, Any]]] = {}
+    for head in heads:
+        layers.setdefault(head["layer"], []).append(head)
+    return [
+        {
+            "model": name,
+            "layer": layer,
+            "stable_rank": fmean(head["stable_rank"] for head in found),
+            **{
+                key: geometric_mean(head[key] for head in found)
+                for key in ("amplification", "random_queries", "error_at_10_percent")
+            },
+        }
+        for layer, found in sorted(layers.items())
+    ]
+
+
 def _coloured(svg: str, names: Sequence[str | None]) -> str:
     """A drawing of two models, as `pruned` and `dense`, in the colours of these rows instead."""
     pruned, dense = (f"m-{name or 'other'}" for name in names)
@@ -313,7 +337,7 @@ def _task_scores(results: Any) -> dict[str, str]:
             if not _is_number(value) or not kind or metric.endswith("_stderr"):
                 continue
             error = scores.get(f"{metric}_stderr,{kind}")
-            spread = f" ± {_score(error)}" if _is_number(error) and error > 0 else ""
+            spread = f" ± {_score(error, value)}" if _is_number(error) and error > 0 else ""
             named = metric if kind == "none" else f"{metric} ({kind})"
             found[f"{task}, {named}"] = _score(value) + spread
     return found
@@ -327,8 +351,9 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str])
     )
 
 
-def _score(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+def _score(value: float, beside: float = 0.0) -> str:
+    """Four digits behind the point, or two for what is large or stands beside it."""
+    return f"{value:.4f}" if max(abs(value), abs(beside)) < 10 else f"{value:,.2f}"
 
 
 def _is_number(value: Any) -> bool:

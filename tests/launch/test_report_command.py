@@ -85,8 +85,8 @@ def test_markdown_and_latex_hold_the_same_numbers(
     for part in numbers():
         assert part in out.read_text(), part
         assert part.replace("%", r"\%").replace("±", r"$\pm$").replace("–", "--") in latex, part
-    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 7
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 7
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 8
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 8
     assert not (results / "report.html").exists()
     run(results, "--markdown")
     assert capsys.readouterr().out == out.read_text()
@@ -204,8 +204,8 @@ def numbers() -> list[str]:
     spread = cell({"median": 1234.5, "min": 1200, "max": 1300, "runs": [1, 2, 3]}, "tokens/s")
     return [
         "12.345", "13.579", "3.1416", f"{BEFORE:,}", f"{AFTER:,}",
-        "0.5123 ± 0.0103", "28.12", "0.1234", "0.8765", "99.8750",
-        "98.7%", "43.2%", "7.3%", "1.87", "2.31", spread, "0.617",
+        "0.5123 ± 0.0103", "28.12 ± 0.12", "0.1234", "0.8765", "99.8750",
+        "98.7%", "43.2%", "2.50", "4.000", "0.200", "7.3%", "1.87", "2.31", spread, "0.617",
     ]  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def evaluations(root: Path) -> dict[str, Any]:
         "tasks": {
             "results": {
                 "arc": {"alias": "arc", "acc,none": 0.5123, "acc_stderr,none": 0.0103},
-                "wiki": {"word_perplexity,none": 28.12, "word_perplexity_stderr,none": "N/A"},
+                "wiki": {"word_perplexity,none": 28.12, "word_perplexity_stderr,none": 0.125},
             }
         },
     }
@@ -235,6 +235,17 @@ def recall(root: Path, name: str, accuracy: float) -> dict[str, Any]:
         "model": str(root / name),
         "mqar": [{"pairs": 4, "accuracy": accuracy}, {"pairs": 8, "accuracy": 0.0731}],
         "needle": [],
+        "query_noise": [
+            {
+                "layer": 0,
+                "head": head,
+                "stable_rank": 1.5 + head,
+                "amplification": 4.0**head,
+                "random_queries": 3.0,
+                "error_at_10_percent": 0.1 * 2.0**head,
+            }
+            for head in range(3)
+        ],
         "task": "mqar:pairs=4/8,length=64",
     }
 
