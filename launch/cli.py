@@ -35,7 +35,7 @@ COMMANDS = {
     "apply": Command("pruning.apply", "apply a plan to a checkpoint"),
     "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
-    "eval": Command("launch.evaluate", "measure held-out perplexity"),
+    "eval": Command("launch.evaluate", "measure perplexity, tasks and fidelity of models"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),

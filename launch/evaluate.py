@@ -21,6 +21,7 @@ from launch.evaluation import (
     check_tokenizer,
     evaluate_models,
     expanded,
+    loaded_tasks,
 )
 from launch.heldout_text import HeldoutOptions, check_text, heldout_text
 from launch.lm.tasks import TaskOptions, check_tasks, headline
@@ -116,6 +117,7 @@ def check(options: Options, world_size: int = 1) -> None:
         _check_comparable(references, reference)
     if measures.tasks is not None and _is_rank_zero():
         check_tasks(measures.tasks)
+        loaded_tasks(measures.tasks)
 
 
 def run(options: Options) -> None:

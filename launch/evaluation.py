@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,10 +147,16 @@ class _Bench:
 
         if self._tasks is None:
             if rank() == 0:
-                self._tasks = load_tasks(options)
+                self._tasks = loaded_tasks(options)
             barrier()
-            self._tasks = self._tasks or load_tasks(options)
+            self._tasks = self._tasks or loaded_tasks(options)
         return self._tasks
+
+
+@cache
+def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
+    """`load_tasks`, once a process: checking loads them too, to refuse data that is missing."""
+    return load_tasks(options)
 
 
 def _description(reference: ModelReference, network: "Network") -> Record:

@@ -18,7 +18,7 @@ from launch import evaluate, evaluation
 from launch.evaluate import check, main, parse
 from launch.fidelity import divergence, sum_divergences
 from tests.distributed import run_distributed
-from tests.launch.task_files import TEXTS, write_tasks
+from tests.launch.task_files import TASKS, TEXTS, task_file, write_tasks
 from tests.launch.test_decoding import stock_model
 
 VOCABULARY = 300
@@ -236,6 +236,14 @@ def test_bad_input_is_one_line(
     with pytest.raises(UserError) as error:
         check(parse([str(run), *own]))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_data_is_found_before_work(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "x.yaml").write_text(task_file("x", TASKS["cloze"], "gone.jsonl"))
+    with pytest.raises(UserError, match="task local_x needs the file gone.jsonl or .*/tasks/gone"):
+        check(parse([str(run), "--tasks", "local_x", "--task-path", str(folder)]))
 
 
 def test_missing_lm_eval_names_the_extra(
