@@ -131,6 +131,42 @@ def test_processes_share_the_requests(
         assert_same(ours, stock["gated_deltanet"])
 
 
+def test_adapters_are_merged_with_their_base(assets: Path, tmp_path: Path) -> None:
+    from flame.checkpoint.fingerprint import fingerprint
+    from flame.config import Lora
+    from flame.lora import write_adapter_files
+
+    base, run, merged = assets / "delta_net", tmp_path / "lora", tmp_path / "merged"
+    for copy in (run, merged):
+        shutil.copytree(base, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = resolve(base)
+    lora = Lora(rank=2, alpha=6.0, target_modules=["v_proj"])
+    write_adapter_files(
+        run, lora, str(base), fingerprint(found.config, found.source()), found.config
+    )
+    name, weights = "model.layers.1.attn.v_proj", load_file(base / "model.safetensors")
+    rows, columns = weights[f"{name}.weight"].shape
+    down, up = torch.randn(2, columns), torch.randn(rows, 2)
+    others = {
+        f"base_model.model.model.layers.0.attn.v_proj.lora_{part}.weight": value
+        for part, value in (("A", down * 0), ("B", up * 0))
+    }
+    own = {
+        f"base_model.model.{name}.lora_A.weight": down,
+        f"base_model.model.{name}.lora_B.weight": up,
+    }
+    save_step({**others, **own}, run / "checkpoint", 1, alone=True)
+    weights[f"{name}.weight"] += 3.0 * up @ down
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    with process_group():
+        adapted, by_hand, plain = (
+            our_lm(model).loglikelihood_rolling(requests("loglikelihood_rolling"))
+            for model in (run, merged, base)
+        )
+    assert adapted == pytest.approx(by_hand, rel=1e-5)
+    assert adapted != pytest.approx(plain, rel=1e-3)
+
+
 def ranks_scores(model: Path, tasks: Path, placement: Placement, limit: int) -> dict[str, Any]:
     loaded = load_tasks(TaskOptions(NAMES, tasks))
     return evaluate_tasks(our_lm(model, placement), loaded, limit)
