@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from launch.table import Column, Table
@@ -91,31 +91,39 @@ def random_query_amplification(rank: Float[Tensor, "..."], key_dim: int) -> Floa
 
 
 @torch.no_grad()
-def query_noise(model: nn.Module, config: dict[str, Any], tokens: Tensor) -> list[QueryNoise]:
-    """A record for each layer and head of `model` on documents `tokens` `[B, T]`.
+def query_noise(
+    model: nn.Module,
+    config: dict[str, Any],
+    tokens: Int[Tensor, "B T"],
+    asked: Int[Tensor, "B n"],
+    length: int,
+) -> list[QueryNoise]:
+    """A record for each layer and head of `model` on B documents. Collective where it is sharded.
 
-    The states are those at the end of the documents, the queries those of all their tokens.
-    Collective where `model` is sharded.
+    Args:
+        asked: positions of the tokens whose queries are measured: those that recall something.
+        length: tokens of a document that its state is of.
 
     Raises:
         KeyError: the family of `config` has no adapter.
     """
     records: list[QueryNoise] = []
     adapter = ADAPTERS[config["model_type"]]
-    with tap_ops(model, adapter, lambda call: records.extend(call_noise(call))):
+    with tap_ops(model, adapter, lambda call: records.extend(call_noise(call, asked, length))):
         model(input_ids=tokens, use_cache=False)
     return records
 
 
-def call_noise(call: OpCall) -> list[QueryNoise]:
+def call_noise(call: OpCall, asked: Int[Tensor, "B n"], length: int) -> list[QueryNoise]:
     """The heads of one call of the delta rule, its documents being the rows."""
     from kernels.gated_delta_rule import chunk_gated_delta_rule
 
     g = torch.zeros_like(call.beta) if call.g is None else call.g
-    (states,) = states_at(chunk_gated_delta_rule, [call.k.shape[1]], call.k, call.v, call.beta, g)
+    (states,) = states_at(chunk_gated_delta_rule, [length], call.k, call.v, call.beta, g)
     ranks = measure(singular_values(states))
-    queries = call.q.repeat_interleave(states.shape[1] // call.q.shape[2], dim=2).transpose(1, 2)
-    amplified = amplification(states, queries).log().mean(0).exp()
+    rows = torch.arange(len(asked), device=asked.device)[:, None]
+    queries = call.q[rows, asked].repeat_interleave(states.shape[1] // call.q.shape[2], dim=2)
+    amplified = amplification(states, queries.transpose(1, 2)).log().mean(0).exp()
     stable, used = ranks.stable_rank.mean(0), ranks.utilisation.mean(0)
     expected = random_query_amplification(stable, states.shape[-2])
     return [

@@ -156,13 +156,18 @@ def _query_noise(
     model: Any, reference: ModelReference, task: Mqar, encode: Any, options: Options
 ) -> list[dict[str, Any]]:
     """The heads' records on one batch of the largest number of pairs, the same on every rank."""
+    import torch
+
     from launch.query_noise import query_noise
-    from launch.recall_score import token_rows
+    from launch.recall_score import answer_spans, token_rows
     from launch.recall_tasks import mqar_examples
 
     examples = list(mqar_examples(task, max(task.pairs), options.batch, options.seed))
     tokens, lengths = token_rows(examples, encode)
-    records = query_noise(model, reference.config, tokens[:, : min(lengths)])
+    # The token before an answer is the one that asks for it.
+    asked = [[begin - 1 for begin, _ in answer_spans(e, encode)] for e in examples]
+    places = torch.tensor(asked, device=tokens.device)
+    records = query_noise(model, reference.config, tokens, places, min(lengths))
     return [vars(record) for record in records]
 
 

@@ -79,7 +79,7 @@ def right_answers(
     return [
         bool(hit[row, begin - 1 : end - 1].all())
         for row, example in enumerate(examples)
-        for begin, end in _spans(example, encode)
+        for begin, end in answer_spans(example, encode)
     ]
 
 
@@ -93,7 +93,7 @@ def token_rows(examples: Sequence[Example], encode: WordEncoder) -> tuple[Tensor
     return tokens.to(local_device()), [len(row) for row in rows]
 
 
-def _spans(example: Example, encode: WordEncoder) -> list[tuple[int, int]]:
+def answer_spans(example: Example, encode: WordEncoder) -> list[tuple[int, int]]:
     """First token and the one after the last of each answer."""
     sizes = [len(encode(word)) for word in example.words]
     ends = list(accumulate(sizes))

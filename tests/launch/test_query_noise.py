@@ -82,10 +82,12 @@ def test_a_query_along_the_leading_direction_gains() -> None:
 def test_a_models_heads_as_from_a_rollout(config: dict) -> None:
     model = build(config, seed=0).eval()
     tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    records = query_noise(model, config, tokens)
+    asked = torch.tensor([[3, 7, 19], [0, 18, 11]])
+    records = query_noise(model, config, tokens, asked, length=15)
     heads = config.get("num_v_heads", config["num_heads"])
     assert [(r.layer, r.head) for r in records] == [(i, h) for i in (0, 1) for h in range(heads)]
-    states, queries = rollout(model, config, tokens)
+    states, queries = rollout(model, config, tokens, length=15)
+    queries = torch.stack([queries[:, row, :, asked[row]] for row in (0, 1)], 1)
     expected = amplification(states, queries).log().mean(1).exp().flatten().tolist()
     assert [r.amplification for r in records] == pytest.approx(expected, rel=1e-4)
     spectra = torch.linalg.svdvals(states)
@@ -94,7 +96,9 @@ def test_a_models_heads_as_from_a_rollout(config: dict) -> None:
     assert len(table(records).rows) == len(records)
 
 
-def rollout(model: torch.nn.Module, config: dict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def rollout(
+    model: torch.nn.Module, config: dict, tokens: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
     """States `[layer, B, H, K, V]` token by token in float64, and queries `[layer, B, H, T, K]`."""
     from pruning.adapters import ADAPTERS
     from pruning.taps import OpCall, tap_ops
@@ -108,7 +112,7 @@ def rollout(model: torch.nn.Module, config: dict, tokens: Tensor) -> tuple[Tenso
         q, k = (x.double().repeat_interleave(share, 2) for x in (call.q, call.k))
         k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         state = torch.zeros(*k.shape[:1], *k.shape[2:], call.v.shape[-1], dtype=torch.float64)
-        for t in range(tokens.shape[1]):
+        for t in range(length):
             decay = torch.ones_like(call.beta[:, t]) if call.g is None else call.g[:, t].exp()
             state = state * decay.double()[..., None, None]
             seen = (k[:, t, :, :, None] * state).sum(-2)
