@@ -28,7 +28,10 @@ def stock_config(config: dict[str, Any]) -> Any:
     if not model_type:
         raise UserError("the model's config.json has no model_type: is it a language model's?")
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"unknown model family {model_type!r}: neither transformers nor fla has it")
+        raise UserError(
+            f"unknown model family {model_type!r}: neither transformers nor fla has it, look at "
+            "model_type in config.json"
+        )
     try:
         return AutoConfig.for_model(**config)
     except (TypeError, ValueError, AssertionError) as error:

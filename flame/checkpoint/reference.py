@@ -222,7 +222,9 @@ def _tokenizer(folder: Path) -> Path | None:
 
 def _half_written(folder: Path) -> str:
     names = broken_steps(folder)
-    return f": {', '.join(names)} half-written or damaged" if names else ": train it first"
+    if not names:
+        return ": train it first"
+    return f": {', '.join(names)} half-written or damaged, copy the run again or use another"
 
 
 def _other_steps(folder: Path) -> str:
