@@ -3,14 +3,9 @@
 import dataclasses
 import json
 import math
-import resource
 import shutil
-import subprocess
-import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -286,36 +281,3 @@ def test_a_state_that_is_not_finite_leaves_nothing_behind(home: Path, tmp_path: 
     with pytest.raises(UserError, match="^layer 1 head 1: the state after token 1 is not finite"):
         stage(str(tmp_path / "model"), str(out), "--data", str(home / "text.jsonl"), *ARGUMENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.slow
-def test_analysis_of_two_thousand_tokens_takes_less_than_a_minute(
-    home: Path, tmp_path: Path
-) -> None:
-    """2,048 tokens, 4 layers, 4 heads of 64 x 64, on 2 processes, imports included."""
-    config: dict[str, Any] = {
-        **GATED_DELTANET,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_heads": 4,
-        "num_v_heads": 4,
-        "head_dim": 64,
-        "expand_v": 1.0,
-    }
-    write_hf(tmp_path / "model", config, weights(config))
-    command = [sys.executable, "-m", "launch.cli", "analyze", str(tmp_path / "model")]
-    command += [str(tmp_path / "out"), "--data", "python-stdlib", "--length", "2048"]
-    command += ["--tokenizer", str(home / "tokenizer"), "--nproc", "2"]
-    for sequences in (1, 4):
-        start, before = time.monotonic(), children_cpu_seconds()
-        options = ["--sequences", str(sequences), "--overwrite"]
-        subprocess.run([*command, *options], check=True, capture_output=True)
-        seconds, used = time.monotonic() - start, children_cpu_seconds() - before
-        print(f"{sequences} x 2,048 tokens: {seconds:.1f} s, of the CPUs {used:.1f} s")
-        # What the processes used, since a busy machine makes them wait.
-        assert used < 60
-
-
-def children_cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
