@@ -321,10 +321,17 @@ def test_reachable_asks_the_host_or_its_proxy(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("http_proxy", raising=False)
-    begin = time.monotonic()
-    # An address that is reserved for documentation.
-    assert not reachable("http://192.0.2.1", timeout=0.5)
-    assert time.monotonic() - begin < 5
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        # With its queue full, the server answers no further connection.
+        waiting = [socket.socket() for _ in range(4)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        begin = time.monotonic()
+        assert not reachable(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.5)
+        assert 0.4 < time.monotonic() - begin < 5
+        for client in waiting:
+            client.close()
 
 
 LOAD = """
