@@ -22,7 +22,8 @@ from launch.analysis_files import compared, layer_means, model_summary, write_an
 from launch.heldout_text import HeldoutOptions, HeldoutText, heldout_text
 from launch.perplexity import versions, vocabulary
 from launch.rank_plots import NAMES, Series, plots
-from launch.table import Column, Table
+from launch.report_tables import RANK_COLUMNS
+from launch.table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,19 +37,6 @@ LENGTH = 2048
 SEQUENCES = 4
 
 EPSILON = 1e-4
-
-COLUMNS = (
-    Column("model", "model", align="left"),
-    Column("layer", "layer", "d"),
-    Column("stable_rank", "stable rank", ".2f"),
-    Column("utilisation", "utilisation", ".3f"),
-    Column("threshold_rank", "threshold rank", ".2f"),
-    Column("entropy_rank", "entropy rank", ".2f"),
-    Column("nuclear_norm", "nuclear norm", ".4g"),
-    Column("sigma_ratio", "σ₁/σ_d", ".3g"),
-    Column("decay", "decay", ".4f"),
-    Column("beta", "β", ".3f"),
-)
 
 
 @dataclass(frozen=True)
@@ -180,7 +168,7 @@ def _table(analyses: "dict[str, Analysis]") -> Table:
         for label, analysis in analyses.items()
         for row in layer_means(analysis)
     ]
-    return Table(COLUMNS, rows)
+    return Table(RANK_COLUMNS, rows)
 
 
 def _sentence(groups: dict[str, Any], metric: str) -> str:

@@ -30,7 +30,7 @@ RANK_COLUMNS = (
     Column("decay", "decay", ".4f"),
     Column("beta", "β", ".3f"),
 )
-
+"""Means over heads of what `slimstate analyze` measures, a row a layer."""
 
 NOISE_COLUMNS = (
     Column("model", "model", align="left"),
