@@ -19,12 +19,10 @@ from typing import Any
 from torchtitan.config import job_config as titan
 from torchtitan.config.manager import ConfigManager
 
+from flame.checkpoint.reference import RECIPE_FILE
 from flame.data.config import DataConfig
 from flame.errors import UserError
 from flame.recipe import option_name, read_tables, recipe_path
-
-RECIPE_FILE = "recipe.toml"
-"""Name of the resolved recipe in a run folder."""
 
 
 @dataclass

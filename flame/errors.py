@@ -4,6 +4,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 RANK_ZERO_HEAD_START = 3.0
 """Seconds that ranks above 0 wait before they report: an error of all ranks is read once."""
@@ -28,6 +31,27 @@ def run_stage(main: Callable[[], None]) -> None:
         leave(1)
     except KeyboardInterrupt:
         leave(130)
+
+
+def run_command(
+    parse: Callable[[list[str] | None], T],
+    check: Callable[[T, int], None],
+    run: Callable[[T], None],
+    argv: list[str] | None,
+) -> None:
+    """Run a stage from its command line, in this process or as one of torchrun's.
+
+    Args:
+        parse, check, run: the stage's own; `check` gets the number of processes.
+        argv: the command line; None for this process's.
+    """
+
+    def stage() -> None:
+        options = parse(argv)
+        check(options, int(os.environ.get("WORLD_SIZE", "1")))
+        run(options)
+
+    run_stage(stage)
 
 
 def report(error: UserError) -> None:

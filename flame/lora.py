@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE
 from flame.errors import UserError, first_line
 from flame.model import copy_full, named_tensors
 
@@ -21,9 +22,6 @@ ADAPTER = "default"
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before every name in its adapter files."""
-
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-BASE_FILE = "base.json"
 
 
 def inject(model: nn.Module, lora: Any) -> None:
@@ -66,14 +64,9 @@ def initialise_adapters(model: nn.Module, seed: int) -> None:
     """
     for name, parameter in named_tensors(model):
         if ".lora_A." in name:
-            copy_into(parameter, _uniform(name, parameter.shape, seed))
+            copy_full(parameter, _uniform(name, parameter.shape, seed))
         elif ".lora_B." in name:
-            copy_into(parameter, torch.zeros(parameter.shape))
-
-
-@torch.no_grad()
-def copy_into(parameter: Tensor, full: Tensor) -> None:
-    copy_full(parameter, full)
+            copy_full(parameter, torch.zeros(parameter.shape))
 
 
 def is_adapter(name: str) -> bool:
@@ -95,7 +88,7 @@ def write_adapter_files(
 ) -> None:
     """Write peft's `adapter_config.json` and `base.json` (the base's reference and fingerprint)."""
     text = json.dumps(peft_config(lora, reference).to_dict(), indent=2, default=_plain)
-    (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
+    (folder / ADAPTER_FILE).write_text(text + "\n")
     base = {"reference": reference, "fingerprint": fingerprint, "config": config}
     (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
 

@@ -192,6 +192,7 @@ def copy_from_rank_zero(target: Tensor, full: Tensor) -> None:
     copy_full(target, full)
 
 
+@torch.no_grad()
 def copy_full(target: Tensor, full: Tensor) -> None:
     """Copy `full`, the same on every rank, into `target`, a plain tensor or a DTensor."""
     full = full.to(target.device, target.dtype)

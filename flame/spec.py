@@ -102,9 +102,6 @@ def build_model(args: CausalLMArgs) -> nn.Module:
     model = meta_model(args.config)
     if args.job.lora.rank > 0:
         inject(model, args.job.lora)
-        model.no_weight_decay_names = {
-            name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)
-        }
     # torchtitan calls model.init_weights(buffer_device=…); transformers' method takes no argument.
     model.init_weights = partial(init_weights, model, args)
     return model

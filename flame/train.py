@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from flame.output import made_folder, writer_lock
 from flame.recipe import read_tables, recipe_path
 
@@ -68,13 +68,11 @@ def train(job: Any) -> None:
     import flame.register  # noqa: F401
     from flame import logs
     from flame.checkpoint.peers import on_first
-    from flame.distributed import process_group, world_size
-    from flame.job_checks import check_job
+    from flame.distributed import process_group
     from flame.start import check_start
 
     logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
-        check_job(job, world_size())
         check_start(job)
         on_first(lambda: prepare_run_folder(job))
         _train(job)
@@ -102,7 +100,8 @@ def merge(run_folder: Path) -> None:
 
 def prepare_run_folder(job: Any) -> None:
     """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base."""
-    from flame.config import RECIPE_FILE, recipe_text
+    from flame.checkpoint.reference import RECIPE_FILE
+    from flame.config import recipe_text
     from flame.spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
@@ -117,8 +116,8 @@ def prepare_run_folder(job: Any) -> None:
 
 def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
     from flame.checkpoint.fingerprint import fingerprint
-    from flame.checkpoint.reference import read_json, resolve
-    from flame.lora import BASE_FILE, write_adapter_files
+    from flame.checkpoint.reference import BASE_FILE, read_json, resolve
+    from flame.lora import write_adapter_files
 
     base = resolve(job.model.init)
     mark = fingerprint(base.config, base.source())
@@ -150,12 +149,8 @@ def _long_form(argument: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

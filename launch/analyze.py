@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from flame.recipe import data_config, read_tables
 from launch.analysis_files import compared, layer_means, model_summary, write_analysis
 from launch.heldout_text import HeldoutOptions, HeldoutText, heldout_text
@@ -288,13 +288,7 @@ def _distinct(labels: list[str], full: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

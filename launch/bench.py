@@ -5,14 +5,13 @@
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from flame.output import check_output, replacing_file
 from launch.bench_table import bench_table, kernel_lines, ratio_of
 
@@ -274,12 +273,8 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 
 RECIPES = Path(__file__).parent / "recipes"
 SUMMARY_FILE = "summary.json"
@@ -399,12 +399,8 @@ def _is_trained(folder: Path, steps: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

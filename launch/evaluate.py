@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from launch.eval_results import ResultsFile
 from launch.evaluation import (
     Measures,
@@ -233,12 +233,8 @@ def _is_rank_zero() -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

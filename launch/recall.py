@@ -7,7 +7,6 @@ reference; `launch.recall_tasks` has the texts, `launch.recall_score` the scores
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from flame.output import check_output, replacing_file
 from flame.recipe import data_config, read_tables
 from launch.perplexity import DTYPES
@@ -283,12 +282,8 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside 
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 from flame.output import check_output, replacing_file
 from launch.findings import verdict
 from launch.report_collect import collect
@@ -111,12 +110,8 @@ def _contents(data: ReportData) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

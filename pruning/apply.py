@@ -5,12 +5,11 @@ arguments. One process does the work.
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import run_stage
+from flame.errors import run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -108,13 +107,7 @@ def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") ->
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

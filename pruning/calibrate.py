@@ -5,12 +5,11 @@ same arguments.
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -221,13 +220,7 @@ def _points(options: Options | None) -> "ResumePoints | None":
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

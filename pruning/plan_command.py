@@ -4,12 +4,11 @@
 `python -m pruning.plan_command` with the same arguments. One process does the work.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -138,13 +137,7 @@ def summary(plan: "Plan") -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@
 data, and takes a model without a tokenizer.
 """
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import run_stage
+from flame.errors import run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -131,13 +130,7 @@ def make_plan(options: Options, reference: "ModelReference") -> "Plan":
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+    run_command(parse, check, run, argv)
 
 
 if __name__ == "__main__":

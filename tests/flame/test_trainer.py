@@ -259,7 +259,7 @@ def gathered_gradients(job: Any) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
     import flame.register  # noqa: F401
-    from flame.lora import copy_into
+    from flame.model import copy_full
     from flame.trainer import Trainer
 
     trainer = Trainer(job)
@@ -269,7 +269,7 @@ def gathered_gradients(job: Any) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.model_parts[0].named_parameters():
         if ".lora_B." in name:
             generator = torch.Generator().manual_seed(len(name))
-            copy_into(parameter, torch.randn(parameter.shape, generator=generator) / 10)
+            copy_full(parameter, torch.randn(parameter.shape, generator=generator) / 10)
     job.training.max_norm = 1e9
     trainer.train_step(trainer.batch_generator(trainer.dataloader))
     gradients = {}
