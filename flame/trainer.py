@@ -18,6 +18,7 @@ from torchtitan.train import Trainer as TitanTrainer
 import flame.spec
 from flame.checkpoint.manager import CheckpointManager
 from flame.lora import peft_name
+from flame.objective import next_token_loss
 from flame.optimizer import clip_gradients
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,8 @@ class Trainer(TitanTrainer):
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
     ) -> Tensor:
         """Loss of one micro-batch, a scalar: this rank's share of the mean over all tokens."""
-        inputs = dict(input_dict)
-        model = self.model_parts[0]
-        logits = model(input_ids=inputs.pop("input"), use_cache=False, **inputs).logits
-        loss = self.loss_fn(logits, labels) / global_valid_tokens
-        del logits
+        losses = next_token_loss(self.model_parts[0], input_dict, labels)
+        loss = losses / global_valid_tokens
         loss.backward()
         return loss
 

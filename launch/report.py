@@ -255,7 +255,8 @@ def _kept_section(data: ReportData) -> str:
         return ""
     drawn = []
     for layer in data.kept:
-        count = len(layer.kept[0]) if layer.kept else 0
+        counts = sorted({len(channels) for channels in layer.kept}) or [0]
+        count = " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
         title = f"Layer {layer.layer}: {count} of {layer.head_dim} channels a head"
         drawn.append(f"<h3>{title}</h3>{channel_grid(layer.kept, layer.head_dim, title)}")
     return section(

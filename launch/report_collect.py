@@ -121,8 +121,9 @@ def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
     except ValueError as error:
         raise UserError(f"plan {plans}: {error}") from error
     shown = [
-        KeptChannels(spaces[name].layer, spaces[name].head_dim, kept.tolist())
+        KeptChannels(spaces[name].layer, spaces[name].head_dim, [row.tolist() for row in kept])
         for name, kept in plan.kept.items()
+        if spaces[name].kind == "key"
     ]
     return sorted(shown, key=lambda layer: layer.layer), plan.method
 
@@ -133,14 +134,15 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     options = method.get("options") or {}
     calibration = plan.get("calibration") or {}
     data = calibration.get("data") or {}
-    widths = [len(rows[0]) for rows in plan.get("spaces", {}).values() if rows]
+    spaces = plan.get("spaces", {}).values()
+    widths = [len(row) for rows in spaces for row in rows]
     facts = {
         "method": method.get("name"),
         "hyper-parameters": ", ".join(f"{k} {v}" for k, v in options.items() if v is not None),
         "removed, as asked": budget.get("ratio"),
         "kind of space": budget.get("space"),
         "width a multiple of": budget.get("multiple_of"),
-        "spaces pruned": len(widths) or None,
+        "spaces pruned": len(spaces) or None,
         "channels kept a head": _range(widths),
         "calibration data": data.get("dataset"),
         "calibration sequences": calibration.get("sequences"),

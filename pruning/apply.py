@@ -99,7 +99,7 @@ def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") ->
             "without optimizer state",
             reference.folder,
         )
-    for width in sorted(set(plan.widths.values())):
+    for width in sorted({width for row in plan.widths.values() for width in row}):
         warning = kernel_warning(width)
         if warning is not None:
             log.warning("slimstate: warning: %s", warning)

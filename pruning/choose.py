@@ -16,7 +16,7 @@ from pruning.adapters.interface import Config
 from pruning.budgets import MULTIPLE_OF, uniform_widths
 from pruning.methods import Method
 from pruning.plan import Plan, options_of, spaces_of_kind, versions
-from pruning.spaces import Axis, Space
+from pruning.spaces import Axis, Kept, Space, rows
 from pruning.statistics import Statistic
 
 SpaceStatistics = Mapping[str, Mapping[type[Statistic], Statistic]]
@@ -79,7 +79,7 @@ def choose(
         budget=asdict(budget),
         fingerprint=fingerprint(config, source),
         config_before=config,
-        config_after=adapter.resize(config, widths),
+        config_after=adapter.resize(config, {n: tuple(map(len, k)) for n, k in kept.items()}),
         kept=kept,
         calibration=calibration if method.needs else None,
         versions=versions(),
@@ -88,10 +88,10 @@ def choose(
 
 def _select(
     space: Space, k: int, source: TensorSource, method: Method, statistics: SpaceStatistics
-) -> Tensor:
+) -> Kept:
     weights = {axis.fqn: _weight(source, axis) for axis in space.axes}
     try:
-        return method.select(space, k, weights, statistics.get(space.name, {}))
+        return rows(method.select(space, k, weights, statistics.get(space.name, {})))
     except ValueError as error:
         raise UserError(f"{method.name} on {space.name}: {first_line(error)}") from error
 

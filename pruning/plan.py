@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from flame.checkpoint.fingerprint import canonical_config
 from flame.errors import UserError, first_line
 from pruning.adapters import Adapter, adapter_for
 from pruning.adapters.interface import Config
-from pruning.spaces import Space, check_kept
+from pruning.spaces import Kept, Space, check_kept
 
 FORMAT = 1
 """Version of the format; a plan of a newer one is refused."""
@@ -57,18 +55,20 @@ class Plan:
     """The source's config.json."""
     config_after: Config
     """The pruned model's."""
-    kept: dict[str, Int64[Tensor, "H k"]]
-    """Channels to keep of each space, by the space's name."""
+    kept: dict[str, Kept]
+    """Channels to keep of each head of each space, by the space's name."""
     calibration: dict[str, Any] | None
     """Data, tokens, sequences, sequence length and seed; None if no data was read."""
     versions: dict[str, str]
     """Of the programs that made the plan."""
     replaced: Replaced | None = None
+    notes: tuple[str, ...] = ()
+    """What a user must know of the choice, such as that a projection is approximate."""
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Kept channels per head, by the space's name."""
-        return {name: kept.shape[1] for name, kept in self.kept.items()}
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """How many channels each head keeps, by the space's name."""
+        return {name: tuple(map(len, kept)) for name, kept in self.kept.items()}
 
 
 def plan_text(plan: Plan) -> str:
@@ -82,8 +82,9 @@ def plan_text(plan: Plan) -> str:
         "fingerprint": plan.fingerprint,
         "format": FORMAT,
         "method": {"name": plan.method, "options": plan.options},
+        "notes": list(plan.notes),
         "replaced": {"file": replaced.file, "hash": replaced.hash} if replaced else None,
-        "spaces": {name: kept.tolist() for name, kept in plan.kept.items()},
+        "spaces": {name: [row.tolist() for row in kept] for name, kept in plan.kept.items()},
         "versions": plan.versions,
     }
     lines = [f" {_json(key)}: {_entry(key, content[key])}" for key in sorted(content)]
@@ -128,6 +129,7 @@ def parse_plan(text: str) -> Plan:
         calibration=_optional(content, "calibration"),
         versions=_get(content, "versions", dict),
         replaced=_replaced(_optional(content, "replaced")),
+        notes=_notes(content.get("notes", [])),
     )
 
 
@@ -255,17 +257,19 @@ def _replaced(content: dict[str, Any] | None) -> Replaced | None:
     return Replaced(file, _get(content, "hash", str))
 
 
-def _kept(name: str, rows: Any) -> Int64[Tensor, "H k"]:
+def _notes(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(note, str) for note in found):
+        raise ValueError(f"notes is {_short(found)}, expected a list of sentences")
+    return tuple(found)
+
+
+def _kept(name: str, rows: Any) -> Kept:
     """The kept channels of a space, per head; range and number are checked against the model."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
         raise ValueError(f"{name} is {_short(rows)}, expected one list of channels per head")
     for head, row in enumerate(rows):
         _check_row(f"{name}, head {head}", row)
-    counts = [len(row) for row in rows]
-    for head, count in enumerate(counts):
-        if count != counts[0]:
-            raise ValueError(f"{name}, head {head} keeps {count} channels, head 0 {counts[0]}")
-    return torch.tensor(rows, dtype=torch.int64)
+    return tuple(torch.tensor(row, dtype=torch.int64) for row in rows)
 
 
 def _check_row(where: str, row: list[Any]) -> None:

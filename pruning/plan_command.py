@@ -127,7 +127,9 @@ def summary(plan: "Plan") -> str:
 
     adapter = adapter_for(plan.config_before)
     spaces = {space.name: space for space in adapter.spaces(plan.config_before)}
-    name, width = next(iter(plan.widths.items()))
+    name, widths = next(iter(plan.widths.items()))
+    low, high = min(widths), max(widths)
+    width = str(low) if low == high else f"{low} to {high}"
     before, after = map(adapter.state_bytes, (plan.config_before, plan.config_after))
     return (
         f"{plan.method} keeps {width} of {spaces[name].head_dim} {spaces[name].noun} a head in "

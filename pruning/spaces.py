@@ -2,7 +2,8 @@
 
 A space is a grid of `num_heads` x `head_dim` channels with the list of tensor axes that it indexes.
 Each axis says through a layout where a channel lies along the tensor's dimension, so that one
-selection `kept` of shape [num_heads, k] slices every tensor of the space consistently.
+selection, a row of channels for each head, slices every tensor of the space consistently. Rows may
+differ in length: a budget that is shared by heads gives some of them more channels than others.
 
 The three kinds use the grid so:
 
@@ -21,6 +22,11 @@ from torch import Tensor
 
 Kind = Literal["key", "value", "head"]
 Role = Literal["projection", "convolution", "vector"]
+
+KINDS: tuple[Kind, ...] = ("key", "value", "head")
+
+Kept = tuple[Int64[Tensor, " k_h"], ...]
+"""A selection: for each head of a space the channels to keep, in increasing order."""
 
 
 class Layout(Protocol):
@@ -58,6 +64,40 @@ class HeadMajor:
 
 
 @dataclass(frozen=True)
+class SharedHeads:
+    """Channel c lies at c in every one of `copies` heads: value channels, which share a norm."""
+
+    copies: int
+    head_dim: int
+
+    @property
+    def size(self) -> int:
+        """copies * head_dim."""
+        return self.copies * self.head_dim
+
+    def table(self) -> Int64[Tensor, "1 d m"]:
+        """A position in each head."""
+        return torch.arange(self.size).view(1, self.copies, self.head_dim).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Channel c is the c-th of `count` blocks of `length` positions: a whole head."""
+
+    count: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        """count * length."""
+        return self.count * self.length
+
+    def table(self) -> Int64[Tensor, "1 d m"]:
+        """The positions of each block."""
+        return torch.arange(self.size).view(1, self.count, self.length)
+
+
+@dataclass(frozen=True)
 class Axis:
     """One dimension of one tensor that a space indexes; the tensor is sliced along it."""
 
@@ -90,7 +130,7 @@ class Space:
         return "heads" if self.kind == "head" else f"{self.kind} channels"
 
 
-def positions(axis: Axis, kept: Int64[Tensor, "H k"]) -> Int64[Tensor, " n"]:
+def positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
     """Positions along the axis that survive when `kept` survives, in increasing order.
 
     Args:
@@ -105,33 +145,49 @@ def positions(axis: Axis, kept: Int64[Tensor, "H k"]) -> Int64[Tensor, " n"]:
     return survives.nonzero().squeeze(-1)
 
 
-def dropped_positions(axis: Axis, kept: Int64[Tensor, "H k"]) -> Int64[Tensor, " n"]:
+def dropped_positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
     """Positions along the axis that go when only `kept` survives, in increasing order."""
     table = axis.layout.table()
     dropped = torch.ones(table.shape[:2], dtype=torch.bool)
-    dropped.scatter_(1, kept.cpu(), False)
+    for of_head, channels in zip(dropped, kept, strict=True):
+        of_head[channels.cpu()] = False
     return table[dropped].flatten().sort().values
 
 
-def check_kept(space: Space, kept: Tensor) -> None:
+def rows(kept: Int64[Tensor, "H k"]) -> Kept:
+    """A rectangular selection, as methods make it, as one row a head."""
+    return tuple(kept.cpu())
+
+
+def check_kept(space: Space, kept: Kept) -> None:
     """Raise ValueError unless `kept` is a selection for `space`.
 
-    A selection is int64 of shape [num_heads, k] with 1 <= k <= head_dim, each row strictly
-    increasing within [0, head_dim).
+    A selection has `num_heads` rows of int64, each of 1 to `head_dim` channels, strictly increasing
+    within [0, head_dim).
     """
-    if kept.dtype != torch.int64 or kept.ndim != 2 or kept.shape[0] != space.num_heads:
+    if len(kept) != space.num_heads:
         raise ValueError(
-            f"{space.name}: kept channels are {kept.dtype} of shape {list(kept.shape)}, "
-            f"expected int64 of shape [{space.num_heads}, k]"
+            f"{space.name}: kept channels of {len(kept)} heads, expected {space.num_heads}"
         )
-    check_count(kept.shape[1], space.head_dim, f"{space.noun} of {space.name}")
-    if int(kept.min()) < 0 or int(kept.max()) >= space.head_dim:
+    for head, channels in enumerate(kept):
+        _check_row(space, head, channels)
+
+
+def _check_row(space: Space, head: int, channels: Tensor) -> None:
+    where = f"{space.name}, head {head}"
+    if channels.dtype != torch.int64 or channels.ndim != 1:
         raise ValueError(
-            f"{space.name}: kept channels {int(kept.min())}..{int(kept.max())} leave the range "
+            f"{where}: kept channels are {channels.dtype} of shape {list(channels.shape)}, "
+            "expected int64 of shape [k]"
+        )
+    check_count(len(channels), space.head_dim, f"{space.noun} of {where}")
+    if int(channels.min()) < 0 or int(channels.max()) >= space.head_dim:
+        raise ValueError(
+            f"{where}: kept channels {int(channels.min())}..{int(channels.max())} leave the range "
             f"0..{space.head_dim - 1}"
         )
-    if kept.shape[1] > 1 and int(kept.diff(dim=1).min()) <= 0:
-        raise ValueError(f"{space.name}: kept channels must be strictly increasing in each head")
+    if len(channels) > 1 and int(channels.diff().min()) <= 0:
+        raise ValueError(f"{where}: kept channels must be strictly increasing")
 
 
 def check_count(k: int, available: int, what: str = "channels") -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from flame.errors import UserError
-from pruning.spaces import Space
+from pruning.spaces import Kind, Space
 from pruning.taps import OpCall
 
 
@@ -44,6 +44,8 @@ class Statistic(ABC):
     """Base of all statistics: a subclass declares tensor fields, `source`, `zeros` and `update`."""
 
     source: ClassVar[Source]
+    kinds: ClassVar[tuple[Kind, ...]] = ("key",)
+    """The kinds of spaces that it is summed for."""
 
     @classmethod
     @abstractmethod

@@ -76,9 +76,12 @@ def known_statistics() -> dict[str, type[Statistic]]:
 def zeros(
     spaces: Iterable[Space], kinds: Iterable[type[Statistic]], device: torch.device | str = "cpu"
 ) -> Collected:
-    """Statistics of these kinds for each space, before any token."""
+    """Statistics of these kinds for each space that they are summed for, before any token."""
     kinds = list(kinds)
-    return {space.name: {kind: kind.zeros(space, device) for kind in kinds} for space in spaces}
+    return {
+        space.name: {k: k.zeros(space, device) for k in kinds if space.kind in k.kinds}
+        for space in spaces
+    }
 
 
 def save_statistics(path: Path, collected: Collected, meta: Meta, overwrite: bool = False) -> None:

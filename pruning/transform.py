@@ -9,7 +9,7 @@ merged model it stands for, without training state, which belongs to the adapter
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,10 +140,18 @@ def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[Cut, ...]]:
     cuts: dict[str, tuple[Cut, ...]] = {}
     for space in planned_spaces(plan, config):
         for axis in space.axes:
-            kept = positions(axis, plan.kept[space.name])
-            cut = Cut(axis.dim, axis.layout.size, kept)
-            cuts[axis.fqn] = (*cuts.get(axis.fqn, ()), cut)
+            cut = Cut(axis.dim, axis.layout.size, positions(axis, plan.kept[space.name]))
+            cuts[axis.fqn] = _with_cut(cuts.get(axis.fqn, ()), cut)
     return cuts
+
+
+def _with_cut(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:
+    """`cuts` and another; of a dimension that several spaces cut, what all of them keep is left."""
+    others = tuple(other for other in cuts if other.dim != cut.dim)
+    for other in cuts:
+        if other.dim == cut.dim:
+            cut = replace(cut, kept=cut.kept[torch.isin(cut.kept, other.kept)])
+    return (*others, cut)
 
 
 def write_pruned(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flame.errors import UserError
-from pruning.adapters.interface import Config, Site
+from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     FLOAT32_BYTES,
     check_exact,
@@ -61,7 +61,7 @@ class GatedDeltaNet:
         config = with_defaults(config, DEFAULTS)
         return key_spaces(config, config["num_heads"], config["head_dim"])
 
-    def resize(self, config: Config, widths: dict[str, int]) -> Config:
+    def resize(self, config: Config, widths: Widths) -> Config:
         """A copy of the config with `head_dim` and `expand_v` rewritten."""
         kept = uniform_key_width(self.spaces(config), widths)
         full = with_defaults(config, DEFAULTS)

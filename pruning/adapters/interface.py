@@ -4,11 +4,15 @@
 family's default.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from pruning.spaces import Space
 
 Config = dict[str, Any]
+
+Widths = Mapping[str, tuple[int, ...]]
+"""Kept channels of each head of the planned spaces, by the space's name."""
 
 
 class Site(NamedTuple):
@@ -49,8 +53,8 @@ class Adapter(Protocol):
         """The spaces of the model, by layer; layers without a recurrent state have none."""
         ...
 
-    def resize(self, config: Config, widths: dict[str, int]) -> Config:
-        """A copy of the config for kept channels per space, by space name.
+    def resize(self, config: Config, widths: Widths) -> Config:
+        """A copy of the config for what is kept of the planned spaces.
 
         Raises:
             ValueError: a width is missing, out of range, or not the same everywhere, or a name

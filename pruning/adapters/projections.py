@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from flame.errors import UserError
-from pruning.adapters.interface import Config
+from pruning.adapters.interface import Config, Widths
 from pruning.spaces import Axis, HeadMajor, Space, check_count
 
 FLOAT32_BYTES = 4
@@ -88,7 +88,7 @@ def check_exact(config: Config) -> None:
         )
 
 
-def uniform_key_width(spaces: list[Space], widths: Mapping[str, int]) -> int:
+def uniform_key_width(spaces: list[Space], widths: Widths) -> int:
     """The one width in `widths`, checked against the model's key spaces.
 
     Raises:
@@ -98,10 +98,10 @@ def uniform_key_width(spaces: list[Space], widths: Mapping[str, int]) -> int:
     if sorted(names) != sorted(widths):
         differing = sorted(set(names) ^ set(widths))
         raise ValueError(f"widths and the model's spaces differ: {', '.join(differing)}")
-    distinct = sorted(set(widths.values()))
+    distinct = sorted({width for of_space in widths.values() for width in of_space})
     if len(distinct) != 1:
         raise ValueError(
-            f"key widths {distinct} differ between layers: a stock config has one for all layers"
+            f"key widths {distinct} differ between layers or heads: a stock config has one for all"
         )
     check_count(distinct[0], spaces[0].head_dim, spaces[0].noun)
     return distinct[0]

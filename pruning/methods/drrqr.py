@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pruning.linalg import check_bound, strong_rrqr
 from pruning.methods.interface import Statistics, Weights, option
-from pruning.spaces import Space, check_count
+from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import QueryKeyGram, Statistic
 
 
@@ -21,6 +21,7 @@ class DeltaRuleRRQR:
     """
 
     name: ClassVar[str] = "drrqr"
+    kinds: ClassVar[tuple[Kind, ...]] = ("key",)
     needs: ClassVar[tuple[type[Statistic], ...]] = (QueryKeyGram,)
 
     f: float = option(1.5, "bound of the strong rank-revealing QR, above 1; lower is tighter")

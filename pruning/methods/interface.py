@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from pruning.spaces import Space, check_count
+from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import Statistic
 
 Statistics = Mapping[type[Statistic], Statistic]
@@ -19,14 +19,22 @@ class Method(Protocol):
     """A frozen dataclass that chooses the channels of a space to keep.
 
     Its fields are its hyper-parameters and its command-line options (`option` declares them). A
-    method may also have `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for
-    channels that matter more and comparable between the spaces of a model; shared budgets need it.
+    method may also have
+
+    - `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for channels that
+      matter more and comparable between the spaces of a model; shared budgets need it;
+    - `project(space, k, weights, statistics) -> dict[str, Tensor]`: tensors of the pruned size that
+      take the place of sliced ones, where the method mixes channels and `select` returns the first
+      k of the mixed ones;
+    - `notes(config, kinds) -> list[str]`: sentences that a user must read beside the plan.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     name: ClassVar[str]
     """The name in METHODS and on the command line."""
+    kinds: ClassVar[tuple[Kind, ...]]
+    """The kinds of spaces that it chooses in."""
     needs: ClassVar[tuple[type[Statistic], ...]]
     """The statistics that it chooses from; with none, no data is read."""
 

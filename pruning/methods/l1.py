@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.methods.interface import Statistics, Weights, top_channels
-from pruning.spaces import Axis, Space
+from pruning.spaces import KINDS, Axis, Kind, Space
 from pruning.statistics import Statistic
 
 
@@ -20,6 +20,7 @@ class L1:
     """
 
     name: ClassVar[str] = "l1"
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
 
     def select(

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from pruning.methods.interface import Statistics, Weights, option
-from pruning.spaces import Space, check_count
+from pruning.spaces import KINDS, Kind, Space, check_count
 from pruning.statistics import Statistic
 
 
@@ -22,6 +22,7 @@ class Random:
     """
 
     name: ClassVar[str] = "random"
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
 
     seed: int = option(0, "seed of the random permutations")

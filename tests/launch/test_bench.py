@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bench")
     for family, config in FAMILIES.items():
         spaces = adapter_for(config).spaces(config)
-        half = adapter_for(config).resize(config, {space.name: 16 for space in spaces})
+        half = adapter_for(config).resize(config, {s.name: (16,) * s.num_heads for s in spaces})
         write_hf(root / family, config, weights(config))
         write_hf(root / f"{family}_half", half, weights(half))
     return root

@@ -11,7 +11,7 @@ from torch import Tensor
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS, TIED, adapter_for
 from pruning.adapters.projections import expansion
-from pruning.spaces import Space, positions
+from pruning.spaces import Kept, Space, positions
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 KEPT = 5
@@ -22,13 +22,18 @@ def shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def selections(spaces: list[Space], k: int) -> Iterator[tuple[Space, Tensor]]:
+def selections(spaces: list[Space], k: int) -> Iterator[tuple[Space, Kept]]:
     for space in spaces:
         generator = torch.Generator().manual_seed(space.layer)
         order = [
             torch.randperm(space.head_dim, generator=generator) for _ in range(space.num_heads)
         ]
-        yield space, torch.stack(order)[:, :k].sort(dim=1).values
+        yield space, tuple(row[:k].sort().values for row in order)
+
+
+def widths(spaces: list[Space], k: int) -> dict[str, tuple[int, ...]]:
+    """k channels of every head."""
+    return {space.name: (k,) * space.num_heads for space in spaces}
 
 
 def sliced(state: dict[str, Tensor], spaces: list[Space], k: int) -> dict[str, Tensor]:
@@ -59,7 +64,7 @@ def test_resized_models_have_exactly_the_sliced_shapes(name: str) -> None:
             removed = table[:, KEPT:].numel()
             expected[axis.fqn][axis.dim] -= removed
     before = copy.deepcopy(config)
-    resized = adapter.resize(config, {space.name: KEPT for space in spaces})
+    resized = adapter.resize(config, widths(spaces, KEPT))
     assert config == before
     assert shapes(resized) == expected
     assert {space.head_dim for space in adapter.spaces(resized)} == {KEPT}
@@ -72,7 +77,7 @@ def test_sliced_weights_load_into_the_resized_model(name: str) -> None:
     adapter = adapter_for(config)
     spaces = adapter.spaces(config)
     state = sliced(build(config).state_dict(), spaces, KEPT)
-    resized = build(adapter.resize(config, {space.name: KEPT for space in spaces}))
+    resized = build(adapter.resize(config, widths(spaces, KEPT)))
     resized.load_state_dict(state, strict=True)
 
 
@@ -81,7 +86,7 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
     spaces = adapter.spaces(config)
-    assert adapter.resize(config, {space.name: space.head_dim for space in spaces}) == config
+    assert adapter.resize(config, widths(spaces, spaces[0].head_dim)) == config
     state = build(config).state_dict()
     for key, tensor in sliced(state, spaces, spaces[0].head_dim).items():
         assert torch.equal(tensor, state[key])
@@ -107,17 +112,19 @@ def test_convolutions_are_axes_where_there_are_any(name: str) -> None:
 def test_wrong_widths_are_refused(name: str) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
-    names = [space.name for space in adapter.spaces(config)]
-    d = adapter.spaces(config)[0].head_dim
+    spaces = adapter.spaces(config)
+    name, d = spaces[0].name, spaces[0].head_dim
     for k in (0, -1, d + 1):
         with pytest.raises(ValueError, match=f"keep {k} of {d} key channels"):
-            adapter.resize(config, dict.fromkeys(names, k))
+            adapter.resize(config, widths(spaces, k))
     with pytest.raises(ValueError, match=r"\[4, 5\] differ between layers"):
-        adapter.resize(config, dict.fromkeys(names, 5) | {names[0]: 4})
-    with pytest.raises(ValueError, match=names[0]):
-        adapter.resize(config, dict.fromkeys(names[1:], 5))
+        adapter.resize(config, widths(spaces, 5) | widths(spaces[:1], 4))
+    with pytest.raises(ValueError, match=r"\[4, 5\] differ between layers or heads"):
+        adapter.resize(config, widths(spaces, 5) | {name: (4, 5)})
+    with pytest.raises(ValueError, match=name):
+        adapter.resize(config, widths(spaces[1:], 5))
     with pytest.raises(ValueError, match="layers.9.key"):
-        adapter.resize(config, dict.fromkeys(names, 5) | {"layers.9.key": 5})
+        adapter.resize(config, widths(spaces, 5) | {"layers.9.key": (5,)})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -163,7 +170,7 @@ def test_delta_net_knobs_round_trip_for_every_width() -> None:
         adapter = ADAPTERS["delta_net"]
         spaces = adapter.spaces(config)
         for k in range(1, spaces[0].head_dim):
-            resized = adapter.resize(config, {space.name: k for space in spaces})
+            resized = adapter.resize(config, widths(spaces, k))
             assert int(hidden * resized["expand_k"]) == heads * k
             assert adapter.spaces(resized)[0].head_dim == k
 
@@ -175,7 +182,7 @@ def test_gated_deltanet_keeps_its_value_width() -> None:
         config["expand_v"] = expand_v
         spaces = adapter.spaces(config)
         for k in range(1, head_dim):
-            resized = adapter.resize(config, {space.name: k for space in spaces})
+            resized = adapter.resize(config, widths(spaces, k))
             assert int(k * resized["expand_v"]) == int(head_dim * expand_v)
 
 

@@ -112,7 +112,7 @@ def test_a_method_without_needs_reads_no_data(
 def test_widths_follow_ratio_and_multiple(flags: list[str], width: int, tmp_path: Path) -> None:
     model = write_hf(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
     stage("plan_command", model, tmp_path / "plan.json", "--method", "l1", *flags)
-    assert set(read_plan(tmp_path / "plan.json").widths.values()) == {width}
+    assert set(read_plan(tmp_path / "plan.json").widths.values()) == {(width, width)}
 
 
 def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:

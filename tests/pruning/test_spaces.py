@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.spaces import Axis, HeadMajor, Layout, Space, check_kept, dropped_positions, positions
+from pruning.spaces import (
+    Axis,
+    Blocks,
+    HeadMajor,
+    Kept,
+    Layout,
+    SharedHeads,
+    Space,
+    check_kept,
+    dropped_positions,
+    positions,
+    rows,
+)
 
 
 @dataclass(frozen=True)
@@ -43,22 +55,12 @@ class InterleavedKeys:
         return rows.view(self.num_heads, 2, self.head_dim).transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class SharedByHeads:
-    """One row of value channels; channel c lies at c in every head."""
-
-    num_heads: int
-    head_dim: int
-
-    @property
-    def size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    def table(self) -> Tensor:
-        return torch.arange(self.size).view(self.num_heads, self.head_dim).T[None]
+def kept_of(*rows: list[int]) -> Kept:
+    return tuple(torch.tensor(row, dtype=torch.int64) for row in rows)
 
 
-KEPT = torch.tensor([[0, 2], [1, 3]])
+KEPT = kept_of([0, 2], [1, 3])
+RAGGED = kept_of([0, 2, 3], [1])
 
 
 @pytest.mark.parametrize(
@@ -67,10 +69,13 @@ KEPT = torch.tensor([[0, 2], [1, 3]])
         (HeadMajor(2, 4), KEPT, [0, 2, 5, 7]),
         (HouseholderBlocks(2, 2, 4), KEPT, [0, 2, 5, 7, 8, 10, 13, 15]),
         (InterleavedKeys(2, 4, 1), KEPT, [0, 2, 4, 6, 8, 10, 12, 14, 16, 17]),
-        (SharedByHeads(3, 4), torch.tensor([[1, 2]]), [1, 2, 5, 6, 9, 10]),
+        (SharedHeads(3, 4), kept_of([1, 2]), [1, 2, 5, 6, 9, 10]),
+        (Blocks(4, 3), kept_of([0, 2]), [0, 1, 2, 6, 7, 8]),
+        (HeadMajor(2, 4), RAGGED, [0, 2, 3, 5]),
+        (HouseholderBlocks(2, 2, 4), RAGGED, [0, 2, 3, 5, 8, 10, 11, 13]),
     ],
 )
-def test_surviving_positions_by_layout(layout: Layout, kept: Tensor, expected: list[int]) -> None:
+def test_surviving_positions_by_layout(layout: Layout, kept: Kept, expected: list[int]) -> None:
     axis = Axis("weight", 0, layout)
     assert positions(axis, kept).tolist() == expected
     gone = dropped_positions(axis, kept).tolist()
@@ -85,25 +90,27 @@ def test_slicing_equals_selecting_in_each_head() -> None:
 
 
 def test_keeping_everything_keeps_every_position() -> None:
-    everything = torch.arange(4).repeat(2, 1)
+    everything = rows(torch.arange(4).repeat(2, 1))
     assert positions(Axis("weight", 0, HeadMajor(2, 4)), everything).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        (torch.tensor([[0, 1]]), r"shape \[1, 2\], expected int64 of shape \[2, k\]"),
-        (KEPT.int(), "int32"),
-        (KEPT[:, :0], "cannot keep 0 of 4 key channels of layers.0.key"),
-        (torch.arange(5).repeat(2, 1), "cannot keep 5 of 4"),
-        (torch.tensor([[0, 4], [1, 2]]), r"leave the range 0\.\.3"),
-        (torch.tensor([[-1, 2], [1, 2]]), r"leave the range 0\.\.3"),
-        (torch.tensor([[2, 2], [1, 2]]), "strictly increasing"),
-        (torch.tensor([[0, 1], [2, 1]]), "strictly increasing"),
+        (KEPT[:1], "kept channels of 1 heads, expected 2"),
+        ((KEPT[0], KEPT[1].int()), r"head 1: kept channels are torch.int32 of shape \[2\]"),
+        ((KEPT[0], KEPT[1][None]), r"of shape \[1, 2\], expected int64 of shape \[k\]"),
+        (kept_of([0], []), "cannot keep 0 of 4 key channels of layers.0.key, head 1"),
+        (kept_of([0], [0, 1, 2, 3, 4]), "cannot keep 5 of 4"),
+        (kept_of([0, 4], [1, 2]), r"leave the range 0\.\.3"),
+        (kept_of([-1, 2], [1, 2]), r"leave the range 0\.\.3"),
+        (kept_of([2, 2], [1, 2]), "strictly increasing"),
+        (kept_of([0, 1], [2, 1]), "strictly increasing"),
     ],
 )
-def test_what_is_no_selection_is_refused(kept: Tensor, message: str) -> None:
+def test_what_is_no_selection_is_refused(kept: Kept, message: str) -> None:
     space = Space("layers.0.key", "key", 0, 2, 4, ())
     check_kept(space, KEPT)
+    check_kept(space, RAGGED)
     with pytest.raises(ValueError, match=message):
         check_kept(space, kept)
