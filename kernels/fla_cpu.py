@@ -4,8 +4,9 @@ Three kinds of entry point:
 
 - Where fla dispatches, the operators are registered in `fla.backends` with a verifier that accepts
   CPU tensors only, so tensors of an accelerator go on to fla's own kernels.
-- The delta rule, and the recurrent operators, do not dispatch in fla 0.6.0. They get fla's own
-  dispatcher here, and every fla module that holds the bare function gets the dispatching one.
+- The delta rule, the delta product and the recurrent operators do not dispatch in fla 0.6.0. They
+  get fla's own dispatcher here, and every fla module that holds the bare function gets the
+  dispatching one.
 - `FusedCrossEntropyLoss.forward` asserts an accelerator before it calls anything that dispatches:
   for CPU tensors the same computation runs without the assertion.
 """
@@ -18,7 +19,16 @@ from typing import Any
 from fla.backends import BaseBackend, dispatch, register
 from torch import Tensor
 
-from kernels import activations, cross_entropy, delta_rule, gated_delta_rule, norms, short_conv
+from kernels import (
+    activations,
+    cross_entropy,
+    delta_rule,
+    gated_delta_product,
+    gated_delta_rule,
+    kda,
+    norms,
+    short_conv,
+)
 
 
 class CpuBackend(BaseBackend):
@@ -34,10 +44,17 @@ class GatedDeltaRuleCpuBackend(CpuBackend):
     chunk_gated_delta_rule = staticmethod(gated_delta_rule.chunk_gated_delta_rule)
 
 
+class KdaCpuBackend(CpuBackend):
+    """The gate only: fla asks this registry for the parts of its own operator too."""
+
+    fused_kda_gate = staticmethod(kda.fused_kda_gate)
+
+
 @cache
 def install() -> None:
     """Make fla's models run on CPU tensors; calling it again does nothing."""
     register("gated_delta_rule", verifier=_accepts_cpu)(GatedDeltaRuleCpuBackend)
+    register("kda", verifier=_accepts_cpu)(KdaCpuBackend)
     for entry, implementation in _dispatched():
         register(entry, backend=CpuBackend, verifier=_accepts_cpu)(implementation)
     for entry, implementation in _undispatched():
@@ -59,9 +76,11 @@ def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
     from fla.modules.fused_cross_entropy import ops as fla_loss
     from fla.modules.fused_linear_cross_entropy import ops as fla_linear_loss
     from fla.modules.norm import fused_norm_gate, l2norm, layernorm
+    from fla.ops.kda import chunk_kda
 
     found: list[tuple[Any, Callable[..., Any]]] = [
         (fla_conv.causal_conv1d_update_states, short_conv.causal_conv1d_states),
+        (chunk_kda, kda.chunk_kda),
     ]
     pairs = [
         (fla_conv, short_conv, ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"]),
@@ -80,7 +99,9 @@ def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
 def _undispatched() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
     """Return the operators that fla calls directly, each with ours."""
     from fla.ops import delta_rule as fla_delta
+    from fla.ops import gated_delta_product as fla_product
     from fla.ops import gated_delta_rule as fla_gated
+    from fla.ops import kda as fla_kda
 
     return [
         (fla_delta.chunk_delta_rule, delta_rule.chunk_delta_rule),
@@ -89,6 +110,8 @@ def _undispatched() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
             fla_gated.fused_recurrent_gated_delta_rule,
             gated_delta_rule.fused_recurrent_gated_delta_rule,
         ),
+        (fla_product.chunk_gated_delta_product, gated_delta_product.chunk_gated_delta_product),
+        (fla_kda.fused_recurrent_kda, kda.fused_recurrent_kda),
     ]
 
 

@@ -5,6 +5,7 @@ N documents.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from kernels.gated_delta_rule.wy import chunked_delta_rule
 
 CHUNK_SIZES = (16, 32, 64)
 L2_EPS = 1e-6
+
+ChunkedRule = Callable[..., tuple[Tensor, Tensor]]
+"""q, k, v, beta, log-decays and initial states in chunks, and the layout's `alive`, to outputs and
+final states, as `chunked_delta_rule`."""
 
 
 def chunk_gated_delta_rule(
@@ -55,7 +60,7 @@ def chunk_gated_delta_rule(
     """
     if cp_context is not None:
         raise NotImplementedError("context parallelism has no CPU path: leave cp_context out")
-    state_v_first = _state_layout(state_v_first, kwargs)
+    state_v_first = state_layout(state_v_first, kwargs)
     beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     if kwargs.get("use_gate_in_kernel", False):
         g = log_decay(g, kwargs.get("A_log"), kwargs.get("dt_bias"))
@@ -80,7 +85,7 @@ def delta_rule(
     k: Float[Tensor, "B T Hk K"],
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
-    g: Float[Tensor, "B T H"] | None,
+    g: Float[Tensor, "B T H *K"] | None,
     *,
     scale: float | None,
     initial_state: Tensor | None,
@@ -89,10 +94,12 @@ def delta_rule(
     state_v_first: bool,
     cu_seqlens: Tensor | None,
     chunk_size: int | None = None,
+    rule: ChunkedRule = chunked_delta_rule,
 ) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
     """Run the delta rule on ready `beta` and log-decay `g` (None: no decay).
 
-    The common core of the gated and the plain operator; see `chunk_gated_delta_rule`.
+    The common core of all operators; see `chunk_gated_delta_rule`. `rule` is what runs on chunks:
+    another one where each key channel has a decay of its own.
     """
     lengths = document_lengths(q.shape[0], q.shape[1], cu_seqlens)
     _check(q, k, v, initial_state, len(lengths), chunk_size)
@@ -107,7 +114,7 @@ def delta_rule(
     queries, keys = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in parts[:2])
     initial = _initial_state(initial_state, layout, parts[2], keys, state_v_first)
     rate = _mask(parts[3], layout)
-    out, final = chunked_delta_rule(queries, keys, parts[2], rate, gates, initial, layout.alive)
+    out, final = rule(queries, keys, parts[2], rate, gates, initial, layout.alive)
     o = from_chunks(out, layout, v.shape).to(v.dtype)
     return o, _final_state(final, layout, state_v_first) if output_final_state else None
 
@@ -146,10 +153,10 @@ def _chunk_size(lengths: tuple[int, ...]) -> int:
     return 32 if sum(lengths) > 32 * len(lengths) else 16
 
 
-def _mask(x: Float[Tensor, "chunks H C"], layout: ChunkLayout) -> Tensor:
+def _mask(x: Float[Tensor, "chunks H C *K"], layout: ChunkLayout) -> Tensor:
     if not layout.padded:
         return x
-    filled = layout.filled.view(layout.chunks, 1, layout.size)
+    filled = layout.filled.view(layout.chunks, 1, layout.size, *[1] * (x.ndim - 3))
     return x.masked_fill(~filled, 0)
 
 
@@ -167,16 +174,17 @@ def _final_state(final: Tensor, layout: ChunkLayout, state_v_first: bool) -> Ten
     return final.transpose(-1, -2).contiguous() if state_v_first else final
 
 
-def _state_layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
+def state_layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
+    """Return whether states are value first, by the flag or its old name; refuse head_first."""
     if "head_first" in kwargs:
         raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
-    if "transpose_state_layout" not in kwargs:
+    if "transposestate_layout" not in kwargs:
         return state_v_first
     if state_v_first:
-        raise ValueError("give state_v_first or its old name transpose_state_layout, not both")
-    message = "transpose_state_layout is now state_v_first"
+        raise ValueError("give state_v_first or its old name transposestate_layout, not both")
+    message = "transposestate_layout is now state_v_first"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
-    return bool(kwargs["transpose_state_layout"])
+    return bool(kwargs["transposestate_layout"])
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The delta rule one token at a time, for decoding; longer inputs go to the chunked form."""
+"""The delta rule token by token, for decoding; longer inputs go to the chunked form."""
 
 from typing import Any
 
@@ -7,13 +7,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.gated_delta_rule.chunk import (
-    _state_layout,
+    ChunkedRule,
     compute_dtype,
     delta_rule,
     gate_beta,
     l2_normalize,
     log_decay,
+    state_layout,
 )
+from kernels.gated_delta_rule.wy import chunked_delta_rule
+
+MAX_STEPS = 4
+"""Up to this many tokens a document, the steps of a delta product among them, run one by one."""
 
 
 def fused_recurrent_gated_delta_rule(
@@ -44,7 +49,7 @@ def fused_recurrent_gated_delta_rule(
     """
     if gk is not None or gv is not None or (beta is not None and beta.ndim == v.ndim):
         raise NotImplementedError("the CPU path has one decay and one beta a head: no gk, gv")
-    state_v_first = _state_layout(state_v_first, kwargs)
+    state_v_first = state_layout(state_v_first, kwargs)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     if use_gate_in_kernel:
@@ -79,9 +84,11 @@ def recurrent_delta_rule(
     normalize: bool,
     state_v_first: bool,
     cu_seqlens: Tensor | None,
+    rule: ChunkedRule = chunked_delta_rule,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one step where every document has one token, else the chunked form."""
-    if not _one_token_each(q, cu_seqlens):
+    """Run token by token where every document has the same few tokens, else the chunked form."""
+    steps = _equal_length(q, cu_seqlens)
+    if not 1 <= steps <= MAX_STEPS:
         return delta_rule(
             q,
             k,
@@ -94,20 +101,27 @@ def recurrent_delta_rule(
             normalize=normalize,
             state_v_first=state_v_first,
             cu_seqlens=cu_seqlens,
+            rule=rule,
         )
-    queries, keys, values, rates = (x.flatten(0, 1) for x in (q, k, v, beta))
-    decays = None if g is None else g.flatten(0, 1)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    flags = (scale, initial_state, normalize, state_v_first)
-    out, state = _step(queries, keys, values, rates, decays, *flags)
-    return out.view(v.shape).to(v.dtype), state if output_final_state else None
+    inputs = (q, k, v, beta) if g is None else (q, k, v, beta, g)
+    state, outs = initial_state, []
+    for token in zip(*(x.reshape(-1, steps, *x.shape[2:]).unbind(1) for x in inputs), strict=True):
+        decay = None if g is None else token[4]
+        out, state = _step(*token[:4], decay, scale, state, normalize, state_v_first)
+        outs.append(out)
+    o = torch.stack(outs, 1).view(v.shape).to(v.dtype)
+    return o, state if output_final_state else None
 
 
-def _one_token_each(q: Tensor, cu_seqlens: Tensor | None) -> bool:
-    batch, tokens = q.shape[:2]
+def _equal_length(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return the number of tokens of every document, 0 where they differ or do not fit."""
     if cu_seqlens is None:
-        return tokens == 1
-    return batch == 1 and len(cu_seqlens) == tokens + 1 and bool((cu_seqlens.diff() == 1).all())
+        return q.shape[1]
+    bounds = cu_seqlens.tolist()
+    length = q.shape[1] // max(len(bounds) - 1, 1)
+    fits = q.shape[0] == 1 and bounds == list(range(0, q.shape[1] + 1, length or 1))
+    return length if fits else 0
 
 
 def _step(
@@ -115,7 +129,7 @@ def _step(
     k: Float[Tensor, "N Hk K"],
     v: Float[Tensor, "N H V"],
     beta: Float[Tensor, "N H"],
-    g: Float[Tensor, "N H"] | None,
+    g: Float[Tensor, "N H *K"] | None,
     scale: float,
     state: Tensor | None,
     normalize: bool,
@@ -129,7 +143,8 @@ def _step(
     value = v.to(dtype).unsqueeze(-1)
     state = _value_first(state, value, key, state_v_first)
     if g is not None:
-        state = state * g.to(dtype).exp()[..., None, None]
+        decay = g.to(dtype).exp()
+        state = state * (decay[..., None, None] if g.ndim == 2 else decay.unsqueeze(-2))
     change = (value - state @ key) * beta.to(dtype)[..., None, None]
     state = state + change * key.transpose(-1, -2)
     out = (state @ query).squeeze(-1)

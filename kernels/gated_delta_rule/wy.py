@@ -61,7 +61,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         alive: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         rate, decays = beta.unsqueeze(-1), _decays(g, k)
-        inverse = _inverse(((k * rate) @ k.mT).mul_(decays.pairs))
+        inverse = unit_lower_inverse(((k * rate) @ k.mT).mul_(decays.pairs))
         solved = inverse @ torch.cat([v * rate, _times(k * rate, decays.start)], -1)
         u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
         k_end = _times(k, decays.end)
@@ -130,7 +130,7 @@ def _decays(g: Float[Tensor, "chunks H C"] | None, like: Float[Tensor, "chunks H
     return _Decays(pairs, start, end, start[..., -1:, :])
 
 
-def _inverse(lower: Float[Tensor, "chunks H C C"]) -> Float[Tensor, "chunks H C C"]:
+def unit_lower_inverse(lower: Float[Tensor, "chunks H C C"]) -> Float[Tensor, "chunks H C C"]:
     """Return `(I + L)^-1` for the strict lower triangle L of `lower`, the rest of it not read."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(

@@ -1,0 +1,96 @@
+"""The delta rule with a decay per key channel, all chunks of all documents at once.
+
+The WY form of `kernels.gated_delta_rule.wy` with the decays inside the products, `*` by channel:
+
+    A = strict_lower(beta (K K)_decayed)    T = (I + A)^-1    [U, W] = T [beta V, beta e^G * K]
+    O = (e^G * Q) S + (Q K)_decayed V_new   V_new, S from the recurrence, S' = e^G_C * S + ...
+
+`pairs.py` has the decayed products and their gradients. The backward is written by hand, and the
+gradient of each decay's logarithm is the gradient of the decay times the decay.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.gated_delta_rule.recurrence import carry_gradients, carry_states
+from kernels.gated_delta_rule.wy import unit_lower_inverse
+from kernels.kda import pairs
+
+
+def chunked_kda(
+    q: Float[Tensor, "chunks H C K"],
+    k: Float[Tensor, "chunks H C K"],
+    v: Float[Tensor, "chunks H C V"],
+    beta: Float[Tensor, "chunks H C"],
+    g: Float[Tensor, "chunks H C K"],
+    initial: Float[Tensor, "N H K V"],
+    alive: tuple[int, ...],
+) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "N H K V"]]:
+    """Return the outputs and the final states; `q` is scaled already.
+
+    Log-decays `g` are at most 0 and in the dtype of q. Once differentiable.
+    """
+    return _ChunkedKda.apply(q, k, v, beta, g.to(q.dtype), initial, alive)
+
+
+class _ChunkedKda(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor,
+        initial: Tensor,
+        alive: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        rate, decays = beta.unsqueeze(-1), pairs.decays(g)
+        scores, products = pairs.pair_products(q, k, decays.levels)
+        inverse = unit_lower_inverse(products * rate)
+        solved = inverse @ torch.cat([v, k * decays.start], -1).mul_(rate)
+        u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+        whole = decays.start[..., -1, :].unsqueeze(-1)
+        v_new, states, final = carry_states(u, w, k * decays.end, whole, initial, alive)
+        out = scores @ v_new
+        out += (q * decays.start) @ states
+        levels = [x for level in decays.levels for x in level]
+        ctx.save_for_backward(
+            q, k, v, beta, inverse, solved, states, v_new, scores, products,
+            decays.start, decays.end, *levels,
+        )  # fmt: skip
+        ctx.alive = alive
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        # Under activation checkpointing the saved tensors can be unpacked only once.
+        q, k, v, beta, inverse, solved, states, v_new, scores, products, *saved = ctx.saved_tensors
+        start, end, *flat = saved
+        levels = tuple(pairs.Level(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+        rate, dout, whole = beta.unsqueeze(-1), dout.contiguous(), start[..., -1, :].unsqueeze(-1)
+        dq_start, w = dout @ states.mT, solved[..., v.shape[-1] :]
+        du, dafter, dinitial = carry_gradients(
+            scores.mT @ dout, (q * start).mT @ dout, dfinal, w, k * end, whole, ctx.alive
+        )
+        dright = inverse.mT @ torch.cat([du, (du @ states.mT).neg_()], -1)
+        dv_rate, dk_rate = dright.split([v.shape[-1], k.shape[-1]], -1)
+        # the gradient of the system, negated, strictly lower
+        dsystem = (dright @ solved.mT).tril_(-1).neg_()
+        dscores = dout @ v_new.mT
+        found = pairs.pair_products_backward(q, k, levels, dscores, dsystem * rate)
+        drate = (dsystem.mul_(products)).sum(-1) + (dv_rate * v).sum(-1)
+        drate += (dk_rate * k * start).sum(-1)
+        dq_start.mul_(start)
+        dk_start = (dk_rate * rate).mul_(start)
+        dk_end = (v_new @ dafter.mT).mul_(end)
+        dlog_start = (dq_start * q).addcmul_(dk_start, k)
+        dlog_start[..., -1, :] += (dafter * states).sum(-1) * start[..., -1, :]
+        dg = pairs.decays_backward(dlog_start, dk_end * k, found.dlevels)
+        diagonal = dscores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        dq = (found.dq + dq_start).addcmul_(diagonal, k)
+        dk = (found.dk_right + found.dk_left).add_(dk_start).add_(dk_end).addcmul_(diagonal, q)
+        return dq, dk, dv_rate * rate, drate, dg, dinitial, None
