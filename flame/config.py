@@ -1,7 +1,8 @@
 """The recipe: torchtitan's job configuration plus the sections of this project.
 
 A recipe is TOML with torchtitan's sections and conventions (`--section.key value` overrides). Ours
-are `[model]` (replaced), `[data]` and `[lora]`; defaults that lose data in torchtitan are changed.
+are `[model]` (replaced), `[data]`, `[lora]`, `[trainable]` and `[distill]`; defaults that lose data
+in torchtitan are changed.
 """
 
 import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
@@ -52,7 +53,13 @@ class Lora:
     """Scale of the adapters: the update is `alpha / rank * B @ A`."""
 
     dropout: float = 0.0
-    """Dropout before the adapters' down-projection."""
+    """Dropout before the adapters' down-projection; its draws follow from seed, step and rank."""
+
+    dora: bool = False
+    """Train magnitude and direction apart (DoRA, arXiv 2402.09353): a length per row beside."""
+
+    bias: str = "none"
+    """Biases trained beside the adapters, as in peft: `none`, `all` or `lora_only` (of targets)."""
 
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
     """Linear modules that get an adapter, by the last part of their name."""
@@ -60,8 +67,40 @@ class Lora:
     train_also: list[str] = field(default_factory=lambda: ["conv1d", "norm", "bias"])
     """Parameters trained in full beside the adapters: those whose name contains one of these."""
 
+    init: str = ""
+    """Start from these adapters: a peft folder or a LoRA run of the same base; else A random, B 0."""
+
     merge: bool = True
-    """Write the merged model as a Hugging Face folder `merged/` at the end of training."""
+    """Write the merged model as a run folder `merged/` in the run at the end of training."""
+
+
+@dataclass
+class Trainable:
+    modules: list[str] = field(default_factory=list)
+    """Train only the parameters whose name contains one of these; empty: all. For rank 0."""
+
+
+@dataclass
+class Distill:
+    """Loss: `ce_weight · CE + weight · T² · KL(teacher ‖ student) + hidden_weight · hidden`."""
+
+    teacher: str = ""
+    """Model to learn from: a run, step, Hugging Face folder or hub name; empty for none."""
+
+    temperature: float = 2.0
+    """T: both models' logits are divided by it before the softmax."""
+
+    weight: float = 1.0
+    """Weight of T² · KL(teacher ‖ student)."""
+
+    ce_weight: float = 1.0
+    """Weight of the cross entropy with the text; 1 without a teacher."""
+
+    hidden_weight: float = 0.0
+    """Weight of the distance of the layers' outputs from the teacher's (`flame.objective`)."""
+
+    chunk_tokens: int = 0
+    """Tokens whose logits exist together, teacher or not; 0: what makes 2²⁵ logits."""
 
 
 @dataclass
@@ -104,6 +143,8 @@ class JobConfig(titan.JobConfig):
     model: Model = field(default_factory=Model)
     data: DataConfig = field(default_factory=DataConfig)
     lora: Lora = field(default_factory=Lora)
+    trainable: Trainable = field(default_factory=Trainable)
+    distill: Distill = field(default_factory=Distill)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
