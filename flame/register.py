@@ -6,7 +6,7 @@ Importing has side effects, on purpose; they are idempotent:
   of that name is installed, which as a regular package would hide it;
 - fla's operators get a CPU path (`kernels.fla_cpu`); tensors of an accelerator go on to fla's own
   kernels;
-- model classes of this project are registered with `AutoModel` (there are none yet).
+- model classes of this project (`flame.models`) are registered with transformers' Auto classes.
 
 It imports fla, which imports transformers, and nothing of torchtitan.
 """
@@ -42,6 +42,7 @@ def register() -> None:
     _join_kernels()
     _import_fla()
     importlib.import_module("kernels.fla_cpu").install()
+    importlib.import_module("flame.models").register_classes()
 
 
 register()

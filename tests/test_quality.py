@@ -14,8 +14,8 @@ LAYERS = ("kernels", "flame", "pruning", "launch")
 """Our packages: each may import itself and those before it."""
 
 FLAME_FOR_PRUNING = {
-    "checkpoint", "config", "data", "distributed", "errors", "model", "output", "progress",
-    "recipe", "register",
+    "checkpoint", "config", "data", "distributed", "errors", "model", "models", "output",
+    "progress", "recipe", "register",
 }  # fmt: skip
 """Modules of flame that pruning may use: what it reads, writes and says, not how flame trains."""
 

@@ -4,10 +4,16 @@ from flame.errors import UserError
 from pruning.adapters.delta_net import DeltaNet
 from pruning.adapters.gated_deltanet import GatedDeltaNet
 from pruning.adapters.interface import Adapter, Config
+from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET
+
+PRUNED: dict[str, Adapter] = {
+    adapter.model_type: adapter for adapter in (SLIM_DELTA_NET, SLIM_GATED_DELTANET)
+}
+"""Families that pruning makes: measured and tapped like any other, but not pruned again."""
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter for adapter in (DeltaNet(), GatedDeltaNet())
-}
+} | PRUNED
 
 TIED: dict[str, str] = {
     "kimi_linear": "linear_head_dim is both its key and its value width",
@@ -34,7 +40,7 @@ def adapter_for(config: Config) -> Adapter:
 
 
 def _refusal(model_type: object) -> str:
-    known = ", ".join(sorted(ADAPTERS))
+    known = ", ".join(sorted(set(ADAPTERS) - set(PRUNED)))
     if model_type is None:
         return f"config has no model_type: pruning knows the families {known}"
     if isinstance(model_type, str) and model_type in TIED:

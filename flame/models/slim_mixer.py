@@ -1,0 +1,190 @@
+"""What the ragged mixers have in common: one delta-rule call for each distinct key width.
+
+The tensors have the names and the order of rows of fla's layers, so that pruning writes them by
+slicing. Heads of equal key width share a call; a layer whose heads all agree makes the one call of
+fla's layer, on the same tensors. The cached state of a layer with several widths is a tuple with
+one tensor for each, the narrowest first: as many bytes as the widths say, and fla's cache reorders,
+repeats and selects it like any other.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from fla.layers.utils import (
+    get_layer_cache,
+    repad_hidden_states,
+    unpad_hidden_states,
+    update_layer_cache,
+)
+from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flame.models.head_groups import gather_heads, gather_keys, head_groups, merge_heads
+from flame.models.widths import LayerWidths
+
+CUDA_KEYS = range(16, 257)
+"""Key widths that fla's CUDA kernels take."""
+
+State: TypeAlias = Tensor | tuple[Tensor, ...] | None
+
+
+class SlimMixer(nn.Module):
+    """A delta-rule layer whose key heads have key widths of their own."""
+
+    def __init__(self, config: Any, layer_idx: int, widths: LayerWidths) -> None:
+        super().__init__()
+        self.layer_idx, self.widths = layer_idx, widths
+        self.groups = head_groups(widths.keys)
+        self.mode, self.hidden_size = config.attn_mode, config.hidden_size
+        self.use_short_conv, self.use_gate = config.use_short_conv, config.use_gate
+        self.allow_neg_eigval = config.allow_neg_eigval
+        rows = {"q": widths.key_rows, "k": widths.key_rows, "v": widths.value_rows}
+        for name, size in rows.items():
+            setattr(self, f"{name}_proj", nn.Linear(self.hidden_size, size, bias=False))
+        self.add_gates(config)
+        if self.use_short_conv:
+            for name, size in rows.items():
+                activation = self.convolution_activation(name)
+                convolution = ShortConvolution(size, config.conv_size, activation=activation)
+                setattr(self, f"{name}_conv1d", convolution)
+        self._add_output(config)
+
+    def _add_output(self, config: Any) -> None:
+        rows, width = self.widths.value_rows, self.widths.value
+        if self.use_gate:
+            self.g_proj = nn.Linear(self.hidden_size, rows, bias=False)
+            self.o_norm = self.gated_norm(config)
+        else:
+            self.o_norm = RMSNorm(width, eps=config.norm_eps, dtype=torch.float32)
+        self.o_proj = nn.Linear(rows, self.hidden_size, bias=False)
+
+    def gated_norm(self, config: Any) -> nn.Module:
+        """The output norm of a layer with an output gate."""
+        return FusedRMSNormGated(self.widths.value, eps=config.norm_eps)
+
+    @abstractmethod
+    def add_gates(self, config: Any) -> None:
+        """Make the parameters of the writing strength and, where there is one, the decay."""
+
+    @abstractmethod
+    def convolution_activation(self, name: str) -> str | None:
+        """The activation after the convolution of q, k or v."""
+
+    @abstractmethod
+    def activate(self, name: str, x: Tensor) -> Tensor:
+        """Apply to q, k or v what their convolution, if there is one, leaves to do."""
+
+    @abstractmethod
+    def gates(self, x: Float[Tensor, "B T hidden"]) -> Mapping[str, Tensor]:
+        """Arguments of the operator that have one entry a value head, in the last dimension."""
+
+    @abstractmethod
+    def operate(
+        self, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
+    ) -> tuple[Float[Tensor, "B T HG V"], Tensor | None]:
+        """Call the delta rule on heads of one key width."""
+
+    @abstractmethod
+    def takes_steps(self, length: int) -> bool:
+        """Whether fla's layer would take the recurrent operator for so many tokens."""
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T hidden"],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "B T hidden"], None, Any]:
+        """Mix tokens; arguments and results as of fla's layers.
+
+        Args:
+            attention_mask: [B, T], 0 for padding.
+            kwargs: `cu_seqlens`, boundaries of packed documents in one row.
+
+        Raises:
+            ValueError: the mask has another form, or CUDA kernels do not take a key width.
+        """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("attention_mask must be [batch, tokens], 0 for padding")
+        self._check_device(hidden_states)
+        batch, length, _ = hidden_states.shape
+        cached = get_layer_cache(self, past_key_values)
+        x, indices, cu_seqlens = unpad_hidden_states(
+            hidden_states, kwargs.get("cu_seqlens"), attention_mask, length
+        )
+        options = {"output_final_state": bool(use_cache), "cu_seqlens": cu_seqlens}
+        inputs, conv_state = self._inputs(x, (cached or {}).get("conv_state"), options)
+        state = (cached or {}).get("recurrent_state")
+        o, state = self._mix(self.takes_steps(length), x, inputs, state, options)
+        update_layer_cache(
+            self, past_key_values, recurrent_state=state, conv_state=conv_state, offset=length
+        )
+        out = repad_hidden_states(self._output(o, x), indices, batch, length)
+        return out, None, past_key_values
+
+    def _inputs(
+        self, x: Tensor, state: Sequence[Tensor] | None, options: Mapping[str, Any]
+    ) -> tuple[list[Float[Tensor, "B T rows"]], tuple[Tensor | None, ...] | None]:
+        """q, k and v after convolution and activation, and the convolutions' states."""
+        found = [getattr(self, f"{name}_proj")(x) for name in "qkv"]
+        states = None
+        if self.use_short_conv:
+            pairs = [
+                getattr(self, f"{name}_conv1d")(x=rows, cache=before, **options)
+                for name, rows, before in zip("qkv", found, state or (None,) * 3, strict=True)
+            ]
+            found, states = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
+        return [self.activate(name, rows) for name, rows in zip("qkv", found, strict=True)], states
+
+    def _mix(
+        self, recurrent: bool, x: Tensor, inputs: list[Tensor], state: State, options: Any
+    ) -> tuple[Float[Tensor, "B T HG V"], State]:
+        """Outputs of all value heads, and the new state."""
+        heads, groups = self.widths.heads, self.groups
+        q, k = (gather_keys(rows, self.widths.keys, groups) for rows in inputs[:2])
+        values = inputs[2].unflatten(-1, (self.widths.value_heads, self.widths.value))
+        v = gather_heads(values, -2, heads, groups)
+        gates = {n: gather_heads(g, -1, heads, groups) for n, g in self.gates(x).items()}
+        before = state if isinstance(state, tuple) else (state,) * len(groups)
+        found = [
+            self.operate(
+                recurrent,
+                q[i],
+                k[i],
+                v[i],
+                initial_state=before[i],
+                **{name: gate[i] for name, gate in gates.items()},
+                **options,
+            )
+            for i in range(len(groups))
+        ]
+        o = merge_heads([out for out, _ in found], groups)
+        return o, _joined([after for _, after in found])
+
+    def _output(
+        self, o: Float[Tensor, "B T HG V"], x: Float[Tensor, "B T hidden"]
+    ) -> Float[Tensor, "B T hidden"]:
+        if self.use_gate:
+            gate = self.g_proj(x).unflatten(-1, (self.widths.value_heads, self.widths.value))
+            return self.o_proj(self.o_norm(o, gate).flatten(-2))
+        return self.o_proj(self.o_norm(o).flatten(-2))
+
+    def _check_device(self, x: Tensor) -> None:
+        for width in set(self.widths.keys) if x.is_cuda else ():
+            if width not in CUDA_KEYS:
+                raise ValueError(
+                    f"layer {self.layer_idx} has a head of {width} key channels, and fla's CUDA "
+                    f"kernels take {CUDA_KEYS.start} to {CUDA_KEYS.stop - 1}: prune the dense "
+                    "model with --multiple-of 16, or run this one on a CPU"
+                )
+
+
+def _joined(states: Sequence[Tensor | None]) -> State:
+    """The states of the groups as fla's cache takes them; None without."""
+    found = tuple(state for state in states if state is not None)
+    return None if not found else found[0] if len(states) == 1 else found

@@ -1,0 +1,67 @@
+"""Models of ours whose heads have widths of their own: known to every command, pruned no more."""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+from flame.errors import UserError
+from flame.models.widths import layer_widths
+from pruning.adapters import delta_net, gated_deltanet
+from pruning.adapters.interface import Config, Site
+from pruning.adapters.projections import FLOAT32_BYTES, with_defaults
+from pruning.spaces import Space
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A slim family: state and taps of its dense family; its spaces are no longer rectangles."""
+
+    dense: delta_net.DeltaNet | gated_deltanet.GatedDeltaNet
+    defaults: dict
+    mixer_class: tuple[str, str]
+
+    @property
+    def model_type(self) -> str:
+        return f"slim_{self.dense.model_type}"
+
+    @property
+    def op_sites(self) -> tuple[Site, ...]:
+        return self.dense.op_sites
+
+    @property
+    def norm_sites(self) -> tuple[Site, ...]:
+        return self.dense.norm_sites
+
+    def check(self, config: Config) -> None:
+        """Refuse: what is pruned is the dense model."""
+        self._refuse()
+
+    def spaces(self, config: Config) -> list[Space]:
+        """Refuse, as `check`."""
+        self._refuse()
+
+    def resize(self, config: Config, widths: object) -> Config:
+        """Refuse, as `check`."""
+        self._refuse()
+
+    def state_bytes(self, config: Config) -> int:
+        """The states of all heads as wide as they are, in float32."""
+        widths = layer_widths(with_defaults(config, self.defaults))
+        return FLOAT32_BYTES * sum(layer.state_floats for layer in widths.values())
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(
+            f"a {self.model_type} model is pruned already, to widths that differ between heads or "
+            f"layers: take the dense {self.dense.model_type} model that it was made from"
+        )
+
+
+SLIM_DELTA_NET = Ragged(
+    delta_net.DeltaNet(),
+    delta_net.DEFAULTS,
+    ("flame.models.slim_delta_net", "SlimDeltaNetMixer"),
+)
+SLIM_GATED_DELTANET = Ragged(
+    gated_deltanet.GatedDeltaNet(),
+    gated_deltanet.DEFAULTS,
+    ("flame.models.slim_gated_deltanet", "SlimGatedDeltaNetMixer"),
+)
