@@ -225,10 +225,10 @@ def compute_dtype(name: str) -> "torch.dtype":
 
 
 def keeps_documents_apart(config: dict[str, Any]) -> bool:
-    """Whether the model takes `cu_seqlens`: fla's do; others read a row as one text."""
+    """Whether the model takes `cu_seqlens`: fla's and ours do; others read a row as one text."""
     from flame.model import stock_config
 
-    return type(stock_config(config)).__module__.startswith("fla.")
+    return type(stock_config(config)).__module__.startswith(("fla.", "flame."))
 
 
 def vocabulary(config: dict[str, Any]) -> int:

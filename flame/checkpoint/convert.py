@@ -27,6 +27,7 @@ from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
+from flame.models.loading_note import write_loading_note
 from flame.output import replacing_folder
 from flame.progress import progress
 
@@ -81,6 +82,8 @@ def write_hf(
 ) -> None:
     """Write `config.json` and safetensors into an existing folder, files of at most 5 GB.
 
+    A model whose class is ours gets a README that says which import loads it.
+
     Args:
         infos: shape and dtype of every tensor that `read` gives.
         read: a tensor by its name; called once for each, memory holds the tensors of one file.
@@ -88,6 +91,7 @@ def write_hf(
     check_ties(config, infos, read)
     promises = {name: _promise(infos[name]) for name in own_names(config, sorted(infos))}
     _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
+    write_loading_note(folder, str(config.get("model_type")))
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
     for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
         tensors = {name: read(name).contiguous() for name in names}
