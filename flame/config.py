@@ -68,7 +68,7 @@ class Lora:
     """Parameters trained in full beside the adapters: those whose name contains one of these."""
 
     init: str = ""
-    """Start from these adapters: a peft folder or a LoRA run of the same base; else A random, B 0."""
+    """Start from these adapters: a peft folder or a LoRA run of one base; empty: A random, B 0."""
 
     merge: bool = True
     """Write the merged model as a run folder `merged/` in the run at the end of training."""
@@ -101,6 +101,13 @@ class Distill:
 
     chunk_tokens: int = 0
     """Tokens whose logits exist together, teacher or not; 0: what makes 2²⁵ logits."""
+
+
+@dataclass
+class Training(titan.Training):
+    max_nonfinite_steps: int = 10
+    """Steps in a row whose loss or gradient norm is not finite, until the job stops. Such a step
+    changes no weight; the schedule and the data go on."""
 
 
 @dataclass
@@ -142,6 +149,7 @@ class JobConfig(titan.JobConfig):
 
     model: Model = field(default_factory=Model)
     data: DataConfig = field(default_factory=DataConfig)
+    training: Training = field(default_factory=Training)
     lora: Lora = field(default_factory=Lora)
     trainable: Trainable = field(default_factory=Trainable)
     distill: Distill = field(default_factory=Distill)

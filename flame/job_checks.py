@@ -58,11 +58,14 @@ def _check_parallelism(parallelism: Any, world_size: int) -> None:
 
 
 def _check_numbers(job: Any) -> None:
+    from flame.schedule import check_schedule
+
     positive = {
         "training.steps": job.training.steps,
         "training.seq_len": job.training.seq_len,
         "training.local_batch_size": job.training.local_batch_size,
         "training.max_norm": job.training.max_norm,
+        "training.max_nonfinite_steps": job.training.max_nonfinite_steps,
         "optimizer.lr": job.optimizer.lr,
         "checkpoint.interval": job.checkpoint.interval,
         "metrics.log_freq": job.metrics.log_freq,
@@ -74,6 +77,7 @@ def _check_numbers(job: Any) -> None:
         raise UserError(
             f"lora.rank is {job.lora.rank}: adapters need a base, give --init MODEL (0 for none)"
         )
+    check_schedule(job.lr_scheduler, job.training.steps)
     if job.training.dtype != "float32":
         raise UserError("training.dtype must be float32: bf16 compute is mixed_precision_param")
     if job.activation_checkpoint.mode not in ("none", "full", "selective"):

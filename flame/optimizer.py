@@ -33,6 +33,14 @@ class GroupedOptimizers(OptimizersContainer):
         self.model_parts = [model]
         self.optimizers = [cls(groups, **options)]
         self._post_init([p for group in groups for p in group["params"]], options)
+        # What a group has of its own: as given, not as a checkpoint remembers it.
+        self._own = [{**options, "weight_decay": group["weight_decay"]} for group in groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the moments of a checkpoint; the numbers of the recipe hold."""
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.optimizers[0].param_groups, self._own, strict=True):
+            group.update(own)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -39,6 +38,7 @@ from flame.model import (
     sum_replicated_gradients,
 )
 from flame.optimizer import build_optimizers
+from flame.schedule import build_schedules
 
 NAME = "causal_lm"
 
@@ -210,7 +210,7 @@ SPEC = TrainSpec(
     parallelize_fn=parallelize,
     pipelining_fn=None,
     build_optimizers_fn=build_optimizers,
-    build_lr_schedulers_fn=build_lr_schedulers,
+    build_lr_schedulers_fn=build_schedules,
     build_dataloader_fn=build_loader,
     build_tokenizer_fn=tokenizer_of,
     build_loss_fn=build_cross_entropy_loss,

@@ -5,21 +5,36 @@ import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
 # isort: split
 import copy
 import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 import flame.spec
 from flame.checkpoint.manager import CheckpointManager
+from flame.distributed import world_size
 from flame.lora import peft_name
+from flame.nonfinite import NonfiniteSteps
 from flame.objective import next_token_loss
 from flame.optimizer import clip_gradients
+from flame.stopping import StopSignals
+
+LOSS_PARTS = ("cross_entropy", "kl", "hidden")
+"""Names under which TensorBoard shows, as `loss/…`, the parts of the loss."""
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +43,9 @@ class Trainer(TitanTrainer):
     """One training job: build, resume or start, train, save.
 
     Differences to torchtitan's: the model is a Hugging Face module, checkpoints are
-    `flame.checkpoint.manager`'s, gradients of parameters that FSDP2 does not shard are summed, and
-    the count of seen tokens is global.
+    `flame.checkpoint.manager`'s, gradients of parameters that FSDP2 does not shard are summed, the
+    count of seen tokens is global, steps that are not finite change nothing, and a signal ends the
+    loop after the step in hand.
     """
 
     def __init__(self, job: Any) -> None:
@@ -37,8 +53,12 @@ class Trainer(TitanTrainer):
         super().__init__(without_checkpoints(job))
         self.job_config = job
         model = self.model_parts[0]
+        checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
+        self.nonfinite = NonfiniteSteps(job.training.max_nonfinite_steps, checkpoints)
+        self.signals = StopSignals()
+        self.stop_asked = False
         self.checkpointer = CheckpointManager(
-            Path(job.job.dump_folder) / job.checkpoint.folder,
+            checkpoints,
             model,
             {
                 "optimizer": self.optimizers,
@@ -55,69 +75,150 @@ class Trainer(TitanTrainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
     ) -> Tensor:
-        """Loss of one micro-batch, a scalar: this rank's share of the mean over all tokens."""
-        losses = next_token_loss(self.model_parts[0], input_dict, labels)
-        loss = losses / global_valid_tokens
-        loss.backward()
-        return loss
+        """Losses of one micro-batch, `[4]`: this rank's share of the mean over all tokens.
+
+        The total, which is minimised, and its parts: cross entropy, KL, hidden states.
+        """
+        total = next_token_loss(self.model_parts[0], input_dict, labels) / global_valid_tokens
+        total.backward()
+        nothing = torch.zeros_like(total)
+        return torch.stack([total, total, nothing, nothing]).detach()
 
     def train_step(self, data_iterator: Any) -> None:
-        """One optimizer step over `global_batch_size` sequences."""
+        """One step over `global_batch_size` sequences; no update where it is not finite."""
         self.optimizers.zero_grad()
-        learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-        global_tokens = self._sum(local_tokens)
-        losses = [
-            self.forward_backward_step(
-                input_dict={key: self._to_device(value) for key, value in inputs.items()},
-                labels=self._to_device(labels),
-                global_valid_tokens=global_tokens,
-            ).detach()
-            for inputs, labels in batches
-        ]
+        tokens = max(self._sum(torch.tensor([float(local_tokens)]))[0], 1.0)
+        losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
+        local = torch.stack(losses).sum(dim=0)
         parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
         norm = clip_gradients(parameters, self.job_config.training.max_norm)
-        self.optimizers.step()
+        finite = self._agree(local, norm)
+        self.checkpointer.maybe_wait_for_staging()
+        if finite:
+            self.optimizers.step()
+        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         self.lr_schedulers.step()
         self.ntokens_seen = self._tokens_per_step() * self.step
-        if self.metrics_processor.should_log(self.step):
-            self._log(torch.stack(losses).sum(), local_tokens, global_tokens, norm, learning_rate)
+        self.nonfinite.count(self.step, finite)
+        if finite and self.metrics_processor.should_log(self.step):
+            self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
 
     def train(self) -> None:
-        """Train to `training.steps`; data that ends before is a last step too."""
-        super().train()
-        if self.step < self.job_config.training.steps:
-            self.step -= 1
-            self.checkpointer.save(self.step, last_step=True)
+        """Train to `training.steps`, to the end of the data, or until a signal. Collective.
+
+        However it ends, the last step is saved.
+
+        Raises:
+            SystemExit: a signal asked for the end; 128 + its number, as a shell says it.
+        """
+        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+        self.lr_schedulers.apply()
+        log.info("training starts at step %d", self.step + 1)
+        # The time that building and loading took is not a step's.
+        self.metrics_processor.time_last_log = time.perf_counter()
+        with StopSignals() as signals, self._profilers() as profilers:
+            self._steps(signals, profilers)
+        if self.stop_asked:
+            log.info("stopped after step %d, which is saved: the same command goes on", self.step)
+            raise SystemExit(128 + (signals.received or signal.SIGTERM))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "skipped_steps": self.nonfinite.total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.nonfinite.total = state_dict["skipped_steps"]
 
     def close(self) -> None:
         if self.dataloader is not None:
             self.dataloader.close()
         super().close()
 
-    def _log(
-        self, loss: Tensor, local_tokens: int, global_tokens: float, norm: Tensor, rate: float
-    ) -> None:
-        mean = self._sum(loss)
-        worst = float(loss) * global_tokens / max(local_tokens, 1)
+    def _steps(self, signals: StopSignals, profilers: list[Any]) -> None:
+        batches = self.batch_generator(self.dataloader)
+        first, last = self.step + 1, self.job_config.training.steps
+        self.signals = signals
+        while self.step < last and not self.stop_asked:
+            self.step += 1
+            self.gc_handler.run(self.step)
+            try:
+                self.train_step(batches)
+            except DataloaderExhaustedError:
+                log.warning("the data ended before step %d", self.step)
+                self.step -= 1
+                break
+            if not self.nonfinite.in_a_row:
+                # What a run of such steps stands on may be what spoilt them.
+                self.checkpointer.save(self.step)
+            for profiler in profilers:
+                profiler.step()
+            if self.step == first:
+                self._shorten_timeouts()
+        if self.step >= first:
+            self.checkpointer.save(self.step, last_step=True)
+
+    def _shorten_timeouts(self) -> None:
+        """After the first step nothing is built or compiled any more: a long wait is a fault."""
+        seconds = self.job_config.comm.train_timeout_seconds
+        dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+
+    @contextmanager
+    def _profilers(self) -> Iterator[list[Any]]:
+        options: dict[str, Any] = {
+            "global_step": self.step,
+            "base_folder": self.job_config.job.dump_folder,
+        }
+        settings = self.job_config.profiling
+        with (
+            maybe_enable_profiling(settings, **options) as times,
+            maybe_enable_memory_snapshot(settings, **options) as memory,
+        ):
+            yield [profiler for profiler in (times, memory) if profiler]
+
+    def _micro_step(self, inputs: dict[str, Any], labels: Tensor, tokens: float) -> Tensor:
+        return self.forward_backward_step(
+            input_dict={key: self._to_device(value) for key, value in inputs.items()},
+            labels=self._to_device(labels),
+            global_valid_tokens=tokens,
+        )
+
+    def _agree(self, losses: Tensor, norm: Tensor) -> bool:
+        """Sum the losses over ranks, and hear whether anyone was told to stop.
+
+        Returns whether all is finite. One all-reduce, so that all ranks come to one decision.
+        """
+        asked = float(self.signals.received > 0)
+        said = torch.stack([norm.to(losses), torch.tensor(asked).to(losses)])
+        *self.losses, norms, requests = self._sum(torch.cat([losses, said]))
+        self.gradient_norm = norms / world_size()
+        self.stop_asked = requests > 0
+        return all(map(math.isfinite, (*self.losses, norms)))
+
+    def _log(self, worst: float, rate: float) -> None:
+        """Metrics of this step for the terminal and TensorBoard. Collective."""
+        monitor, total = self.metrics_processor, self.losses[0]
         if self.parallel_dims.dp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             worst = dist_utils.dist_max(torch.tensor(worst, device=self.device), mesh)
-        self.metrics_processor.log(
-            self.step,
-            mean,
-            worst,
-            norm.item(),
-            extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": rate},
-        )
+        tokens = monitor.ntokens_since_last_log * world_size()
+        extra = {
+            "n_tokens_seen": self.ntokens_seen,
+            "lr": rate,
+            "tokens_per_second": tokens / (time.perf_counter() - monitor.time_last_log),
+            "skipped_steps": self.nonfinite.total,
+        }
+        parts = zip(LOSS_PARTS, self.losses[1:], strict=True)
+        extra |= {f"loss/{name}": value for name, value in parts}
+        monitor.log(self.step, total, worst, self.gradient_norm, extra_metrics=extra)
 
-    def _sum(self, value: int | Tensor) -> float:
-        """`value` summed over the data-parallel ranks."""
-        tensor = torch.as_tensor(value, device=self.device)
-        if not self.parallel_dims.dp_enabled:
-            return float(tensor)
-        return float(dist_utils.dist_sum(tensor, self.parallel_dims.get_optional_mesh("loss")))
+    def _sum(self, values: Tensor) -> list[float]:
+        """`values` summed over all ranks."""
+        values = values.to(self.device)
+        if world_size() > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

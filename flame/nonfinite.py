@@ -1,0 +1,52 @@
+"""Steps whose loss or gradient norm is not finite: counted, and too many in a row end the job."""
+
+import logging
+from pathlib import Path
+
+from flame.checkpoint.steps import step_folder, whole_steps
+from flame.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class NonfiniteSteps:
+    """Counts the steps that made no update.
+
+    Args:
+        limit: so many in a row are an error (`training.max_nonfinite_steps`).
+        checkpoints: the run's checkpoint folder, to name the last step from before them.
+    """
+
+    def __init__(self, limit: int, checkpoints: Path) -> None:
+        self.limit = limit
+        self.checkpoints = checkpoints
+        self.total = 0
+        self.in_a_row = 0
+
+    def count(self, step: int, finite: bool) -> None:
+        """Note how step `step` went.
+
+        Raises:
+            UserError: it is the last of `limit` in a row that were not finite.
+        """
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if finite:
+            return
+        self.total += 1
+        log.warning(
+            "step %d skipped: its loss or gradient norm is not finite (%d in a row, %d in all)",
+            step,
+            self.in_a_row,
+            self.total,
+        )
+        if self.in_a_row >= self.limit:
+            raise UserError(self._complaint(step))
+
+    def _complaint(self, step: int) -> str:
+        first = step - self.in_a_row + 1
+        good = [known for known in whole_steps(self.checkpoints) if known < first]
+        last = step_folder(self.checkpoints, good[-1]) if good else "none"
+        return (
+            f"loss or gradient norm not finite for {self.in_a_row} steps in a row, {first} to "
+            f"{step}: lower optimizer.lr, or look at the data (last good checkpoint: {last})"
+        )
