@@ -49,7 +49,11 @@ def chunk_kda(
     float64 input. Raises ValueError for shapes and flags that do not fit, NotImplementedError for
     context parallelism, graph capture and intermediate states.
     """
-    _refuse(cp_context=cp_context, use_graph=use_graph, return_states=return_intermediate_states)
+    _refuse(
+        cp_context=cp_context,
+        use_graph=use_graph,
+        return_intermediate_states=return_intermediate_states,
+    )
     if safe_gate and use_gate_in_kernel:
         _check_lower_bound(lower_bound)
     if use_gate_in_kernel:

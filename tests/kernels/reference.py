@@ -14,7 +14,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs `[B, T, H, V]` and final states `[B, H, K, V]`."""
+    """Return outputs `[B, T, H, V]` and final states `[B, H, K, V]`; `g` per head or channel."""
     groups = v.shape[2] // k.shape[2]
     q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
     state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
@@ -23,7 +23,8 @@ def gated_delta_rule(
     out = []
     for t in range(q.shape[1]):
         if g is not None:
-            state = state * g[:, t].exp()[..., None, None]
+            decay = g[:, t].exp()
+            state = state * (decay[..., None, None] if g.ndim == 3 else decay.unsqueeze(-1))
         change = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         update = change * beta[:, t, :, None]
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], update)
@@ -45,6 +46,7 @@ def inputs(
     heads: int = 2,
     states: int | None = None,
     decay: float = 1.0,
+    channel_decay: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def inputs(
         "q": F.normalize(normal(batch, tokens, key_heads, d_k), dim=-1),
         "k": F.normalize(normal(batch, tokens, key_heads, d_k), dim=-1),
         "v": normal(batch, tokens, heads, d_v),
-        "g": -decay * normal(batch, tokens, heads).abs(),
+        "g": -decay * normal(batch, tokens, heads, *[d_k] * channel_decay).abs(),
         "beta": normal(batch, tokens, heads).sigmoid(),
         "h": normal(batch if states is None else states, heads, d_k, d_v),
     }

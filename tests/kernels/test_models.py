@@ -5,9 +5,11 @@ from typing import Any
 
 import fla.layers.delta_net
 import fla.layers.gated_deltanet
+import fla.layers.gated_deltaproduct
+import fla.layers.kda
 import pytest
 import torch
-from fla.models import DeltaNetConfig, GatedDeltaNetConfig
+from fla.models import DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig, KDAConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +35,26 @@ CONFIGS = {
     ),
     "delta": DeltaNetConfig(**SHAPE),
     "delta-gate": DeltaNetConfig(**SHAPE, expand_k=0.5, use_gate=True),
+    "product": GatedDeltaProductConfig(
+        **SHAPE,
+        head_dim=16,
+        expand_v=1.5,
+        num_householder=2,
+        use_forget_gate=True,
+        allow_neg_eigval=True,
+    ),
+    "product-plain": GatedDeltaProductConfig(
+        **SHAPE, head_dim=16, expand_v=1.0, num_householder=3, use_output_gate=False
+    ),
+    "kda": KDAConfig(**SHAPE, head_dim=16, expand_v=1.5),
+    "kda-gva": KDAConfig(
+        **SHAPE,
+        head_dim=16,
+        num_v_heads=4,
+        safe_gate=True,
+        lower_bound=-5.0,
+        allow_neg_eigval=True,
+    ),
 }
 BOUNDS = [0, 30, 31, 101, 140]
 
@@ -58,15 +80,33 @@ def naive(q, k, v, beta, g=None, initial_state=None, **flags):
     """The token loop behind the flags with which the layers call the operator."""
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     if flags.get("use_gate_in_kernel"):
-        g = reference.gate(g, flags["A_log"], flags["dt_bias"])
+        g = gated(g, **flags)
     beta = beta.sigmoid() if flags.get("use_beta_sigmoid_in_kernel") else beta
-    bounds = flags.get("cu_seqlens")
-    cuts = [0, q.shape[1]] if bounds is None else bounds.tolist()
+    beta = 2 * beta if flags.get("allow_neg_eigval") else beta
+    bounds, steps = flags.get("cu_seqlens"), flags.get("num_householder", 1)
+    q, g = (x if x is None else spread(x, steps, place) for x, place in ((q, -1), (g, 0)))
+    cuts = [0, q.shape[1]] if bounds is None else (steps * bounds).tolist()
     parts = []
     for start, end in zip(cuts, cuts[1:], strict=False):
         cut = [x if x is None else x[:, start:end] for x in (q, k, v, g, beta)]
         parts.append(reference.gated_delta_rule(*cut, initial_state)[0])
-    return torch.cat(parts, 1), None
+    return torch.cat(parts, 1)[:, steps - 1 :: steps], None
+
+
+def gated(g: Tensor, A_log: Tensor, dt_bias: Tensor, **flags: Any) -> Tensor:
+    if g.ndim == 3:
+        return reference.gate(g, A_log, dt_bias)
+    A_log, dt_bias = A_log.unsqueeze(-1), dt_bias.view(g.shape[2:])
+    if flags["lower_bound"] is None:
+        return reference.gate(g, A_log, dt_bias)
+    return flags["lower_bound"] * (A_log.exp() * (g + dt_bias)).sigmoid()
+
+
+def spread(x: Tensor, steps: int, place: int) -> Tensor:
+    """Each token at one of its `steps` places, zeros elsewhere."""
+    wide = x.new_zeros(*x.shape[:2], steps, *x.shape[2:])
+    wide[:, :, place] = x
+    return wide.flatten(1, 2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -87,6 +127,8 @@ def test_training_gradients_equal_float64_token_loop(name: str, monkeypatch: pyt
     assert len(ours) == len(list(model.parameters()))
     monkeypatch.setattr(fla.layers.gated_deltanet, "chunk_gated_delta_rule", naive)
     monkeypatch.setattr(fla.layers.delta_net, "chunk_delta_rule", naive)
+    monkeypatch.setattr(fla.layers.gated_deltaproduct, "chunk_gated_delta_product", naive)
+    monkeypatch.setattr(fla.layers.kda, "chunk_kda", naive)
     exact = loss_gradients(model.double(), x, cu_seqlens=bounds)
     for parameter, grad in exact.items():
         error = (ours[parameter].double() - grad).norm() / grad.norm()
@@ -121,7 +163,7 @@ def test_generation_equals_the_full_forward(name: str):
             torch.testing.assert_close(chosen, best, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["gdn", "gdn-gva", "delta"])
+@pytest.mark.parametrize("name", ["gdn", "gdn-gva", "delta", "product", "product-plain", "kda-gva"])
 @pytest.mark.parametrize("prompt", [1, 70])
 def test_cached_steps_equal_the_full_forward(name: str, prompt: int):
     model, x = build(name).eval(), tokens(2, prompt + 5)
