@@ -15,6 +15,9 @@ from flame.errors import UserError, run_command
 from flame.output import made_folder, writer_lock
 from flame.recipe import read_tables, recipe_path
 
+STOP_SECONDS = 600
+"""Time that a launcher gives this stage after a signal, for a step and its checkpoint."""
+
 SHORTHANDS = {"--config": "--job.config_file", "--init": "--model.init"}
 """Options of the command line for torchtitan's dotted ones."""
 
@@ -25,7 +28,10 @@ Train a causal language model from a TOML recipe with torchtitan's sections. A r
 
   --config RECIPE.toml   the recipe (or the recipe.toml of a run folder)
   --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
-  --section.key VALUE    override a key of the recipe, e.g. --training.steps 200"""
+  --section.key VALUE    override a key of the recipe, e.g. --training.steps 200
+
+SIGTERM, as a scheduler sends it, and Ctrl-C end the job after the step in hand, which is saved; the
+exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends it at once."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,17 @@ def _train(job: Any) -> None:
 
 
 def merge(run_folder: Path) -> None:
-    """Write the merged model of a LoRA run as a Hugging Face folder `merged/` in it."""
+    """Write the merged model of a LoRA run as a run folder `merged/` in it."""
     from flame.checkpoint.convert import convert
 
-    convert(str(run_folder), run_folder / "merged", "hf", overwrite=True, inside_source=True)
+    convert(str(run_folder), run_folder / "merged", "dcp", overwrite=True, inside_source=True)
 
 
 def prepare_run_folder(job: Any) -> None:
     """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base."""
     from flame.checkpoint.reference import RECIPE_FILE
     from flame.config import recipe_text
+    from flame.distill import record_teacher
     from flame.spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
@@ -112,6 +119,8 @@ def prepare_run_folder(job: Any) -> None:
         (folder / RECIPE_FILE).write_text(recipe_text(job))
         if job.lora.rank > 0:
             _write_base(job, folder, config)
+        if job.distill.teacher:
+            record_teacher(job.distill.teacher, folder)
 
 
 def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ LAST_LINES = 20
 INTERRUPTED = 130
 """Exit status of a worker that was told to end."""
 
+STOPPED = 143
+"""Exit status of a worker that was told to end, and saved its work first."""
+
 
 def traceback_file(reports: Path, rank: int) -> Path:
     return reports / f"rank-{rank}.traceback"
@@ -36,6 +39,8 @@ def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
     """
     if _rank_zero_spoke(exit_codes, reports):
         return ""
+    if set(exit_codes.values()) == {STOPPED}:
+        return f"{ERROR_PREFIX}stopped by a signal on another node, after saving\n"
     line = next(filter(None, (_error_line(reports, rank) for rank in sorted(exit_codes))), "")
     if line:
         return f"{line}\n"
@@ -43,6 +48,12 @@ def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
         if code < 0 and -code != signal.SIGTERM:
             return _last_words(reports, rank) + f"{ERROR_PREFIX}rank {rank} {_signal(-code)}\n"
     return _first_traceback(exit_codes, reports) or _exit_status(exit_codes, reports)
+
+
+def status(exit_codes: Mapping[int, int]) -> int:
+    """The exit status of the job: 1, or that of its workers if they were only told to end."""
+    codes = set(exit_codes.values())
+    return min(codes) if codes <= {INTERRUPTED, STOPPED} else 1
 
 
 def _rank_zero_spoke(exit_codes: Mapping[int, int], reports: Path) -> bool:

@@ -25,8 +25,12 @@ from typing import Any, NoReturn
 from flame.errors import UserError, first_line
 from launch import failures
 
-SHUTDOWN_SECONDS = "15"
-"""Time that the agent gives its workers after a signal; they leave earlier (launch/worker.py)."""
+STOP_SECONDS = 15
+"""Time that the agent gives its workers after a signal; they leave earlier (launch/worker.py). A
+stage that saves its work first says with a `STOP_SECONDS` of its own how long it may take."""
+
+STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Where torchrun looks for that time, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,13 @@ class Job:
         with tempfile.TemporaryDirectory(prefix="slimstate-") as reports:
             worker = ["-m", "launch.worker", reports, self.stage.__name__, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
-            with _environment(_worker_defaults(self.topology.nproc)), _own_signals(), _no_logs():
+            defaults = _worker_defaults(self.topology.nproc) | self._stop_time()
+            with _environment(defaults), _own_signals(), _no_logs():
                 _run_agent([*self.topology.torchrun_options(), *log, *worker], Path(reports))
+
+    def _stop_time(self) -> dict[str, str]:
+        seconds = getattr(self.stage, "STOP_SECONDS", STOP_SECONDS)
+        return {STOP_VARIABLE: os.environ.get(STOP_VARIABLE, str(seconds))}
 
     def _rank_zero(self) -> dict[str, str]:
         size, local_size = str(self.topology.world_size), str(self.topology.nproc)
@@ -238,7 +247,6 @@ def _worker_defaults(nproc: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
@@ -298,7 +306,7 @@ def _run_agent(arguments: list[str], reports: Path) -> None:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         sys.stderr.write(failures.explain(codes, reports))
-        raise SystemExit(1) from None
+        raise SystemExit(failures.status(codes)) from None
     except SignalException as error:
         raise SystemExit(128 + int(error.sigval)) from None
     except RendezvousError as error:

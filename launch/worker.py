@@ -23,6 +23,8 @@ from launch.failures import INTERRUPTED, stderr_file, traceback_file
 GRACE_SECONDS = 5.0
 """Time to clean up after a signal; a collective that waits for a dead peer may never return."""
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,22 +59,24 @@ def _redirect_output(stderr: Path) -> None:
 
 
 def _end_on_signals() -> None:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt once, and end the process if that is in vain.
+    """Let a signal raise KeyboardInterrupt once, and end the process if that is in vain.
 
-    So an output that is half written is removed. The launcher's death counts as SIGTERM.
+    So an output that is half written is removed. The launcher's death comes as SIGHUP. A training
+    loop answers SIGTERM and SIGINT in its own time, and takes both away from here for as long as
+    it runs (flame/stopping.py); not SIGHUP: there may be a new job that waits for the run folder.
     """
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in ENDING:
         signal.signal(kind, _interrupt)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
     threading.Thread(target=_leave_later, args=(reading,), daemon=True).start()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in ENDING:
         signal.signal(kind, signal.SIG_IGN)
     raise KeyboardInterrupt
 
