@@ -93,7 +93,7 @@ def line_chart(
     parts = [*axis_y(y, y_label, x.end), *axis_x(x, x_label)]
     parts += [_path(line.finite(line.faint), x, y, line, "faint") for line in lines if line.faint]
     parts += [_path(line.finite(line.y), x, y, line, "line") for line in lines]
-    parts += _end_labels(lines, x, y)
+    parts += end_labels(lines, x, y)
     return svg(WIDTH, HEIGHT, title, parts)
 
 
@@ -191,10 +191,10 @@ def _path(points: list[tuple[float, float]], x: Axis, y: Axis, line: Line, kind:
         return ""
     low, high = sorted((y.start, y.end))
     drawn = [f"{x(px):.1f} {min(max(y(py), low), high):.1f}" for px, py in thinned(points)]
-    return f'<path {_looks(line, kind)} d="M{"L".join(drawn)}"/>'
+    return f'<path {looks(line, kind)} d="M{"L".join(drawn)}"/>'
 
 
-def _looks(line: Line, kind: str) -> str:
+def looks(line: Line, kind: str) -> str:
     """The attributes that colour a mark of `line`."""
     colour = f' style="--c:{escape(line.colour)}"' if line.colour else ""
     return f'class="{kind} m-{escape(line.name)}"{colour}'
@@ -206,7 +206,8 @@ def thinned(points: list[tuple[float, float]], most: int = 400) -> list[tuple[fl
     return points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
 
 
-def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
+def end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
+    """The name of each line behind its last point, moved apart where they would overlap."""
     lines = [line for line in lines if line.label]
     ends = [line.finite(line.y)[-1] for line in lines]
     wanted = [y(point[1]) for point in ends]
@@ -216,11 +217,11 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
         start = x(end_x)
         if abs(want - place) > 3:
             parts.append(
-                f"<path {_looks(line, 'leader')} "
+                f"<path {looks(line, 'leader')} "
                 f'd="M{start + 2:.1f} {want:.1f}L{start + 8:.1f} {place:.1f}"/>'
             )
         parts.append(
-            f'<text {_looks(line, "name")} x="{start + 10:.1f}" y="{place + 4:.1f}">'
+            f'<text {looks(line, "name")} x="{start + 10:.1f}" y="{place + 4:.1f}">'
             f"{escape(line.label)}</text>"
         )
     return parts

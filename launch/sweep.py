@@ -1,0 +1,193 @@
+"""Stage `sweep`: one calibration, then a model pruned by every method at every ratio, measured.
+
+    slimstate sweep MODEL OUT --methods drrqr,l1,random --ratios 0.25,0.5 [--recover RECIPE.toml]
+
+or the same arguments after `torchrun … -m launch.sweep`. All processes calibrate together; then
+each takes points from a list, one at a time. A second call measures what is missing.
+"""
+
+import os
+import shlex
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from flame.errors import UserError, run_command
+from launch.heldout_text import HeldoutText
+from launch.sweep_checks import check_sweep, settings
+from launch.sweep_options import Options, calibration_words, parse_options
+from launch.sweep_table import collect_rows
+from launch.sweep_work import CONTINUED, DENSE, Work, alone, in_memory
+
+POLL_SECONDS = 0.2
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    return parse_options(argv)
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    check_sweep(options, world_size)
+
+
+def run(options: Options) -> None:
+    """Measure all points and write what they say. Collective for the calibration only.
+
+    Raises:
+        UserError: points failed; the others have been measured and written.
+    """
+    import flame.register  # noqa: F401
+    from flame.checkpoint.peers import on_first
+    from flame.checkpoint.reference import resolve
+    from flame.distributed import process_group
+    from flame.output import writer_lock
+    from launch.heldout_text import heldout_text
+
+    first, reference = int(os.environ.get("RANK", "0")) == 0, resolve(options.model)
+    with writer_lock(options.out.path) if first else nullcontext():
+        with process_group():
+            on_first(lambda: options.out.begin(settings(options, reference), options.overwrite))
+            _calibrate(options)
+        text = heldout_text(reference, options.text)
+        work = Work(
+            folder=options.out,
+            model=options.model,
+            text=in_memory(text),
+            dtype=options.dtype,
+            recovery=options.recovery,
+            budget_words=options.budget_words,
+            keep=options.keep,
+        )
+        announcer = _Announcer(options) if first else None
+        with alone():
+            _measure(options, work, announcer)
+        if announcer is not None:
+            announcer.wait()
+            _write(options, text)
+
+
+def _calibrate(options: Options) -> None:
+    """Make the statistics, or finish them, unless they are there. Collective."""
+    from flame.distributed import from_rank_zero
+    from pruning import calibrate
+
+    how = from_rank_zero(_how_to_calibrate(options))
+    if how is not None:
+        calibrate.run(calibrate.parse([*calibration_words(options), *how]))
+
+
+def _how_to_calibrate(options: Options) -> list[str] | None:
+    """Options of `slimstate calibrate` for what lies there; None if there is nothing to do."""
+    from pruning.calibrate import kinds_of
+    from pruning.stats_file import META_FILE, read_meta
+
+    if not options.needing:
+        return None
+    if not (options.out.statistics / META_FILE).is_file():
+        return []
+    meta = read_meta(options.out.statistics)
+    wanted = {kind.__name__ for kind in kinds_of(options.needing)}
+    if meta.is_complete:
+        return None if wanted <= set(meta.statistics) else ["--overwrite"]
+    return ["--resume"] if wanted == set(meta.statistics) else ["--overwrite"]
+
+
+def _measure(options: Options, work: Work, announcer: "_Announcer | None") -> None:
+    points = {point.file_name: point for point in options.points}
+    for name in options.out.open_points(options.names):
+        work.measure(name, points)
+        if announcer is not None:
+            announcer.news()
+
+
+class _Announcer:
+    """Says what was measured, by this process and the others."""
+
+    def __init__(self, options: Options) -> None:
+        self.folder, self.names = options.out, options.names
+        self.said = {name for name in self.names if self.folder.record(name) is not None}
+        if self.said:
+            print(f"{len(self.said)} of {len(self.names)} points are measured", flush=True)
+
+    def news(self) -> None:
+        """Print a line for each point that is new."""
+        for name in self.names:
+            if name not in self.said and self.folder.is_settled(name):
+                self.said.add(name)
+                print(f"[{len(self.said)}/{len(self.names)}] {self._line(name)}", flush=True)
+
+    def wait(self) -> None:
+        """Until the other processes have measured their last points."""
+        self.news()
+        while len(self.said) < len(self.names):
+            time.sleep(POLL_SECONDS)
+            self.news()
+
+    def _line(self, name: str) -> str:
+        record = self.folder.record(name)
+        if record is None:
+            return f"{name} failed: {self.folder.failure(name)}"
+        stages = [key for key in ("before", "recovered") if key in record]
+        figures = " -> ".join(f"{record[stage]['perplexity']:,.2f}" for stage in stages)
+        return f"{name}: perplexity {figures} ({sum(record['seconds'].values()):.0f} s)"
+
+
+def _write(options: Options, text: HeldoutText) -> None:
+    """Write and print what was found; UserError if points failed."""
+    from launch.sweep_page import PAGE_FILE, sweep_of, write_files
+
+    results = _results(options, text)
+    write_files(options.out.path, results, options.json)
+    for table in sweep_of(results).tables():
+        print(f"\n{table.text()}")
+    print(f"\n{options.out.path / PAGE_FILE} shows it; results.* beside it have it", flush=True)
+    failed = [name for name in options.names if options.out.failure(name) is not None]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(options.names)} points failed ({', '.join(failed)}): what "
+            f"they said is in {options.out.path / 'logs'}; run again to repeat them"
+        )
+
+
+def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
+    """What `launch.sweep_page` writes and reads."""
+    from launch.perplexity import versions
+
+    found = {name: options.out.record(name) for name in options.names}
+    records = {name: record for name, record in found.items() if record is not None}
+    dense = records.get(DENSE, {}).get("before", {})
+    continued = records.get(CONTINUED, {}).get("recovered", {})
+    recovery = options.recovery
+    return {
+        "kind": "sweep",
+        "title": options.title or f"slimstate sweep: {options.model}",
+        "model": options.model,
+        "ratios": list(options.ratios),
+        "controls": {"before": dense.get("perplexity"), "recovered": continued.get("perplexity")},
+        "rows": collect_rows(options.points, records, dense),
+        "points": records,
+        "commands": [shlex.join(["slimstate", "sweep", *options.arguments])],
+        "facts": {
+            "held-out text": text.name,
+            "tokens predicted": dense.get("tokens"),
+            "tokens a row": text.seq_len,
+            **({"recovery": recovery.recipe.name} if recovery else {}),
+            "seconds of all points": round(sum(_seconds(r) for r in records.values())),
+        },
+        "versions": versions(),
+    }
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    return sum(record["seconds"].values())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
+
+
+if __name__ == "__main__":
+    main()

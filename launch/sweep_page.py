@@ -1,0 +1,144 @@
+"""What a sweep leaves to read: its results as JSON, tables in every format, and one HTML page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from flame.output import replacing_file
+from launch.findings import short
+from launch.page_parts import grid, section
+from launch.report_sections import scrolled
+from launch.sweep_chart import sweep_chart
+from launch.sweep_table import NOTE, STAGES, Sweep, percent, rows_table
+
+PAGE_FILE = "sweep.html"
+RESULTS = "results"
+CONTROL = "random"
+"""The method that the others are compared with."""
+
+
+def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = None) -> None:
+    """Write results.json, .csv, .md and .tex and the page; each is whole or not there.
+
+    Args:
+        copy: another place for the JSON.
+    """
+    sweep = sweep_of(results)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    tables = sweep.tables()
+    files = {
+        folder / f"{RESULTS}.json": text,
+        folder / f"{RESULTS}.csv": rows_table(sweep.rows).csv(),
+        folder / f"{RESULTS}.md": "\n\n".join(table.markdown() for table in tables) + "\n",
+        folder / f"{RESULTS}.tex": "\n\n".join(table.latex() for table in tables) + "\n",
+        folder / PAGE_FILE: page(sweep, results),
+        **({copy: text} if copy is not None else {}),
+    }
+    for path, content in files.items():
+        with replacing_file(path, overwrite=True) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def sweep_of(results: Mapping[str, Any]) -> Sweep:
+    """The sweep that `results`, or its JSON, describes."""
+    controls = {stage: results["controls"].get(stage) for stage in STAGES}
+    return Sweep(results["title"], results["rows"], results["ratios"], controls)
+
+
+def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
+    """The HTML: a sentence, the charts, the tables, and how it was made; no script, no link."""
+    template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=escape(sweep.title),
+        verdict=escape(verdict(sweep)),
+        tiles="",
+        sections="\n".join([*sweep_sections(sweep), _notes(sweep), _record(results)]),
+    )
+
+
+def sweep_sections(sweep: Sweep) -> list[str]:
+    """The table and the charts of a sweep, for its own page and a report's."""
+    tables = "".join(scrolled(table) for table in sweep.tables())
+    rows = scrolled(rows_table(sweep.rows))
+    folded = f"<details><summary>Every point in numbers</summary>{rows}</details>"
+    return [_charts(sweep), section("Perplexity by method and ratio", NOTE, tables + folded)]
+
+
+def verdict(sweep: Sweep) -> str:
+    """One sentence: which method cost least at the ratio nearest a half, beside the control."""
+    stage = sweep.stages[-1] if sweep.stages else ""
+    rows = [row for row in sweep.rows if row.get(stage) is not None]
+    if not rows:
+        return "No point was measured."
+    middle = min(rows, key=_distance_from_half)
+    group = [r for r in rows if (r["space"], r["ratio"]) == (middle["space"], middle["ratio"])]
+    best = min(group, key=lambda row: row[stage])
+    what = f"With {percent(best['ratio'])} of the {_channels(best['space'])} removed"
+    after = " after recovery" if stage == "recovered" else ""
+    beside = [f"{short(v)} of the dense model" for v in [sweep.controls.get(stage)] if v]
+    drawn = next((row for row in group if row["method"] == CONTROL and row is not best), None)
+    beside += [f"{short(drawn[stage])} at random"] if drawn else []
+    against = f", against {' and '.join(beside)}" if beside else ""
+    return f"{what}, {best['method']} cost least: perplexity {short(best[stage])}{after}{against}."
+
+
+def _channels(space: str) -> str:
+    """`key+head` as `key channels and heads`."""
+    kinds = ("heads" if kind == "head" else f"{kind} channels" for kind in space.split("+"))
+    return " and ".join(kinds)
+
+
+def _distance_from_half(row: Mapping[str, Any]) -> float:
+    try:
+        return abs(float(row["ratio"]) - 0.5)
+    except ValueError:
+        return 1.0
+
+
+def _charts(sweep: Sweep) -> str:
+    """A row of charts for each kind of space, a chart for each stage."""
+    names = dict.fromkeys(row["method"] for row in sweep.rows if row["method"] != CONTROL)
+    colours = {name: number for number, name in enumerate(names)}
+    parts = []
+    for space in dict.fromkeys(row["space"] for row in sweep.rows):
+        rows = [row for row in sweep.rows if row["space"] == space]
+        drawn = []
+        for stage in sweep.stages:
+            when = "before recovery" if stage == "before" else "after recovery"
+            title = f"{_channels(space)}, {when}".capitalize()
+            chart = sweep_chart(rows, stage, sweep.controls.get(stage), colours, title)
+            drawn += [f"<h3>{escape(title)}</h3>{chart}"] if chart else []
+        parts.append(grid(drawn) if drawn else "")
+    note = (
+        "Held-out perplexity on a logarithmic axis; lower is better. The grey band is one standard "
+        "deviation of random channels, the dashed line the model before pruning; after recovery, "
+        "that model trained on for as long, where it was."
+    )
+    return section("Perplexity against the state removed", note, "".join(parts))
+
+
+def _notes(sweep: Sweep) -> str:
+    """What methods said of their plans."""
+    found: dict[str, list[str]] = {}
+    for row in sweep.rows:
+        for note in row.get("notes") or []:
+            found.setdefault(note, []).append(row["method"])
+    lines = [
+        f"<p><b>{escape(', '.join(dict.fromkeys(methods)))}</b>: {escape(note)}</p>"
+        for note, methods in found.items()
+    ]
+    return section("What the methods say", "", "".join(lines)) if lines else ""
+
+
+def _record(results: Mapping[str, Any]) -> str:
+    facts = {**results.get("facts", {}), **results.get("versions", {})}
+    pairs = "".join(
+        f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in facts.items()
+    )
+    commands: Sequence[str] = results.get("commands", ())
+    shown = "".join(f"<code>{escape(command)}\n</code>" for command in commands)
+    return section("How it was made", "", f'<pre>{shown}</pre><dl class="facts">{pairs}</dl>')
