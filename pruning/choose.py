@@ -15,7 +15,7 @@ from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.budgets import MULTIPLE_OF, uniform_widths
 from pruning.methods import Method
-from pruning.plan import Plan, options_of, spaces_of_kind, versions
+from pruning.plan import Plan, options_of, pruned_config, spaces_of_kind, versions
 from pruning.spaces import Axis, Kept, Space, rows
 from pruning.statistics import Statistic
 
@@ -79,7 +79,7 @@ def choose(
         budget=asdict(budget),
         fingerprint=fingerprint(config, source),
         config_before=config,
-        config_after=adapter.resize(config, {n: tuple(map(len, k)) for n, k in kept.items()}),
+        config_after=pruned_config(config, kept),
         kept=kept,
         calibration=calibration if method.needs else None,
         versions=versions(),

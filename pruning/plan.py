@@ -10,7 +10,7 @@ the plan names with its hash.
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from flame.checkpoint.fingerprint import canonical_config
 from flame.errors import UserError, first_line
 from pruning.adapters import Adapter, adapter_for
 from pruning.adapters.interface import Config
-from pruning.spaces import Kept, Space, check_kept
+from pruning.padding import check_padding, padded
+from pruning.spaces import Kept, Space, check_kept, widths_of
 
 FORMAT = 1
 """Version of the format; a plan of a newer one is refused."""
@@ -62,6 +63,8 @@ class Plan:
     versions: dict[str, str]
     """Of the programs that made the plan."""
     replaced: Replaced | None = None
+    pad: bool = False
+    """Whether heads are filled up with zeros to the largest width, for a stock model."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
 
@@ -83,6 +86,7 @@ def plan_text(plan: Plan) -> str:
         "format": FORMAT,
         "method": {"name": plan.method, "options": plan.options},
         "notes": list(plan.notes),
+        "pad": plan.pad,
         "replaced": {"file": replaced.file, "hash": replaced.hash} if replaced else None,
         "spaces": {name: [row.tolist() for row in kept] for name, kept in plan.kept.items()},
         "versions": plan.versions,
@@ -129,6 +133,7 @@ def parse_plan(text: str) -> Plan:
         calibration=_optional(content, "calibration"),
         versions=_get(content, "versions", dict),
         replaced=_replaced(_optional(content, "replaced")),
+        pad=_flag(content, "pad"),
         notes=_notes(content.get("notes", [])),
     )
 
@@ -150,11 +155,31 @@ def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
     try:
         for space in planned_spaces(plan, config):
             check_kept(space, plan.kept[space.name])
-        resized = adapter_for(config).resize(plan.config_before, plan.widths)
+        resized = pruned_config(plan.config_before, plan.kept, plan.pad)
     except ValueError as error:
         raise UserError(f"{name} does not fit the model: {first_line(error)}") from error
     if resized != plan.config_after:
         raise UserError(f"{name} was edited: its config_after does not follow from its spaces")
+
+
+def pruned_config(config: Config, kept: Mapping[str, Kept], pad: bool = False) -> Config:
+    """The config of a model of which `kept` is kept, or of its padded form.
+
+    Raises:
+        UserError: the model cannot be padded.
+        ValueError: no config describes the result.
+    """
+    adapter = adapter_for(config)
+    spaces = adapter.spaces(config)
+    if pad:
+        check_padding(config, spaces, kept)
+        kept = padded(spaces, kept)
+    return adapter.resize(config, widths_of(spaces, kept))
+
+
+def with_padding(plan: Plan) -> Plan:
+    """`plan` with a stock model as its result, whose extra channels are zero."""
+    return replace(plan, pad=True, config_after=pruned_config(plan.config_before, plan.kept, True))
 
 
 def check_fingerprint(plan: Plan, fingerprint: str, name: str = "the plan") -> None:
@@ -255,6 +280,12 @@ def _replaced(content: dict[str, Any] | None) -> Replaced | None:
     if Path(file).name != file:
         raise ValueError(f"replaced tensors are in {file!r}, expected the name of a file beside it")
     return Replaced(file, _get(content, "hash", str))
+
+
+def _flag(content: Mapping[str, Any], key: str) -> bool:
+    if type(content.get(key, False)) is not bool:
+        raise ValueError(f"{key} is {_short(content[key])}, expected true or false")
+    return bool(content.get(key, False))
 
 
 def _notes(found: Any) -> tuple[str, ...]:

@@ -13,15 +13,16 @@ The three kinds use the grid so:
 - head: one row whose channels are whole key-head groups; a channel is a block of positions.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 Kind = Literal["key", "value", "head"]
-Role = Literal["projection", "convolution", "vector"]
+Role = Literal["projection", "convolution", "vector", "norm"]
 
 KINDS: tuple[Kind, ...] = ("key", "value", "head")
 
@@ -140,9 +141,14 @@ def positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
     Returns:
         Indices for `index_select` along `axis.dim`; positions outside the space are among them.
     """
-    survives = torch.ones(axis.layout.size, dtype=torch.bool)
-    survives[dropped_positions(axis, kept)] = False
-    return survives.nonzero().squeeze(-1)
+    return survives(axis, kept).nonzero().squeeze(-1)
+
+
+def survives(axis: Axis, kept: Kept) -> Bool[Tensor, " size"]:
+    """Whether each position along the axis survives when `kept` survives."""
+    mask = torch.ones(axis.layout.size, dtype=torch.bool)
+    mask[dropped_positions(axis, kept)] = False
+    return mask
 
 
 def dropped_positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
@@ -188,6 +194,21 @@ def _check_row(space: Space, head: int, channels: Tensor) -> None:
         )
     if len(channels) > 1 and int(channels.diff().min()) <= 0:
         raise ValueError(f"{where}: kept channels must be strictly increasing")
+
+
+def widths_of(spaces: Iterable[Space], kept: Mapping[str, Kept]) -> dict[str, tuple[int, ...]]:
+    """Kept channels of each head of the planned spaces, by the space's name.
+
+    Of key channels, those of the heads that survive count: one that goes has none.
+    """
+    planned = [space for space in spaces if space.name in kept]
+    heads = {space.layer: kept[space.name][0].tolist() for space in planned if space.kind == "head"}
+    widths = {}
+    for space in planned:
+        of_heads = kept[space.name]
+        staying = heads.get(space.layer, range(len(of_heads))) if space.kind == "key" else (0,)
+        widths[space.name] = tuple(len(of_heads[head]) for head in staying)
+    return widths
 
 
 def check_count(k: int, available: int, what: str = "channels") -> None:

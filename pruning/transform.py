@@ -8,13 +8,10 @@ merged model it stands for, without training state, which belongs to the adapter
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from flame.checkpoint.checksums import check_file, hash_file, read_checksums
@@ -38,28 +35,13 @@ from flame.checkpoint.steps import METADATA, save_step
 from flame.errors import UserError
 from pruning.adapters.interface import Config
 from pruning.choose import check_tensor_finite
-from pruning.plan import PLAN_FILE, Plan, plan_text, planned_spaces
-from pruning.spaces import positions
+from pruning.cuts import Cut, Cuts, cut_tensor, cuts_of
+from pruning.plan import PLAN_FILE, Plan, plan_text
 
 Form = Literal["dcp", "hf"]
 
 OPTIMIZER_STATE = "optimizer.state."
 """Beginning of the names of optimizer entries in a step: then the parameter's, then the entry's."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What survives of one dimension of a tensor."""
-
-    dim: int
-    size: int
-    """Length of the dimension before."""
-    kept: Int64[Tensor, " n"]
-    """Positions that survive, in increasing order."""
-
-
-Cuts = Mapping[str, tuple[Cut, ...]]
-"""By parameter: its dimensions that are cut."""
 
 
 class SlicedSource:
@@ -69,7 +51,7 @@ class SlicedSource:
 
     Args:
         source: the tensors before, those of the optimizer among them or not.
-        cuts: from `cuts_of`.
+        cuts: from `pruning.cuts.cuts_of`.
         replaced: handle of a safetensors file, whose tensors take the place of sliced ones.
     """
 
@@ -96,10 +78,7 @@ class SlicedSource:
         return tensor if rows is None else tensor[rows]
 
     def _read_sliced(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
-        for cut in self._cuts_of(name):
-            tensor = tensor.index_select(cut.dim, cut.kept)
-        return tensor
+        return cut_tensor(name, self._source.read(name), self._cuts_of(name))
 
     def _read_new(self, name: str) -> Tensor:
         tensor, info = self._replaced.get_tensor(name), self.info(name)
@@ -133,25 +112,6 @@ def parameter_of(name: str) -> str:
     if not name.startswith(OPTIMIZER_STATE):
         return name
     return name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
-
-
-def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[Cut, ...]]:
-    """What survives of each parameter that a plan, which fits the config, prunes."""
-    cuts: dict[str, tuple[Cut, ...]] = {}
-    for space in planned_spaces(plan, config):
-        for axis in space.axes:
-            cut = Cut(axis.dim, axis.layout.size, positions(axis, plan.kept[space.name]))
-            cuts[axis.fqn] = _with_cut(cuts.get(axis.fqn, ()), cut)
-    return cuts
-
-
-def _with_cut(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:
-    """`cuts` and another; of a dimension that several spaces cut, what all of them keep is left."""
-    others = tuple(other for other in cuts if other.dim != cut.dim)
-    for other in cuts:
-        if other.dim == cut.dim:
-            cut = replace(cut, kept=cut.kept[torch.isin(cut.kept, other.kept)])
-    return (*others, cut)
 
 
 def write_pruned(

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from flame.errors import UserError
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
-    FLOAT32_BYTES,
+    Mixer,
     check_exact,
-    expansion,
-    key_spaces,
     linear_layers,
+    mixer_spaces,
     positive_integer,
     positive_number,
-    uniform_key_width,
     with_defaults,
 )
-from pruning.spaces import Space
+from pruning.adapters.widths import expansion, ragged_config, uniform_sizes, widths_by_kind
+from pruning.spaces import Kind, Role, Space
 
 DEFAULTS = {
     "hidden_size": 2048,
@@ -23,6 +22,8 @@ DEFAULTS = {
     "expand_v": 1.0,
     "num_heads": 16,
     "num_hidden_layers": 24,
+    "use_beta": True,
+    "use_gate": False,
     "use_short_conv": True,
     "qk_activation": "silu",
     "attn": None,
@@ -31,7 +32,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """The key width is round(hidden_size * expand_k) // num_heads."""
+    """The key width is round(hidden_size * expand_k) // num_heads, the value width likewise."""
 
     model_type: str = "delta_net"
     mixer_class: tuple[str, str] = ("fla.layers.delta_net", "DeltaNet")
@@ -54,23 +55,50 @@ class DeltaNet:
         _head_dim(config, "expand_v")
 
     def spaces(self, config: Config) -> list[Space]:
-        """The key channels of every layer that is not softmax attention."""
+        """The spaces of every layer that is not softmax attention."""
         config = with_defaults(config, DEFAULTS)
-        return key_spaces(config, config["num_heads"], _head_dim(config, "expand_k"))
+        return mixer_spaces(linear_layers(config), _mixer(config))
 
     def resize(self, config: Config, widths: Widths) -> Config:
-        """A copy of the config with `expand_k` rewritten."""
-        kept = uniform_key_width(self.spaces(config), widths)
+        """A copy of the config with `num_heads`, `expand_k` and `expand_v` rewritten."""
+        planned = widths_by_kind(self.spaces(config), widths)
         full = with_defaults(config, DEFAULTS)
-        if kept == _head_dim(full, "expand_k"):
-            return dict(config)
-        return {**config, "expand_k": expansion(full["hidden_size"], full["num_heads"] * kept)}
+        sizes = uniform_sizes(planned)
+        if sizes is None:
+            return ragged_config(config, planned, full["num_hidden_layers"])
+        return {**config, **_knobs(full, sizes)}
 
     def state_bytes(self, config: Config) -> int:
         """num_heads states of d_k x d_v per linear layer, in float32."""
         config = with_defaults(config, DEFAULTS)
-        state = _head_dim(config, "expand_k") * _head_dim(config, "expand_v")
-        return len(linear_layers(config)) * config["num_heads"] * state * FLOAT32_BYTES
+        return len(linear_layers(config)) * _mixer(config).state_bytes
+
+
+def _mixer(config: Config) -> Mixer:
+    per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
+    return Mixer(
+        heads=config["num_heads"],
+        value_heads=config["num_heads"],
+        key_width=_head_dim(config, "expand_k"),
+        value_width=_head_dim(config, "expand_v"),
+        short_conv=bool(config["use_short_conv"]),
+        gate=bool(config["use_gate"]),
+        per_value_head=per_head if config["use_beta"] else (),
+    )
+
+
+def _knobs(full: Config, sizes: dict[Kind, int]) -> Config:
+    """The keys of the config that change for these sizes, with their new values."""
+    before = _mixer(full)
+    heads = sizes.get("head", before.heads)
+    rows = {
+        "expand_k": heads * sizes.get("key", before.key_width),
+        "expand_v": heads * sizes.get("value", before.value_width),
+    }
+    hidden = full["hidden_size"]
+    knobs: Config = {"num_heads": heads} if heads != before.heads else {}
+    changed = {knob: new for knob, new in rows.items() if new != round(hidden * full[knob])}
+    return knobs | {knob: expansion(hidden, new) for knob, new in changed.items()}
 
 
 def _head_dim(config: Config, knob: str) -> int:

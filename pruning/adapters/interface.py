@@ -56,9 +56,16 @@ class Adapter(Protocol):
     def resize(self, config: Config, widths: Widths) -> Config:
         """A copy of the config for what is kept of the planned spaces.
 
+        It is a stock config if all layers and heads agree, otherwise the config of the family's
+        slim class (`pruning.adapters.widths`).
+
+        Args:
+            config: the model's.
+            widths: as `pruning.spaces.widths_of` gives them: key widths of the heads that survive.
+
         Raises:
-            ValueError: a width is missing, out of range, or not the same everywhere, or a name
-                is not a space of the model.
+            ValueError: a kind is planned in some layers only, a width is out of range, a name is
+                not a space of the model, or widths differ and the family has no class for that.
         """
         ...
 

@@ -1,17 +1,105 @@
-"""What families with separate q, k and v projections have in common.
+"""What families with separate q, k, v and output projections have in common.
 
-Their layers name tensors `model.layers.<i>.attn.{q,k}_proj.weight` and
-`model.layers.<i>.attn.{q,k}_conv1d.weight`, one row per channel, heads one after another.
+Their layers name tensors `model.layers.<i>.attn.<name>`: rows of the q, k and v projections and
+convolutions are channels, heads one after another, and the output norm's weight is shared by all
+heads. With grouped value heads each key head serves as many consecutive value heads as there are to
+one key head, its group.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from flame.errors import UserError
-from pruning.adapters.interface import Config, Widths
-from pruning.spaces import Axis, HeadMajor, Space, check_count
+from pruning.adapters.interface import Config
+from pruning.adapters.widths import expansion
+from pruning.spaces import Axis, Blocks, HeadMajor, Kind, Layout, Role, SharedHeads, Space
+
+__all__ = ["FLOAT32_BYTES", "Mixer", "check_exact", "expansion", "linear_layers", "mixer_spaces"]
 
 FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Sizes of a family's recurrent layers, the same in all of them."""
+
+    heads: int
+    """Key heads."""
+    value_heads: int
+    key_width: int
+    value_width: int
+    short_conv: bool
+    gate: bool
+    """Whether an output gate, g_proj, has a row for each value channel."""
+    per_value_head: tuple[tuple[str, Role], ...]
+    """Tensors with one position along dimension 0 for each value head."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one layer's recurrent state of one sequence, in float32."""
+        return self.value_heads * self.key_width * self.value_width * FLOAT32_BYTES
+
+
+def mixer_spaces(layers: Iterable[int], mixer: Mixer) -> list[Space]:
+    """Key channels, value channels and heads of every one of `layers`."""
+    heads, d_k, d_v = mixer.heads, mixer.key_width, mixer.value_width
+    found = []
+    for layer in layers:
+        axes_of = {
+            "key": _key_axes(layer, mixer),
+            "value": _value_axes(layer, mixer),
+            "head": _head_axes(layer, mixer),
+        }
+        found += [
+            _space(layer, "key", heads, d_k, axes_of["key"]),
+            _space(layer, "value", 1, d_v, axes_of["value"]),
+            _space(layer, "head", 1, heads, axes_of["head"]),
+        ]
+    return found
+
+
+def _space(layer: int, kind: Kind, heads: int, width: int, axes: Iterable[Axis]) -> Space:
+    return Space(f"layers.{layer}.{kind}", kind, layer, heads, width, tuple(axes))
+
+
+def _key_axes(layer: int, mixer: Mixer) -> list[Axis]:
+    return _rows(layer, "qk", HeadMajor(mixer.heads, mixer.key_width), mixer)
+
+
+def _value_axes(layer: int, mixer: Mixer) -> list[Axis]:
+    layout = SharedHeads(mixer.value_heads, mixer.value_width)
+    norm = _axis(layer, "o_norm.weight", 0, SharedHeads(1, mixer.value_width), "norm")
+    return [*_value_tensors(layer, layout, mixer), norm]
+
+
+def _head_axes(layer: int, mixer: Mixer) -> list[Axis]:
+    heads, group = mixer.heads, mixer.value_heads // mixer.heads
+    values = Blocks(heads, group * mixer.value_width)
+    return [
+        *_rows(layer, "qk", Blocks(heads, mixer.key_width), mixer),
+        *_value_tensors(layer, values, mixer),
+        *(_axis(layer, name, 0, Blocks(heads, group), r) for name, r in mixer.per_value_head),
+    ]
+
+
+def _value_tensors(layer: int, layout: Layout, mixer: Mixer) -> list[Axis]:
+    """Everything that has a position for each channel of each value head."""
+    gate = [_axis(layer, "g_proj.weight", 0, layout)] if mixer.gate else []
+    out = _axis(layer, "o_proj.weight", 1, layout)
+    return [*_rows(layer, "v", layout, mixer), *gate, out]
+
+
+def _rows(layer: int, names: str, layout: Layout, mixer: Mixer) -> list[Axis]:
+    """Projections, then convolutions, of q, k or v."""
+    axes = [_axis(layer, f"{name}_proj.weight", 0, layout) for name in names]
+    if mixer.short_conv:
+        axes += [_axis(layer, f"{n}_conv1d.weight", 0, layout, "convolution") for n in names]
+    return axes
+
+
+def _axis(layer: int, name: str, dim: int, layout: Layout, role: Role = "projection") -> Axis:
+    return Axis(f"model.layers.{layer}.attn.{name}", dim, layout, role)
 
 
 def with_defaults(config: Config, defaults: Mapping[str, object]) -> Config:
@@ -47,32 +135,6 @@ def linear_layers(config: Config) -> list[int]:
     return [layer for layer in range(config["num_hidden_layers"]) if layer not in softmax]
 
 
-def key_spaces(config: Config, num_heads: int, head_dim: int) -> list[Space]:
-    """The key channels of every linear layer."""
-    layout = HeadMajor(num_heads, head_dim)
-    return [
-        Space(
-            name=f"layers.{layer}.key",
-            kind="key",
-            layer=layer,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            axes=_key_axes(f"model.layers.{layer}.attn", layout, bool(config["use_short_conv"])),
-        )
-        for layer in linear_layers(config)
-    ]
-
-
-def _key_axes(prefix: str, layout: HeadMajor, short_conv: bool) -> tuple[Axis, ...]:
-    projections = [Axis(f"{prefix}.{name}_proj.weight", 0, layout) for name in "qk"]
-    if not short_conv:
-        return tuple(projections)
-    convolutions = [
-        Axis(f"{prefix}.{name}_conv1d.weight", 0, layout, "convolution") for name in "qk"
-    ]
-    return (*projections, *convolutions)
-
-
 def check_exact(config: Config) -> None:
     """Raise UserError if there is nothing to prune, or removing a channel is not zeroing it.
 
@@ -86,34 +148,3 @@ def check_exact(config: Config) -> None:
             "config: conv_bias is true, so removing a key channel is not the same as zeroing it "
             "and the pruned model would differ: only models without conv bias can be pruned"
         )
-
-
-def uniform_key_width(spaces: list[Space], widths: Widths) -> int:
-    """The one width in `widths`, checked against the model's key spaces.
-
-    Raises:
-        ValueError: names and spaces differ, widths are not all the same, or out of range.
-    """
-    names = [space.name for space in spaces]
-    if sorted(names) != sorted(widths):
-        differing = sorted(set(names) ^ set(widths))
-        raise ValueError(f"widths and the model's spaces differ: {', '.join(differing)}")
-    distinct = sorted({width for of_space in widths.values() for width in of_space})
-    if len(distinct) != 1:
-        raise ValueError(
-            f"key widths {distinct} differ between layers or heads: a stock config has one for all"
-        )
-    check_count(distinct[0], spaces[0].head_dim, spaces[0].noun)
-    return distinct[0]
-
-
-def expansion(base: int, target: int) -> float:
-    """A factor with int(base * factor) == target, the nearest to target / base.
-
-    The quotient itself is off by one for some pairs, 98 and 128 among them, where the product
-    rounds to below the target.
-    """
-    factor = target / base
-    while int(base * factor) < target:
-        factor = math.nextafter(factor, math.inf)
-    return factor

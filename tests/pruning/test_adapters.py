@@ -11,10 +11,21 @@ from torch import Tensor
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
 from pruning.adapters.projections import expansion
-from pruning.spaces import Kept, Space, positions
+from pruning.cuts import cuts_of_spaces
+from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
-KEPT = 5
+LAYER = "model.layers.0.attn."
+
+
+def of_kind(config: dict[str, Any], kind: str) -> list[Space]:
+    adapter = ADAPTERS[config["model_type"]]
+    return [space for space in adapter.spaces(config) if space.kind == kind]
+
+
+def kept_of(kind: Kind) -> int:
+    """How many to keep: fewer than any model has."""
+    return 1 if kind == "head" else 5
 
 
 def shapes(config: dict[str, Any]) -> dict[str, list[int]]:
@@ -48,11 +59,13 @@ def test_every_family_has_a_tiny_model() -> None:
     assert {config["model_type"] for config in CONFIGS.values()} == set(ADAPTERS) - set(PRUNED)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_resized_models_have_exactly_the_sliced_shapes(name: str) -> None:
+def test_resized_models_have_exactly_the_sliced_shapes(name: str, kind: Kind) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
-    spaces = adapter.spaces(config)
+    spaces = of_kind(config, kind)
+    k = kept_of(kind)
     assert spaces and len({space.name for space in spaces}) == len(spaces)
     expected = shapes(config)
     for space in spaces:
@@ -61,24 +74,25 @@ def test_resized_models_have_exactly_the_sliced_shapes(name: str) -> None:
             table = axis.layout.table()
             assert table.shape[:2] == (space.num_heads, space.head_dim)
             assert len(table.unique()) == table.numel()
-            removed = table[:, KEPT:].numel()
+            removed = table[:, k:].numel()
             expected[axis.fqn][axis.dim] -= removed
     before = copy.deepcopy(config)
-    resized = adapter.resize(config, widths(spaces, KEPT))
+    resized = adapter.resize(config, widths(spaces, k))
     assert config == before
     assert shapes(resized) == expected
-    assert {space.head_dim for space in adapter.spaces(resized)} == {KEPT}
-    assert set(resized) - set(config) <= {"expand_k", "expand_v", "head_dim"}
+    assert {space.head_dim for space in of_kind(resized, kind)} == {k}
+    assert adapter.state_bytes(resized) < adapter.state_bytes(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sliced_weights_load_into_the_resized_model(name: str) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
-    spaces = adapter.spaces(config)
-    state = sliced(build(config).state_dict(), spaces, KEPT)
-    resized = build(adapter.resize(config, widths(spaces, KEPT)))
-    resized.load_state_dict(state, strict=True)
+    for kind in KINDS:
+        spaces = of_kind(config, kind)
+        state = sliced(build(config).state_dict(), spaces, kept_of(kind))
+        resized = build(adapter.resize(config, widths(spaces, kept_of(kind))))
+        resized.load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -86,10 +100,14 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
     spaces = adapter.spaces(config)
-    assert adapter.resize(config, widths(spaces, spaces[0].head_dim)) == config
+    everything = {space.name: (space.head_dim,) * space.num_heads for space in spaces}
+    assert adapter.resize(config, everything) == config
+    assert adapter.resize(config, {}) == config
     state = build(config).state_dict()
-    for key, tensor in sliced(state, spaces, spaces[0].head_dim).items():
-        assert torch.equal(tensor, state[key])
+    for kind in KINDS:
+        of = of_kind(config, kind)
+        for key, tensor in sliced(state, of, of[0].head_dim).items():
+            assert torch.equal(tensor, state[key])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -100,31 +118,86 @@ def test_softmax_layers_have_no_space(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_convolutions_are_axes_where_there_are_any(name: str) -> None:
+def test_axes_cover_every_tensor_of_the_mixer(name: str) -> None:
+    """q and k for key channels; what belongs to values for those; all there is for heads."""
     config = tiny_config(name)
-    for space in adapter_for(config).spaces(config):
-        roles = [axis.role for axis in space.axes]
-        assert roles.count("projection") == 2
-        assert roles.count("convolution") == (2 if config.get("use_short_conv", True) else 0)
+    of_layer = {key.removeprefix(LAYER) for key in shapes(config) if key.startswith(LAYER)}
+    keys = {key for key in of_layer if key[:2] in ("q_", "k_")}
+    per_head = {key for key in of_layer if key[:2] in ("a_", "b_") or "." not in key}
+    expected = {
+        "key": keys,
+        "value": of_layer - keys - per_head,
+        "head": of_layer - {"o_norm.weight"},
+    }
+    assert len(keys) == (4 if config.get("use_short_conv", True) else 2)
+    for kind in KINDS:
+        space = of_kind(config, kind)[0]
+        assert {axis.fqn.removeprefix(LAYER) for axis in space.axes} == expected[kind]
+        for axis in space.axes:
+            assert (axis.role == "convolution") == ("conv1d" in axis.fqn)
+            assert (axis.role == "projection") == ("_proj" in axis.fqn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wrong_widths_are_refused(name: str, kind: Kind) -> None:
+    config = tiny_config(name)
+    adapter = adapter_for(config)
+    spaces = of_kind(config, kind)
+    d, noun = spaces[0].head_dim, spaces[0].noun
+    for k in (0, -1, d + 1):
+        with pytest.raises(ValueError, match=f"keep {k} of {d} {noun}"):
+            adapter.resize(config, widths(spaces, k))
+    with pytest.raises(ValueError, match=f"spaces differ: {spaces[0].name}"):
+        adapter.resize(config, widths(spaces[1:], 1))
+    with pytest.raises(ValueError, match="spaces differ: layers.9.key"):
+        adapter.resize(config, widths(spaces, 1) | {"layers.9.key": (5,)})
+    with pytest.raises(ValueError, match=f"{spaces[0].name} has widths of 5 heads"):
+        adapter.resize(config, widths(spaces, 1) | {spaces[0].name: (1,) * 5})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_wrong_widths_are_refused(name: str) -> None:
+def test_widths_that_differ_make_the_slim_class(name: str) -> None:
+    config = tiny_config(name, architectures=["Stock"])
+    adapter = adapter_for(config)
+    depth = range(config["num_hidden_layers"])
+    key, value, head = (of_kind(config, kind) for kind in KINDS)
+    linear = {space.layer for space in key}
+    ragged = {space.name: (space.layer + 1, *(2,) * (space.num_heads - 1)) for space in key}
+    slim = adapter.resize(config, ragged)
+    assert slim["model_type"] == f"slim_{config['model_type']}" and "architectures" not in slim
+    assert slim["widths"]["key"] == [
+        list(ragged[f"layers.{layer}.key"]) if layer in linear else None for layer in depth
+    ]
+    assert slim | config == config | {"widths": slim["widths"]}
+    both = widths(head, 1) | {space.name: (space.layer + 1,) for space in value}
+    lists = adapter.resize(config, both)["widths"]
+    assert lists["value"] == [layer + 1 if layer in linear else None for layer in depth]
+    assert lists["heads"] == [1 if layer in linear else None for layer in depth]
+    assert set(lists) == {"value", "heads"}
+    assert ADAPTERS[slim["model_type"]].state_bytes(slim) < adapter.state_bytes(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_kinds_at_once(name: str) -> None:
+    """Key widths are of the heads that survive; of a dimension, what every space keeps is left."""
     config = tiny_config(name)
     adapter = adapter_for(config)
     spaces = adapter.spaces(config)
-    name, d = spaces[0].name, spaces[0].head_dim
-    for k in (0, -1, d + 1):
-        with pytest.raises(ValueError, match=f"keep {k} of {d} key channels"):
-            adapter.resize(config, widths(spaces, k))
-    with pytest.raises(ValueError, match=r"\[4, 5\] differ between layers"):
-        adapter.resize(config, widths(spaces, 5) | widths(spaces[:1], 4))
-    with pytest.raises(ValueError, match=r"\[4, 5\] differ between layers or heads"):
-        adapter.resize(config, widths(spaces, 5) | {name: (4, 5)})
-    with pytest.raises(ValueError, match=name):
-        adapter.resize(config, widths(spaces[1:], 5))
-    with pytest.raises(ValueError, match="layers.9.key"):
-        adapter.resize(config, widths(spaces, 5) | {"layers.9.key": (5,)})
+    rows = {"key": torch.arange(5), "value": torch.arange(5)}
+    kept = {
+        space.name: (rows.get(space.kind, torch.arange(1, space.head_dim)),) * space.num_heads
+        for space in spaces
+    }
+    resized = adapter.resize(config, widths_of(spaces, kept))
+    before, after = of_kind(config, "key")[0], of_kind(resized, "key")[0]
+    assert (after.num_heads, after.head_dim) == (before.num_heads - 1, 5)
+    assert of_kind(resized, "value")[0].head_dim == 5
+    state = build(config).state_dict()
+    for fqn, cuts in cuts_of_spaces(spaces, kept, kept).items():
+        for cut in cuts:
+            state[fqn] = state[fqn].index_select(cut.dim, cut.kept)
+    build(resized).load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -168,7 +241,7 @@ def test_delta_net_knobs_round_trip_for_every_width() -> None:
             "num_heads": heads,
         }
         adapter = ADAPTERS["delta_net"]
-        spaces = adapter.spaces(config)
+        spaces = of_kind(config, "key")
         for k in range(1, spaces[0].head_dim):
             resized = adapter.resize(config, widths(spaces, k))
             assert int(hidden * resized["expand_k"]) == heads * k
@@ -180,7 +253,7 @@ def test_gated_deltanet_keeps_its_value_width() -> None:
     for head_dim, expand_v in ((128, 1.0), (256, 2.0), (98, 49 / 98), (100, 1.29)):
         config: dict[str, Any] = {"model_type": "gated_deltanet", "head_dim": head_dim}
         config["expand_v"] = expand_v
-        spaces = adapter.spaces(config)
+        spaces = of_kind(config, "key")
         for k in range(1, head_dim):
             resized = adapter.resize(config, widths(spaces, k))
             assert int(k * resized["expand_v"]) == int(head_dim * expand_v)

@@ -16,7 +16,7 @@ from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
 from pruning import prune
 from pruning.adapters import adapter_for
-from pruning.plan import Plan, read_plan
+from pruning.plan import Plan, planned_spaces, read_plan
 from pruning.spaces import dropped_positions
 from tests.pruning.families import build, tiny_config, tokens
 from tests.pruning.models import write_hf
@@ -37,7 +37,7 @@ LENGTHS = [100, 12]
 def zero_dropped(model: nn.Module, plan: Plan) -> None:
     """Zero the rows of q_proj and k_proj of the channels that the plan drops."""
     parameters = dict(model.named_parameters())
-    for space in adapter_for(plan.config_before).spaces(plan.config_before):
+    for space in planned_spaces(plan, plan.config_before):
         for axis in space.axes:
             if axis.role == "projection":
                 dropped = dropped_positions(axis, plan.kept[space.name])
