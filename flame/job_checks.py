@@ -141,12 +141,15 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     from flame.data.loader import check_enough, check_vocabulary
     from flame.data.sources import build_documents
     from flame.model import count_parameters, meta_model
+    from flame.recovery_checks import check_recovery
     from flame.spec import model_config, tokenizer_of
 
     config = model_config(job)
     tokenizer = tokenizer_of(job)
     check_vocabulary(tokenizer, vocabulary_size(config))
-    parameters = count_parameters(meta_model(config).parameters())
+    model = meta_model(config)
+    check_recovery(job, model, config)
+    parameters = count_parameters(model.parameters())
     _check_space(job, parameters)
     documents = build_documents(job.data, job.data.split)
     check_enough(

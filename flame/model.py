@@ -89,7 +89,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that compute in fp32 whatever the policy: the decay's `A_log` and `dt_bias`.
+    """Parameters that compute in fp32 whatever the policy: `A_log`, `dt_bias`, DoRA's magnitudes.
 
     FSDP2 casts whole groups, so these stay out of it: replicated, never cast, their gradients
     summed over the ranks by `sum_replicated_gradients`.
@@ -97,7 +97,7 @@ def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in ("A_log", "dt_bias")
+        if name.rpartition(".")[2] in ("A_log", "dt_bias") or ".lora_magnitude_vector." in name
     }
 
 

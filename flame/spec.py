@@ -27,7 +27,7 @@ from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.distributed import device_type, gather_objects
 from flame.errors import UserError, first_line
-from flame.lora import initialise_adapters, inject
+from flame.lora import initialise_adapters, inject, load_adapters
 from flame.model import (
     count_parameters,
     initialise,
@@ -39,6 +39,7 @@ from flame.model import (
 )
 from flame.optimizer import build_optimizers
 from flame.schedule import build_schedules
+from flame.trainable import freeze_others
 
 NAME = "causal_lm"
 
@@ -102,6 +103,8 @@ def build_model(args: CausalLMArgs) -> nn.Module:
     model = meta_model(args.config)
     if args.job.lora.rank > 0:
         inject(model, args.job.lora)
+    else:
+        freeze_others(model, args.job.trainable.modules)
     # torchtitan calls model.init_weights(buffer_device=…); transformers' method takes no argument.
     model.init_weights = partial(init_weights, model, args)
     return model
@@ -117,6 +120,8 @@ def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None
     else:
         initialise(model, args.config, seed)
     initialise_adapters(model, seed)
+    if job.lora.init:
+        load_adapters(model, resolve(job.lora.init).own_source())
     sum_replicated_gradients(model)
 
 

@@ -31,6 +31,8 @@ def check_start(job: Any) -> None:
         peers.agree(lambda: _check_entries(step) if rank() == 0 else None)
     if job.model.init and (step is None or job.lora.rank > 0):
         peers.agree(lambda: _check_init(job.model.init))
+    if job.distill.teacher:
+        peers.agree(lambda: _check_init(job.distill.teacher))
 
 
 def _resumed_step(job: Any) -> Path | None:

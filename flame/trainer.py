@@ -29,8 +29,9 @@ from flame.checkpoint.manager import CheckpointManager
 from flame.distributed import world_size
 from flame.lora import peft_name
 from flame.nonfinite import NonfiniteSteps
-from flame.objective import next_token_loss
+from flame.objective import build_objective
 from flame.optimizer import clip_gradients
+from flame.seeds import seed_step
 from flame.stopping import StopSignals
 
 LOSS_PARTS = ("cross_entropy", "kl", "hidden")
@@ -53,6 +54,8 @@ class Trainer(TitanTrainer):
         super().__init__(without_checkpoints(job))
         self.job_config = job
         model = self.model_parts[0]
+        dtype = flame.spec.compute_dtype(job.training.mixed_precision_param)
+        self.objective = build_objective(job, model, dtype)
         checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
         self.nonfinite = NonfiniteSteps(job.training.max_nonfinite_steps, checkpoints)
         self.signals = StopSignals()
@@ -79,14 +82,15 @@ class Trainer(TitanTrainer):
 
         The total, which is minimised, and its parts: cross entropy, KL, hidden states.
         """
-        total = next_token_loss(self.model_parts[0], input_dict, labels) / global_valid_tokens
-        total.backward()
-        nothing = torch.zeros_like(total)
-        return torch.stack([total, total, nothing, nothing]).detach()
+        losses = self.objective(input_dict, labels)
+        (losses.total / global_valid_tokens).backward()
+        parts = [losses.total.detach(), losses.cross_entropy, losses.kl, losses.hidden]
+        return torch.stack(parts) / global_valid_tokens
 
     def train_step(self, data_iterator: Any) -> None:
         """One step over `global_batch_size` sequences; no update where it is not finite."""
         self.optimizers.zero_grad()
+        seed_step(self.job_config.debug.seed or 0, self.step)
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
         tokens = max(self._sum(torch.tensor([float(local_tokens)]))[0], 1.0)

@@ -155,7 +155,7 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
 
     job = job_from_tables(read_tables(reference.recipe))
     job.job.dump_folder = str(dst)
-    job.lora.rank = 0
+    job.lora = type(job.lora)()
     job.model.init = ""
     (folder / RECIPE_FILE).write_text(recipe_text(job))
 

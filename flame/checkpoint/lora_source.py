@@ -12,10 +12,16 @@ from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.errors import UserError
 
 _PEFT_PREFIX = "base_model.model."
+_ADAPTER_NAME = re.compile(
+    rf"{re.escape(_PEFT_PREFIX)}(?P<module>.+)\."
+    r"(?:lora_(?P<part>[AB])(?:\.[^.]+)?\.weight|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)"
+)
 
 
 class LoraSource:
     """The merged view of a LoRA run: `W + scale · B A`, and parameters that were trained in full.
+
+    With DoRA each row of the sum is scaled to the length `m` that was trained for it.
 
     Args:
         base: the model that the adapters were trained on.
@@ -63,7 +69,11 @@ class LoraSource:
         compute = torch.promote_types(weight.dtype, torch.float32)
         down = self._adapters.read(parts["A"]).to(compute)
         up = self._adapters.read(parts["B"], rows).to(compute)
-        return weight.to(compute) + (up @ down) * self._scale(name, down.shape[0])
+        merged = weight.to(compute) + (up @ down) * self._scale(name, down.shape[0])
+        if "m" not in parts:
+            return merged
+        lengths = self._adapters.read(parts["m"], rows).to(compute)
+        return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
 
     def _scale(self, name: str, rank: int) -> float:
         module = name.removesuffix(".weight")
@@ -75,25 +85,30 @@ class LoraSource:
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _sort_in(self, name: str) -> None:
-        match = re.fullmatch(
-            rf"{re.escape(_PEFT_PREFIX)}(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", name
-        )
-        target = f"{match[1]}.weight" if match else _plain_name(name)
+        match = _ADAPTER_NAME.fullmatch(name)
+        target = f"{match['module']}.weight" if match else _plain_name(name)
         if target not in self._names:
             raise UserError(f"the adapters hold {name}, for which the base model has no parameter")
         if match:
-            self._low_rank.setdefault(target, {})[match[2]] = name
+            self._low_rank.setdefault(target, {})[match["part"] or "m"] = name
         else:
             self._full[target] = name
             self._check_shape(name, self._adapters.info(name).shape, self._base.info(target).shape)
 
     def _check_low_rank(self, target: str) -> None:
-        parts = self._low_rank[target]
-        if len(parts) < 2:
-            raise UserError(f"the adapters hold {', '.join(parts.values())} without its partner")
+        parts, base = self._low_rank[target], self._base.info(target).shape
+        wanted = {"A", "B", "m"} if self._config.get("use_dora") else {"A", "B"}
+        if set(parts) != wanted:
+            asked = "use_dora " if "m" in wanted else ""
+            raise UserError(
+                f"the adapters hold {', '.join(sorted(parts.values()))} without its partner: "
+                f"adapter_config.json asks {asked}for {len(wanted)} tensors a layer"
+            )
         down, up = (self._adapters.info(parts[part]).shape for part in "AB")
         product = (up[0], down[1]) if up[1:] == down[:1] else ()
-        self._check_shape(parts["B"], product, self._base.info(target).shape)
+        self._check_shape(parts["B"], product, base)
+        if "m" in parts:
+            self._check_shape(parts["m"], self._adapters.info(parts["m"]).shape, base[:1])
 
     @staticmethod
     def _check_shape(name: str, found: tuple[int, ...], base: tuple[int, ...]) -> None:
@@ -110,6 +125,6 @@ def _plain_name(name: str) -> str:
 def _check_adapter_config(config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("lora_alpha"), int | float):
         raise UserError("adapter_config.json has no lora_alpha: it is not a LoRA configuration")
-    for option in ("use_dora", "fan_in_fan_out", "lora_bias"):
+    for option in ("fan_in_fan_out", "lora_bias"):
         if config.get(option):
             raise UserError(f"adapter_config.json sets {option}, which cannot be merged here")

@@ -6,7 +6,7 @@ reads small JSON files only and imports no torch, so every command does it befor
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.toml"
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,27 +64,31 @@ class ModelReference:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the step holds adapters on another model."""
-        return self.run_folder is not None and (self.run_folder / ADAPTER_FILE).is_file()
+        """Whether the step, or the peft folder, holds adapters on another model."""
+        is_run = self.run_folder is not None
+        return (self.folder / ADAPTER_FILE).is_file() and (is_run or _is_peft_folder(self.folder))
 
     def source(self) -> "TensorSource":
         """The model's tensors in stock names; those of a LoRA run merged with their base."""
         from flame.checkpoint.lora_source import LoraSource
-        from flame.checkpoint.source import DcpSource, SafetensorsSource
 
-        if self.step_folder is None:
-            return SafetensorsSource(self.folder)
-        own = DcpSource(self.step_folder)
+        own = self.own_source()
         if not self.is_lora:
             return own
         config = read_json(self.folder / ADAPTER_FILE)
         return LoraSource(self._base_source(), own, config)
 
+    def own_source(self) -> "TensorSource":
+        """The tensors that lie here: of a LoRA run or a peft folder the adapters alone."""
+        from flame.checkpoint.source import SAFETENSORS_FILE, DcpSource, SafetensorsSource
+
+        if self.step_folder is not None:
+            return DcpSource(self.step_folder)
+        return SafetensorsSource(self.folder, ADAPTER_WEIGHTS if self.is_lora else SAFETENSORS_FILE)
+
     def base(self) -> "ModelReference":
-        """The model that a LoRA run's adapters belong to."""
-        recorded = read_json(self.folder / BASE_FILE).get("reference")
-        if not isinstance(recorded, str):
-            raise UserError(f"{self.folder / BASE_FILE} names no base model")
+        """The model that the adapters belong to."""
+        recorded, _ = _recorded_base(self.folder)
         beside = self.folder / recorded
         try:
             return resolve(beside if beside.is_dir() else recorded)
@@ -97,8 +102,8 @@ class ModelReference:
 
         base = self.base()
         source = base.source()
-        recorded = read_json(self.folder / BASE_FILE).get("fingerprint")
-        if fingerprint(base.config, source) != recorded:
+        _, recorded = _recorded_base(self.folder)
+        if recorded is not None and fingerprint(base.config, source) != recorded:
             raise UserError(
                 f"{base.weights} is not the model that the adapters of {self.folder} were trained "
                 f"on: it has changed since; name the right step in {self.folder / BASE_FILE}"
@@ -172,6 +177,26 @@ def _resolve_folder(path: Path, step: int | None) -> ModelReference:
     return _resolve_hugging_face(path, step)
 
 
+def _is_peft_folder(folder: Path) -> bool:
+    return (folder / ADAPTER_FILE).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
+
+
+def _recorded_base(folder: Path) -> tuple[str, str | None]:
+    """Reference and fingerprint of the base of the adapters in `folder`.
+
+    peft's own folders name a base and have no fingerprint.
+    """
+    if (folder / BASE_FILE).is_file() or not _is_peft_folder(folder):
+        path, base = folder / BASE_FILE, read_json(folder / BASE_FILE)
+        recorded, mark = base.get("reference"), base.get("fingerprint")
+    else:
+        path = folder / ADAPTER_FILE
+        recorded, mark = read_json(path).get("base_model_name_or_path"), None
+    if not isinstance(recorded, str):
+        raise UserError(f"{path} names no base model")
+    return recorded, mark
+
+
 def _resolve_run(run: Path, step: int | None) -> ModelReference:
     config = read_config(run / CONFIG_FILE)
     folder = run / CHECKPOINT_FOLDER
@@ -208,9 +233,13 @@ def _of_run(run: Path, step: Path, config: dict[str, Any]) -> ModelReference:
 
 
 def _resolve_hugging_face(folder: Path, step: int | None) -> ModelReference:
-    config = read_config(folder / CONFIG_FILE)
     if step is not None:
         raise UserError(f"{folder} is a Hugging Face folder: it has no step {step}")
+    if _is_peft_folder(folder) and not (folder / CONFIG_FILE).is_file():
+        found = ModelReference("hf", folder, None, None, {}, _tokenizer(folder), None)
+        base = found.base()
+        return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
+    config = read_config(folder / CONFIG_FILE)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
     return ModelReference("hf", folder, None, None, config, _tokenizer(folder), None)
@@ -244,7 +273,8 @@ def _download(name: str) -> Path:
 
     from flame.data.hub import hub_problem
 
-    patterns = [CONFIG_FILE, "generation_config.json", "*.safetensors*", *TOKENIZER_FILES]
+    configs = [CONFIG_FILE, ADAPTER_FILE, "generation_config.json"]
+    patterns = [*configs, "*.safetensors*", *TOKENIZER_FILES]
     problem = hub_problem()
     try:
         folder = snapshot_download(name, allow_patterns=patterns, local_files_only=bool(problem))

@@ -127,10 +127,13 @@ class DcpSource:
 
 
 class SafetensorsSource:
-    """The tensors of a Hugging Face folder: one `model.safetensors`, or several with an index."""
+    """The tensors of a Hugging Face folder: one `model.safetensors`, or several with an index.
 
-    def __init__(self, folder: Path) -> None:
-        self._files = _weight_files(Path(folder))
+    `file` is another name for the one (`adapter_model.safetensors`).
+    """
+
+    def __init__(self, folder: Path, file: str = SAFETENSORS_FILE) -> None:
+        self._files = _weight_files(Path(folder), file)
         self._folder = Path(folder)
         self._open: dict[Path, Any] = {}
 
@@ -248,12 +251,12 @@ def _bounds(name: str, info: TensorInfo, rows: slice | None) -> tuple[int, int]:
     return start, max(start, stop)
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
+def _weight_files(folder: Path, file: str) -> dict[str, Path]:
     """The file that holds each tensor of a Hugging Face folder."""
     index = folder / SAFETENSORS_INDEX
-    if index.is_file():
+    if index.is_file() and file == SAFETENSORS_FILE:
         return _indexed_files(index)
-    single = folder / SAFETENSORS_FILE
+    single = folder / file
     if single.is_file():
         return dict.fromkeys(open_safetensors(single).keys(), single)
     if any(folder.glob("pytorch_model*.bin")):
@@ -261,7 +264,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
             f"{folder} holds weights as pickles (pytorch_model.bin), which can run code: "
             "save it as safetensors first"
         )
-    raise UserError(f"{folder} has no {SAFETENSORS_FILE}: it is not a Hugging Face model folder")
+    raise UserError(f"{folder} has no {file}: it is not a Hugging Face model folder")
 
 
 def _indexed_files(index: Path) -> dict[str, Path]:

@@ -226,12 +226,15 @@ def test_lora_checkpoint_holds_what_was_trained_in_pefts_names(lora_run: Path) -
     assert not any("embeddings" in n or "base_layer" in n for n in names)
 
 
-def test_merged_model_equals_base_plus_adapters(lora_run: Path, two_ranks: Path) -> None:
-    """Logits of the merged folder in the stock class against peft on the base, step for step."""
+def test_merged_model_equals_base_plus_adapters(
+    lora_run: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Logits of the merged run, exported, in the stock class against peft on the base, step for step."""
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
     import flame.register  # noqa: F401
+    from flame.checkpoint.convert import convert
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
     from flame.config import Lora
@@ -244,7 +247,8 @@ def test_merged_model_equals_base_plus_adapters(lora_run: Path, two_ranks: Path)
         for name, parameter in adapted.named_parameters():
             if peft_name(name) in trained:
                 parameter.copy_(trained[peft_name(name)])
-    merged = AutoModelForCausalLM.from_pretrained(lora_run / "merged")
+    convert(lora_run / "merged", tmp_path / "export", "hf")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     tokens = torch.randint(300, (2, 80), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = adapted.eval()(tokens).logits

@@ -1,0 +1,57 @@
+"""A causal language model run without its output projection."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from flame.errors import UserError
+
+
+def run_headless(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """The model's output with the states before its output projection in the place of `logits`.
+
+    FSDP2's hooks sit on the model, so its own `forward` must run. They leave the root group, with
+    the output projection in it, gathered until the backward pass is over.
+
+    Args:
+        inputs: the loader's: `input` `[B, T]`, and `cu_seqlens` for packed documents.
+        options: more arguments of the model's `forward`.
+    """
+    given = dict(inputs)
+    with _passing_through(output_head(model)) as seen:
+        output = model(input_ids=given.pop("input"), use_cache=False, **given, **options)
+    if not seen or output.logits is not seen[-1]:
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output projection: its loss "
+            "cannot be taken in chunks"
+        )
+    return output
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that projects hidden states to logits: an `nn.Linear`, tied or not."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has {type(head).__name__} for its output projection: "
+            "a plain linear layer is needed"
+        )
+    return head
+
+
+@contextmanager
+def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Let `head` return what it is given, and note that down."""
+    seen: list[Tensor] = []
+
+    def forward(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del head.forward
