@@ -91,11 +91,13 @@ def ours(shape: Shape, x: list[Tensor]) -> Tensor:
     from kernels.gated_delta_rule import chunk_gated_delta_rule
     from kernels.kda import chunk_kda
 
+    q, k, v, g, beta = x
     bounds = torch.tensor((0, *shape.documents)).cumsum(0)
     if shape.operator == "product":
-        return chunk_gated_delta_product(*x, shape.steps, cu_seqlens=bounds)[0]
+        steps = shape.steps
+        return chunk_gated_delta_product(q, k, v, g, beta, steps, cu_seqlens=bounds)[0]
     operator = chunk_kda if shape.operator == "kda" else chunk_gated_delta_rule
-    return operator(*x, cu_seqlens=bounds)[0]
+    return operator(q, k, v, g, beta, cu_seqlens=bounds)[0]
 
 
 def transformers_fallback(shape: Shape, x: list[Tensor]) -> Tensor:

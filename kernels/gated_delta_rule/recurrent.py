@@ -103,12 +103,16 @@ def recurrent_delta_rule(
             cu_seqlens=cu_seqlens,
             rule=rule,
         )
+
+    def unbound(x: Tensor) -> tuple[Tensor, ...]:
+        return x.reshape(-1, steps, *x.shape[2:]).unbind(1)
+
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, beta) if g is None else (q, k, v, beta, g)
     state, outs = initial_state, []
-    for token in zip(*(x.reshape(-1, steps, *x.shape[2:]).unbind(1) for x in inputs), strict=True):
-        decay = None if g is None else token[4]
-        out, state = _step(*token[:4], decay, scale, state, normalize, state_v_first)
+    for query, key, value, rate, *decay in zip(*map(unbound, inputs), strict=True):
+        token = (query, key, value, rate, decay[0] if decay else None)
+        out, state = _step(*token, scale, state, normalize, state_v_first)
         outs.append(out)
     o = torch.stack(outs, 1).view(v.shape).to(v.dtype)
     return o, state if output_final_state else None

@@ -108,21 +108,21 @@ def pair_products_backward(
 
     The diagonal has no decay, so its share must stay out of the products that give dg.
     """
-    found = PairGradients(*(torch.zeros_like(x) for x in (q, k, k)), dlevels=())
+    dq, dk_right, dk_left = (torch.zeros_like(x) for x in (q, k, k))
     dlevels = []
     for level in levels:
         left = _halves(k, level.size)[0] * level.to_end
         dleft, dfrom_start = torch.zeros_like(left), torch.zeros_like(left)
-        for x, dx, dproducts in ((q, found.dq, dwith_q), (k, found.dk_right, dwith_k)):
+        for x, dx, dproducts in ((q, dq, dwith_q), (k, dk_right, dwith_k)):
             dsquare = _squares(dproducts, level.size).contiguous()
             right = _right(x, level)
             dright = dsquare @ left
             dleft += dsquare.mT @ right
             dfrom_start.addcmul_(dright, right)
             _halves(dx, level.size)[1].addcmul_(dright, level.from_start)
-        _halves(found.dk_left, level.size)[0].addcmul_(dleft, level.to_end)
+        _halves(dk_left, level.size)[0].addcmul_(dleft, level.to_end)
         dlevels.append(Level(dleft.mul_(left), dfrom_start))
-    return found._replace(dlevels=tuple(dlevels))
+    return PairGradients(dq, dk_right, dk_left, tuple(dlevels))
 
 
 def _right(x: Tensor, level: Level) -> Float[Tensor, "chunks H pairs b K"]:
