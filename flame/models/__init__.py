@@ -1,5 +1,6 @@
 """Model classes of our own, with the interfaces of transformers: fla has no class for these.
 
+- `delta_net2`: DeltaNet whose short convolutions share their kernels.
 - `slim_delta_net`, `slim_gated_deltanet`: fla's DeltaNet and Gated DeltaNet with widths that differ
   between layers and heads, which is what pruning with shared budgets makes (`widths.py`).
 
@@ -9,7 +10,7 @@ importing this package alone imports nothing else.
 
 import importlib
 
-MODULES = ("slim_delta_net", "slim_gated_deltanet")
+MODULES = ("delta_net2", "slim_delta_net", "slim_gated_deltanet")
 """Modules with a `CLASSES` of (config, decoder, causal language model); named by `model_type`."""
 
 

@@ -11,7 +11,7 @@ from fla.models.modeling_utils import FLAPreTrainedModel
 from torch import Tensor, nn
 
 from flame.models.decoder import CausalLM, Decoder
-from flame.models.slim_mixer import SlimMixer
+from flame.models.mixer import Mixer
 from flame.models.widths import LayerWidths, layer_widths
 
 SHORT = 64
@@ -37,7 +37,7 @@ class SlimDeltaNetConfig(DeltaNetConfig):
         return layer_widths({**vars(self), "model_type": self.model_type})
 
 
-class SlimDeltaNetMixer(SlimMixer):
+class SlimDeltaNetMixer(Mixer):
     """fla's `DeltaNet` layer; the operators are looked up where that layer looks them up."""
 
     def add_gates(self, config: Any) -> None:

@@ -14,7 +14,7 @@ from fla.modules import FusedRMSNormGated
 from torch import Tensor, nn
 
 from flame.models.decoder import CausalLM, Decoder
-from flame.models.slim_mixer import SlimMixer
+from flame.models.mixer import Mixer
 from flame.models.widths import LayerWidths, layer_widths
 
 SHORT = 64
@@ -40,7 +40,7 @@ class SlimGatedDeltaNetConfig(GatedDeltaNetConfig):
         return layer_widths({**vars(self), "model_type": self.model_type})
 
 
-class SlimGatedDeltaNetMixer(SlimMixer):
+class SlimGatedDeltaNetMixer(Mixer):
     """fla's `GatedDeltaNet` layer; the operators are looked up where that layer looks them up."""
 
     def add_gates(self, config: Any) -> None:

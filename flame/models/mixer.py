@@ -1,4 +1,4 @@
-"""What the ragged mixers have in common: one delta-rule call for each distinct key width.
+"""What our token mixers have in common: one delta-rule call for each distinct key width.
 
 The tensors have the names and the order of rows of fla's layers, so that pruning writes them by
 slicing. Heads of equal key width share a call; a layer whose heads all agree makes the one call of
@@ -31,7 +31,7 @@ CUDA_KEYS = range(16, 257)
 State: TypeAlias = Tensor | tuple[Tensor, ...] | None
 
 
-class SlimMixer(nn.Module):
+class Mixer(nn.Module):
     """A delta-rule layer whose key heads have key widths of their own."""
 
     def __init__(self, config: Any, layer_idx: int, widths: LayerWidths) -> None:
@@ -46,10 +46,7 @@ class SlimMixer(nn.Module):
             setattr(self, f"{name}_proj", nn.Linear(self.hidden_size, size, bias=False))
         self.add_gates(config)
         if self.use_short_conv:
-            for name, size in rows.items():
-                activation = self.convolution_activation(name)
-                convolution = ShortConvolution(size, config.conv_size, activation=activation)
-                setattr(self, f"{name}_conv1d", convolution)
+            self.add_convolutions(config, rows)
         self._add_output(config)
 
     def _add_output(self, config: Any) -> None:
@@ -60,6 +57,19 @@ class SlimMixer(nn.Module):
         else:
             self.o_norm = RMSNorm(width, eps=config.norm_eps, dtype=torch.float32)
         self.o_proj = nn.Linear(rows, self.hidden_size, bias=False)
+
+    def add_convolutions(self, config: Any, rows: Mapping[str, int]) -> None:
+        """Make the convolutions of q, k and v, which have so many channels."""
+        for name, size in rows.items():
+            activation = self.convolution_activation(name)
+            convolution = ShortConvolution(size, config.conv_size, activation=activation)
+            setattr(self, f"{name}_conv1d", convolution)
+
+    def convolve(
+        self, name: str, x: Float[Tensor, "B T rows"], cache: Tensor | None, **options: Any
+    ) -> tuple[Float[Tensor, "B T rows"], Tensor | None]:
+        """Convolve q, k or v and apply `convolution_activation`; also the state, if asked for."""
+        return getattr(self, f"{name}_conv1d")(x=x, cache=cache, **options)
 
     def gated_norm(self, config: Any) -> nn.Module:
         """The output norm of a layer with an output gate."""
@@ -135,7 +145,7 @@ class SlimMixer(nn.Module):
         states = None
         if self.use_short_conv:
             pairs = [
-                getattr(self, f"{name}_conv1d")(x=rows, cache=before, **options)
+                self.convolve(name, rows, before, **options)
                 for name, rows, before in zip("qkv", found, state or (None,) * 3, strict=True)
             ]
             found, states = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
