@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 _OURS = ("flame", "pruning", "kernels", "launch")
 _TITAN = ("step:", "validate step:", "Training starts", "Model ")
@@ -26,6 +27,8 @@ class _Worthwhile(logging.Filter):
 
 def configure() -> None:
     """Send log lines to stdout: all of rank 0, warnings of other ranks. Stages call it."""
+    # The losses are taken from the model's last hidden states, which nothing changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     root = logging.getLogger()
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stdout)
