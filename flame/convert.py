@@ -1,6 +1,6 @@
 """Stage `convert`: a model as a Hugging Face folder or as a run folder (DCP).
 
-`slimstate convert SRC DST --to hf|dcp [--overwrite]`, or `python -m flame.convert` with the same.
+`slimstate convert SRC DST --to hf|dcp|peft [--overwrite]`, or `python -m flame.convert` likewise.
 """
 
 import argparse
@@ -18,8 +18,9 @@ class Options:
     """The model: a run folder, a step folder, a Hugging Face folder or a hub name."""
     dst: Path
     """The folder to write."""
-    to: Literal["hf", "dcp"]
-    """`hf`: config.json and safetensors; `dcp`: a run folder with the model as step 0."""
+    to: Literal["hf", "dcp", "peft"]
+    """`hf`: config.json and safetensors; `dcp`: a run folder with the model as step 0; `peft`: the
+    adapters of a LoRA run alone. The others merge adapters."""
     overwrite: bool = False
     """Replace an existing output."""
 
@@ -29,18 +30,24 @@ def parse(argv: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(prog="slimstate convert", description=__doc__.splitlines()[0])
     parser.add_argument("src", metavar="SRC", help="run, step or Hugging Face folder, or hub name")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument("--to", required=True, choices=("hf", "dcp"), help="format to write")
+    parser.add_argument(
+        "--to", required=True, choices=("hf", "dcp", "peft"), help="format to write"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     values = parser.parse_args(argv)
-    to = cast(Literal["hf", "dcp"], values.to)
+    to = cast(Literal["hf", "dcp", "peft"], values.to)
     return Options(values.src, values.dst, to, values.overwrite)
 
 
 def check(options: Options) -> None:
     """Refuse a source that is not there and an output that must not be written."""
+    from flame.checkpoint.peft_folder import check_adapters
     from flame.checkpoint.reference import check_destination, resolve
 
-    check_destination(resolve(options.src), options.dst.absolute(), options.overwrite)
+    reference = resolve(options.src)
+    if options.to == "peft":
+        check_adapters(reference)
+    check_destination(reference, options.dst.absolute(), options.overwrite)
 
 
 def run(options: Options) -> None:

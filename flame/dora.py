@@ -1,8 +1,8 @@
 """Weight-decomposed adapters (DoRA, arXiv 2402.09353) that are right in bf16 and when sharded.
 
 The effective weight is `m · (W + s B A) / ‖W + s B A‖`, norms over rows, the norm a constant in the
-backward pass (section 4.3). peft has `m` and the norm in the compute dtype, and bf16 rounds `m / norm`
-to steps of 1/256; here both are fp32 (`flame.model.full_precision_parameters`).
+backward pass (section 4.3). peft has `m` and the norm in the compute dtype: bf16 rounds `m / norm`
+to 1/256. Here both are fp32 (`flame.model.full_precision_parameters`).
 """
 
 from typing import Any

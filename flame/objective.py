@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flame.chunked_loss import IGNORE_INDEX, Mix, Projection, chunked_losses
 from flame.checkpoint.reference import resolve
+from flame.chunked_loss import IGNORE_INDEX, Mix, Projection, chunked_losses
 from flame.distill import Teacher
 from flame.headless import output_head, run_headless
 

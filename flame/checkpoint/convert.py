@@ -14,6 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flame.checkpoint.peft_folder import check_adapters, write_adapters
 from flame.checkpoint.reference import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -23,7 +24,7 @@ from flame.checkpoint.reference import (
     check_destination,
     resolve,
 )
-from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo
+from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo, total_bytes
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
@@ -31,7 +32,7 @@ from flame.models.loading_note import write_loading_note
 from flame.output import replacing_folder
 from flame.progress import progress
 
-Format = Literal["hf", "dcp"]
+Format = Literal["hf", "dcp", "peft"]
 Read = Callable[[str], Tensor]
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 MAX_SHARD_SIZE = "5GB"
@@ -40,12 +41,12 @@ MAX_SHARD_SIZE = "5GB"
 def convert(
     src: str | Path, dst: Path, to: Format, overwrite: bool = False, inside_source: bool = False
 ) -> None:
-    """Write the model that `src` names as a Hugging Face folder or a run folder `dst`.
+    """Write the model that `src` names as a Hugging Face folder, a run folder or a peft folder.
 
     Args:
         src: any model reference.
         dst: the folder to write; a run folder gets the model as `checkpoint/step-0`.
-        to: `"hf"` or `"dcp"`.
+        to: `"hf"`, `"dcp"`, or `"peft"`: the adapters of a LoRA run alone.
         overwrite: replace an existing `dst`.
         inside_source: allow `dst` in the source's folder (a run's own `merged/`).
 
@@ -55,6 +56,8 @@ def convert(
     dst = Path(dst).absolute()
     reference = resolve(src)
     check_destination(reference, dst, overwrite, inside_source)
+    if to == "peft":
+        return convert_adapters(reference, dst, overwrite)
     config = complete_config(reference.config)
     source = reference.source()
     infos = {name: source.info(name) for name in source.names()}
@@ -65,6 +68,15 @@ def convert(
         write(folder, config, infos, source.read)
         if to == "dcp":
             copy_recipe(reference, folder, dst)
+
+
+def convert_adapters(reference: ModelReference, dst: Path, overwrite: bool = False) -> None:
+    """Write the adapters of a LoRA run as a peft folder `dst`, the tokenizer beside them."""
+    check_adapters(reference)
+    check_space(dst, total_bytes(reference.own_source()))
+    with replacing_folder(dst, overwrite) as folder:
+        copy_companions(reference, folder)
+        write_adapters(folder, reference)
 
 
 def check_space(dst: Path, needed: int) -> None:

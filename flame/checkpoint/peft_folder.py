@@ -1,0 +1,47 @@
+"""Adapters as peft writes them: `adapter_model.safetensors` beside `adapter_config.json`."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from flame.checkpoint.reference import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    BASE_FILE,
+    ModelReference,
+    read_json,
+)
+from flame.errors import UserError
+
+
+def check_adapters(reference: ModelReference) -> None:
+    """Raise `UserError` unless `reference` is of adapters."""
+    if not reference.is_lora:
+        raise UserError(f"{reference.folder} holds no adapters: only a LoRA run has a peft folder")
+
+
+def write_adapters(folder: Path, reference: ModelReference) -> None:
+    """Write the adapters of a LoRA run, and what was trained in full beside them, into `folder`.
+
+    `PeftModel.from_pretrained(base, folder)` loads it. The base is named by its absolute path, or
+    as it was where it is a hub name; `base.json`, which is ours, adds its fingerprint.
+    """
+    config = read_json(reference.folder / ADAPTER_FILE)
+    named = config.get("base_model_name_or_path")
+    beside = reference.folder / str(named)
+    base = str(beside.resolve()) if beside.exists() else named
+    _write_json(folder / ADAPTER_FILE, {**config, "base_model_name_or_path": base})
+    if (reference.folder / BASE_FILE).is_file():
+        record = read_json(reference.folder / BASE_FILE)
+        _write_json(folder / BASE_FILE, {**record, "reference": base})
+    source = reference.own_source()
+    tensors = {name: source.read(name).contiguous() for name in source.names()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read, whatever the umask.
+    shutil.copymode(folder / ADAPTER_FILE, folder / ADAPTER_WEIGHTS)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
