@@ -160,8 +160,11 @@ def in_memory(text: HeldoutText) -> TextInMemory:
 @contextmanager
 def alone() -> Iterator[None]:
     """A process group of this process by itself, on the device that it has in its job."""
+    import torch.distributed as dist
+
     from flame.distributed import free_port, process_group
 
+    assert not dist.is_initialized()
     # torchrun's agent keeps the store of its own job; a job of one process opens its own.
     place = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     before = {name: os.environ.get(name) for name in {**ALONE, **place}}
