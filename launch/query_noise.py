@@ -117,9 +117,11 @@ def query_noise(
 def call_noise(call: OpCall, asked: Int[Tensor, "B n"], length: int) -> list[QueryNoise]:
     """The heads of one call of the delta rule, its documents being the rows."""
     from kernels.gated_delta_rule import chunk_gated_delta_rule
+    from kernels.kda import chunk_kda
 
     g = torch.zeros_like(call.beta) if call.g is None else call.g
-    (states,) = states_at(chunk_gated_delta_rule, [length], call.k, call.v, call.beta, g)
+    operator = chunk_gated_delta_rule if g.ndim == 3 else chunk_kda
+    (states,) = states_at(operator, [length], call.k, call.v, call.beta, g, steps=call.steps)
     ranks = measure(singular_values(states))
     rows = torch.arange(len(asked), device=asked.device)[:, None]
     queries = call.q[rows, asked].repeat_interleave(states.shape[1] // call.q.shape[2], dim=2)

@@ -9,25 +9,31 @@ the plan names with its hash.
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from flame.checkpoint.checksums import hash_file
 from flame.checkpoint.fingerprint import canonical_config
 from flame.errors import UserError, first_line
-from pruning.adapters import Adapter, adapter_for
+from pruning.adapters import TIED_KINDS, Adapter, adapter_for
 from pruning.adapters.interface import Config
 from pruning.padding import check_padding, padded
-from pruning.spaces import Kept, Space, check_kept, widths_of
+from pruning.spaces import Kept, Kind, Space, check_kept, widths_of
 
 FORMAT = 1
 """Version of the format; a plan of a newer one is refused."""
 
 PLAN_FILE = "plan.json"
 """Name of the plan that an output folder keeps."""
+
+PROJECTED_FILE = "plan.safetensors"
+"""Name of the file with its new tensors, if it has any."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Plan:
     """Whether heads are filled up with zeros to the largest width, for a stock model."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
+    projected: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """New tensors that no file holds yet; `with_saved_tensors` makes them `replaced`."""
 
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:
@@ -182,6 +190,14 @@ def with_padding(plan: Plan) -> Plan:
     return replace(plan, pad=True, config_after=pruned_config(plan.config_before, plan.kept, True))
 
 
+def with_saved_tensors(plan: Plan, file: Path, name: str = "") -> Plan:
+    """`plan` with its new tensors written to the safetensors file `file`, which will be `name`."""
+    tensors = {key: plan.projected[key].contiguous() for key in sorted(plan.projected)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    replaced = Replaced(name or file.name, hash_file(file))
+    return replace(plan, replaced=replaced, projected={})
+
+
 def check_fingerprint(plan: Plan, fingerprint: str, name: str = "the plan") -> None:
     """Raise UserError unless `plan` was made from the model of this fingerprint."""
     if plan.fingerprint != fingerprint:
@@ -200,17 +216,19 @@ def planned_spaces(plan: Plan, config: Config) -> list[Space]:
     return [space for name, space in spaces.items() if name in plan.kept]
 
 
-def spaces_of_kind(adapter: Adapter, config: Config, kind: str) -> list[Space]:
-    """The spaces of the model that are of this kind; UserError if it has none."""
-    spaces = adapter.spaces(config)
-    chosen = [space for space in spaces if space.kind == kind]
-    if not chosen:
-        kinds = ", ".join(sorted({space.kind for space in spaces})) or "none"
-        raise UserError(
-            f"no space of kind {kind!r} can be pruned in a {adapter.model_type} model: "
-            f"choose from {kinds}"
-        )
-    return chosen
+def spaces_of_kinds(adapter: Adapter, config: Config, kinds: Iterable[Kind]) -> list[Space]:
+    """The spaces of the model that are of these kinds; UserError if it has none of one."""
+    spaces, kinds = adapter.spaces(config), tuple(kinds)
+    available = {space.kind for space in spaces}
+    for kind in kinds:
+        if kind not in available:
+            reason = TIED_KINDS.get((adapter.model_type, kind))
+            raise UserError(
+                f"no space of kind {kind!r} can be pruned in a {adapter.model_type} model"
+                f"{f', because {reason}' if reason else ''}: choose from "
+                f"{', '.join(sorted(available)) or 'none'}"
+            )
+    return [space for space in spaces if space.kind in kinds]
 
 
 def versions() -> dict[str, str]:

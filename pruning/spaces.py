@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 Kind = Literal["key", "value", "head"]
-Role = Literal["projection", "convolution", "vector", "norm"]
+Role = Literal["projection", "convolution", "vector", "norm", "gate"]
 
 KINDS: tuple[Kind, ...] = ("key", "value", "head")
 
@@ -109,7 +109,9 @@ class Axis:
     layout: Layout
     """How channels map to positions along `dim`."""
     role: Role = "projection"
-    """What the tensor is: methods that score weights look at projections only."""
+    """What the tensor is: methods that score weights look at projections only, which take the
+    mixer's input or give its output. A gate's last projection, whose input is a narrow one of its
+    own, is not among them."""
 
 
 @dataclass(frozen=True)

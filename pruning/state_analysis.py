@@ -37,7 +37,7 @@ from pruning.state_rank import (
     singular_values,
     states_at,
 )
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import OpCall, operator_for, tap_ops
 
 MEASURES = tuple(f.name for f in fields(RankMeasures))
 METRICS = (*MEASURES, "decay", "beta")
@@ -119,16 +119,6 @@ def analyse_states(
     return _gathered([found[row] for row in range(len(rows))], list(times))
 
 
-def operator_for(adapter: Adapter) -> Operator:
-    """The chunk operator of a family, which runs fla's kernel on CUDA and ours on a CPU."""
-    import importlib
-
-    import flame.register  # noqa: F401
-
-    module, name = next(site for site in adapter.op_sites if site.attribute.startswith("chunk"))
-    return getattr(importlib.import_module(module), name)
-
-
 @dataclass
 class _Seen:
     """What one layer's call gave: metrics [H, n] and the last singular values [H, d]."""
@@ -168,8 +158,7 @@ class _Watch:
             for time, state in zip(self.times, self._states(call), strict=True)
         ]
         measures = measure(torch.stack(spectra, 1), self.epsilon)
-        decay = torch.ones_like(call.beta) if call.g is None else call.g.double().exp()
-        means = {"decay": decay, "beta": call.beta}
+        means = {"decay": call.decay, "beta": call.strength}
         values = {name: getattr(measures, name) for name in MEASURES}
         for name, x in means.items():
             values[name] = segment_means(x[0], self.times).T.cpu()
@@ -182,7 +171,7 @@ class _Watch:
             inputs = [None if x is None else x.double() for x in inputs]
         k, v, beta, g = inputs
         assert k is not None and v is not None and beta is not None
-        return states_at(self.operator, self.times, k, v, beta, g, call.normalizes)
+        return states_at(self.operator, self.times, k, v, beta, g, call.normalizes, call.steps)
 
 
 def _finite(state: Float[Tensor, "H K V"], layer: int, time: int) -> Tensor:

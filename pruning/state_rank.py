@@ -69,6 +69,7 @@ def states_at(
     beta: Float[Tensor, "B T H"],
     g: Float[Tensor, "B T H"] | None,
     normalize: bool = True,
+    steps: int = 1,
 ) -> Iterator[Float[Tensor, "B H K V"]]:
     """The states after each of `moments` tokens, one batch at a time.
 
@@ -77,14 +78,15 @@ def states_at(
 
     Args:
         operator: the chunk operator to run.
-        moments: increasing, from 1 to T.
+        moments: numbers of tokens, increasing, from 1 to T / steps.
         k: keys as the operator takes them.
         g: log-decays; None for a rule without decay.
         normalize: the operator divides the keys by their L2 norm.
+        steps: rows of a token.
     """
     state, start = None, 0
     for end in moments:
-        part = slice(start, end)
+        part = slice(start * steps, end * steps)
         inputs = {"q": k[:, part], "k": k[:, part], "v": v[:, part], "beta": beta[:, part]}
         if g is not None:
             inputs["g"] = g[:, part]

@@ -32,25 +32,51 @@ class OpCall:
     Tensors are detached and in the model's dtype. Packed documents come as one row (B = 1) with
     their boundaries in `cu_seqlens`; padding has been taken out by the layer where it was given
     an attention mask.
+
+    A delta product writes `steps` times for each token: it is unrolled here, so that k, v, beta and
+    g have `steps` rows a token, R = T * steps, as the delta rule would take them. The first row of
+    a token has its decay, the others none.
     """
 
     layer: int
     q: Float[Tensor, "B T H K"]
     """Queries after convolution and activation, before any normalisation."""
-    k: Float[Tensor, "B T H K"]
+    k: Float[Tensor, "B R H K"]
     """Keys after convolution and activation, before any normalisation."""
-    v: Float[Tensor, "B T HV V"]
+    v: Float[Tensor, "B R HV V"]
     """Values after convolution and activation."""
-    beta: Float[Tensor, "B T HV"]
+    beta: Float[Tensor, "B R HV"]
     """Writing strengths, after the sigmoid and the factor 2 of negative eigenvalues."""
-    g: Float[Tensor, "B T HV"] | None
-    """Log-decays, at most 0; None for a rule without decay."""
+    g: Float[Tensor, "B R HV *K"] | None
+    """Log-decays, at most 0, of heads or of key channels; None for a rule without decay."""
     cu_seqlens: Int[Tensor, " n"] | None
     """Document boundaries along T, from 0 to T."""
-    given_k: Float[Tensor, "B T H K"] | None = None
+    given_k: Float[Tensor, "B R H K"] | None = None
     """Keys as the operator takes them: `k`, or `k` divided by its sum."""
     normalizes: bool = True
     """Whether the operator divides `given_k` by its L2 norm."""
+    steps: int = 1
+    """Rows of k for each token."""
+    sampled: tuple[Int[Tensor, " nq"], Int[Tensor, " nk"]] | None = None
+    """The tokens whose query and whose key belong to a random subset; None for all of them."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the call, B · T."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def decay(self) -> Float[Tensor, "B T HV"]:
+        """The decay of each token, at most 1; the mean of its channels where each has its own."""
+        if self.g is None:
+            return torch.ones_like(self.strength)
+        decay = self.g[:, :: self.steps].double().exp()
+        return decay if decay.ndim == 3 else decay.mean(-1)
+
+    @property
+    def strength(self) -> Float[Tensor, "B T HV"]:
+        """The mean writing strength of each token's steps."""
+        return self.beta.unflatten(1, (-1, self.steps)).mean(2)
 
 
 @contextmanager
@@ -98,6 +124,24 @@ def tap_mixer_inputs(
         yield
 
 
+def operator_for(adapter: Adapter) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The chunk operator that takes a family's calls as `OpCall` has them: one row is one step.
+
+    It runs fla's kernel on CUDA and ours on a CPU.
+    """
+    import flame.register  # noqa: F401
+
+    site = next(site for site in adapter.op_sites if site.attribute.startswith("chunk"))
+    module, name = _UNROLLED.get(site.attribute, site)
+    return getattr(importlib.import_module(module), name)
+
+
+_UNROLLED = {
+    "chunk_gated_delta_product": Site("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+}
+"""What runs the unrolled calls of an operator that takes several rows a token."""
+
+
 def find_mixers(model: nn.Module, adapter: Adapter) -> dict[int, nn.Module]:
     """The linear-attention mixers of `model` by layer index; softmax layers are not among them.
 
@@ -118,10 +162,11 @@ class _Watch:
     def __init__(self, on_call: Callable[[OpCall], None]) -> None:
         self.on_call = on_call
         self.layer: int | None = None
+        self.steps: int | None = None
         self.unnormalised: list[Tensor] = []
 
-    def enter(self, layer: int) -> None:
-        self.layer = layer
+    def enter(self, layer: int, mixer: nn.Module) -> None:
+        self.layer, self.steps = layer, getattr(mixer, "num_householder", None)
         self.unnormalised.clear()
 
     def leave(self) -> None:
@@ -161,7 +206,29 @@ class _Watch:
                 given_k=arguments["k"].detach(),
                 normalizes=bool(arguments.get("use_qk_l2norm_in_kernel", False)),
             )
+            if self.steps is not None:
+                _unroll(call, self.steps)
         self.on_call(call)
+
+
+def _unroll(call: OpCall, steps: int) -> None:
+    """Bring a delta product's call into the form of `OpCall`, whichever operator the layer took.
+
+    The chunk operator takes q and g of tokens. The recurrent one takes them spread over the steps
+    of each token: q at the last, g at the first; its boundaries count steps. Without a gate the
+    decays are none, so that one operator fits both.
+    """
+    call.steps = steps
+    if call.g is None:
+        call.g = torch.zeros_like(call.beta, dtype=torch.float32)
+    if call.q.shape[1] == call.k.shape[1]:
+        call.q = call.q[:, steps - 1 :: steps]
+        if call.cu_seqlens is not None:
+            call.cu_seqlens = call.cu_seqlens // steps
+    if call.g.shape[1] < call.k.shape[1]:
+        spread = call.g.new_zeros(*call.g.shape[:2], steps, call.g.shape[2])
+        spread[:, :, 0] = call.g
+        call.g = spread.flatten(1, 2)
 
 
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -184,15 +251,17 @@ def _log_decay(arguments: dict[str, Any]) -> Tensor | None:
     g = arguments.get("g")
     if g is None or not arguments.get("use_gate_in_kernel", False):
         return None if g is None else g.detach()
-    g = g.float()
-    if arguments.get("dt_bias") is not None:
-        g = g + arguments["dt_bias"].float()
-    return -arguments["A_log"].float().exp() * F.softplus(g)
+    g, bias, bound = g.float(), arguments.get("dt_bias"), arguments.get("lower_bound")
+    if bias is not None:
+        g = g + bias.float().view(g.shape[2:])
+    rate = g.new_ones(1) if arguments.get("A_log") is None else arguments["A_log"].float().exp()
+    rate = rate.view(-1, *[1] * (g.ndim - 3))
+    return -rate * F.softplus(g) if bound is None else bound * (rate * g).sigmoid()
 
 
 @contextmanager
 def _entering(mixer: nn.Module, layer: int, watch: _Watch) -> Iterator[None]:
-    before = mixer.register_forward_pre_hook(lambda module, args: watch.enter(layer))
+    before = mixer.register_forward_pre_hook(lambda module, args: watch.enter(layer, module))
     # always_call: a forward pass that raises must not leave its layer behind.
     after = mixer.register_forward_hook(lambda module, args, out: watch.leave(), always_call=True)
     try:

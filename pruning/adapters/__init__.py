@@ -2,8 +2,11 @@
 
 from flame.errors import UserError
 from pruning.adapters.delta_net import DeltaNet
+from pruning.adapters.delta_net2 import DeltaNet2
 from pruning.adapters.gated_deltanet import GatedDeltaNet
+from pruning.adapters.gated_deltaproduct import GatedDeltaProduct
 from pruning.adapters.interface import Adapter, Config
+from pruning.adapters.kda import Kda
 from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET
 
 PRUNED: dict[str, Adapter] = {
@@ -12,7 +15,8 @@ PRUNED: dict[str, Adapter] = {
 """Families that pruning makes: measured and tapped like any other, but not pruned again."""
 
 ADAPTERS: dict[str, Adapter] = {
-    adapter.model_type: adapter for adapter in (DeltaNet(), GatedDeltaNet())
+    adapter.model_type: adapter
+    for adapter in (DeltaNet(), DeltaNet2(), GatedDeltaNet(), GatedDeltaProduct(), Kda())
 } | PRUNED
 
 TIED: dict[str, str] = {
@@ -22,6 +26,11 @@ TIED: dict[str, str] = {
     "rwkv7": "head_dim is both its key and its value width",
 }
 """Families with a matrix state whose config has no key width of its own, with the reason."""
+
+TIED_KINDS: dict[tuple[str, str], str] = {
+    ("kda", "value"): "its value width is also the rank of its decay's and its gate's projections",
+}
+"""Spaces, by family and kind, that the family's config cannot resize alone, with the reason."""
 
 
 def adapter_for(config: Config) -> Adapter:

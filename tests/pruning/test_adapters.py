@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flame.errors import UserError
-from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
+from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS, adapter_for
 from pruning.adapters.projections import expansion
 from pruning.cuts import cuts_of_spaces
 from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
@@ -21,6 +21,15 @@ LAYER = "model.layers.0.attn."
 def of_kind(config: dict[str, Any], kind: str) -> list[Space]:
     adapter = ADAPTERS[config["model_type"]]
     return [space for space in adapter.spaces(config) if space.kind == kind]
+
+
+def kinds_of(config: dict[str, Any]) -> list[Kind]:
+    """The kinds of spaces of a model; some families tie value channels to something else."""
+    return [kind for kind in KINDS if (config["model_type"], kind) not in TIED_KINDS]
+
+
+PAIRS = [(name, kind) for name, config in CONFIGS.items() for kind in kinds_of(config)]
+SLIM = [name for name, config in CONFIGS.items() if f"slim_{config['model_type']}" in PRUNED]
 
 
 def kept_of(kind: Kind) -> int:
@@ -55,12 +64,19 @@ def sliced(state: dict[str, Tensor], spaces: list[Space], k: int) -> dict[str, T
     return state
 
 
+def shares_kernels(config: dict[str, Any], kind: Kind) -> bool:
+    """Whether convolutions have no row for what is cut: a channel, or a head."""
+    if config["model_type"] != "delta_net2":
+        return False
+    own = {"channel": KINDS, "head": ("head",)}
+    return kind not in own.get(config.get("conv_sharing", "layer"), ())
+
+
 def test_every_family_has_a_tiny_model() -> None:
     assert {config["model_type"] for config in CONFIGS.values()} == set(ADAPTERS) - set(PRUNED)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_resized_models_have_exactly_the_sliced_shapes(name: str, kind: Kind) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
@@ -88,7 +104,7 @@ def test_resized_models_have_exactly_the_sliced_shapes(name: str, kind: Kind) ->
 def test_sliced_weights_load_into_the_resized_model(name: str) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
-    for kind in KINDS:
+    for kind in kinds_of(config):
         spaces = of_kind(config, kind)
         state = sliced(build(config).state_dict(), spaces, kept_of(kind))
         resized = build(adapter.resize(config, widths(spaces, kept_of(kind))))
@@ -104,7 +120,7 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     assert adapter.resize(config, everything) == config
     assert adapter.resize(config, {}) == config
     state = build(config).state_dict()
-    for kind in KINDS:
+    for kind in kinds_of(config):
         of = of_kind(config, kind)
         for key, tensor in sliced(state, of, of[0].head_dim).items():
             assert torch.equal(tensor, state[key])
@@ -119,27 +135,30 @@ def test_softmax_layers_have_no_space(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_axes_cover_every_tensor_of_the_mixer(name: str) -> None:
-    """q and k for key channels; what belongs to values for those; all there is for heads."""
+    """q, k and KDA's decays for key channels; what belongs to values for those; all for heads."""
     config = tiny_config(name)
     of_layer = {key.removeprefix(LAYER) for key in shapes(config) if key.startswith(LAYER)}
     keys = {key for key in of_layer if key[:2] in ("q_", "k_")}
+    assert len(keys) == (4 if config.get("use_short_conv", True) else 2)
+    keys |= {"f_proj.1.weight", "dt_bias"} if "f_proj.1.weight" in of_layer else set()
     per_head = {key for key in of_layer if key[:2] in ("a_", "b_") or "." not in key}
+    narrow = {"f_proj.0.weight", "g_proj.0.weight"}
     expected = {
         "key": keys,
         "value": of_layer - keys - per_head,
-        "head": of_layer - {"o_norm.weight"},
+        "head": of_layer - {"o_norm.weight"} - narrow,
     }
-    assert len(keys) == (4 if config.get("use_short_conv", True) else 2)
-    for kind in KINDS:
+    for kind in kinds_of(config):
         space = of_kind(config, kind)[0]
-        assert {axis.fqn.removeprefix(LAYER) for axis in space.axes} == expected[kind]
+        apart = {key for key in expected[kind] if "conv1d" in key and shares_kernels(config, kind)}
+        assert {axis.fqn.removeprefix(LAYER) for axis in space.axes} == expected[kind] - apart
         for axis in space.axes:
             assert (axis.role == "convolution") == ("conv1d" in axis.fqn)
-            assert (axis.role == "projection") == ("_proj" in axis.fqn)
+            assert (axis.role == "gate") == ("_proj.1.weight" in axis.fqn)
+            assert (axis.role == "projection") == ("_proj.weight" in axis.fqn)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_wrong_widths_are_refused(name: str, kind: Kind) -> None:
     config = tiny_config(name)
     adapter = adapter_for(config)
@@ -156,7 +175,18 @@ def test_wrong_widths_are_refused(name: str, kind: Kind) -> None:
         adapter.resize(config, widths(spaces, 1) | {spaces[0].name: (1,) * 5})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(SLIM)))
+def test_widths_that_differ_are_refused_without_a_slim_class(name: str) -> None:
+    config = tiny_config(name)
+    ragged = {
+        space.name: (space.layer + 1, *(2,) * (space.num_heads - 1))
+        for space in of_kind(config, "key")
+    }
+    with pytest.raises(ValueError, match="use --allocate uniform, or --pad"):
+        adapter_for(config).resize(config, ragged)
+
+
+@pytest.mark.parametrize("name", SLIM)
 def test_widths_that_differ_make_the_slim_class(name: str) -> None:
     config = tiny_config(name, architectures=["Stock"])
     adapter = adapter_for(config)
@@ -192,7 +222,7 @@ def test_all_kinds_at_once(name: str) -> None:
     resized = adapter.resize(config, widths_of(spaces, kept))
     before, after = of_kind(config, "key")[0], of_kind(resized, "key")[0]
     assert (after.num_heads, after.head_dim) == (before.num_heads - 1, 5)
-    assert of_kind(resized, "value")[0].head_dim == 5
+    assert all(space.head_dim == 5 for space in of_kind(resized, "value"))
     state = build(config).state_dict()
     for fqn, cuts in cuts_of_spaces(spaces, kept, kept).items():
         for cut in cuts:
@@ -211,7 +241,7 @@ def test_state_bytes_are_those_of_the_recurrent_states(name: str) -> None:
     assert adapter_for(config).state_bytes(config) == measured > 0
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - set(PRUNED)))
 def test_absent_keys_have_the_stock_defaults(name: str) -> None:
     from transformers import AutoConfig
 
@@ -273,8 +303,8 @@ def test_gated_deltanet_keeps_its_value_width() -> None:
         ({"model_type": "delta_net", "num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"model_type": "delta_net", "attn": {"num_heads": 2}}, "attn is"),
         ({"model_type": "delta_net", "attn": [3]}, "attn is 3"),
-        ({"model_type": "llama"}, "'llama'.*delta_net, gated_deltanet"),
-        ({}, "no model_type.*delta_net, gated_deltanet"),
+        ({"model_type": "llama"}, "'llama'.*delta_net, .*gated_deltanet"),
+        ({}, "no model_type.*delta_net, .*gated_deltanet"),
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused_with_the_reason(

@@ -39,6 +39,13 @@ def convolved(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     )
 
 
+def weight_of_channels(weight: Tensor, channels: int) -> Tensor:
+    """A convolution's weight with a row for each channel, where channels share rows too."""
+    if weight.shape[-1] == 1:  # a token shift
+        weight = torch.cat([weight, 1 - weight], -1)
+    return weight.repeat_interleave(channels // len(weight), 0)
+
+
 def queries_and_keys(mixer: Any, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     """q and k of [T, hidden], from the mixer's weights and nothing else of fla."""
     activations = {"relu": F.relu, "identity": lambda x: x, "silu": F.silu}
@@ -47,8 +54,9 @@ def queries_and_keys(mixer: Any, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     for name in ("q", "k"):
         y = x @ getattr(mixer, f"{name}_proj").weight.T
         if mixer.use_short_conv:
-            y = convolved(y, getattr(mixer, f"{name}_conv1d").weight, cu_seqlens)
-        results.append(activation(y).view(len(x), mixer.num_heads, mixer.head_k_dim))
+            weight = getattr(mixer, f"{name}_conv1d").weight
+            y = convolved(y, weight_of_channels(weight, y.shape[-1]), cu_seqlens)
+        results.append(activation(y).unflatten(-1, (mixer.num_heads, -1)))
     return results
 
 
@@ -59,7 +67,7 @@ def normalised(x: Tensor, power: int) -> Tensor:
 
 
 def recurrence(call: OpCall, power: int) -> Tensor:
-    """The delta rule, token by token, on what the tap delivered; [B, T, HV, V].
+    """The delta rule, row by row, on what the tap delivered; [B, T, HV, V].
 
     `power` is 2 for operators that normalise by the L2 norm, 1 for layers that do by the sum.
     """
@@ -67,16 +75,19 @@ def recurrence(call: OpCall, power: int) -> Tensor:
     q, k = (normalised(x.double(), power).repeat_interleave(groups, 2) for x in (call.q, call.k))
     q = q * q.shape[-1] ** -0.5
     v, beta = call.v.double(), call.beta.double()
-    starts = set() if call.cu_seqlens is None else set(call.cu_seqlens.tolist())
+    n = call.steps
+    starts = set() if call.cu_seqlens is None else set((n * call.cu_seqlens).tolist())
     state = torch.zeros(*v.shape[::2], q.shape[-1], v.shape[-1], dtype=torch.float64)
     outputs = []
-    for t in range(q.shape[1]):
+    for t in range(k.shape[1]):
         state = torch.zeros_like(state) if t in starts else state
         if call.g is not None:
-            state = state * call.g[:, t].double().exp()[..., None, None]
+            decay = call.g[:, t].double().exp()
+            state = state * (decay.unsqueeze(-1) if decay.ndim == 3 else decay[..., None, None])
         missing = v[:, t] - (k[:, t, :, None] @ state).squeeze(2)
         state = state + k[:, t, :, :, None] @ (beta[:, t, :, None] * missing)[:, :, None]
-        outputs.append((q[:, t, :, None] @ state).squeeze(2))
+        if t % n == n - 1:
+            outputs.append((q[:, t // n, :, None] @ state).squeeze(2))
     return torch.stack(outputs, 1)
 
 
@@ -125,7 +136,7 @@ def test_the_delivered_call_reproduces_the_operator_s_output(
         torch.testing.assert_close(recurrence(call, power).float(), output, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet", "gated_deltaproduct", "kda"])
 def test_training_mode_and_single_tokens_are_seen(name: str) -> None:
     model = build(tiny_config(name))
     adapter = adapter_for(tiny_config(name))
@@ -139,13 +150,14 @@ def test_training_mode_and_single_tokens_are_seen(name: str) -> None:
             model(ids[:, 99:], past_key_values=cache, use_cache=True)
     assert [call.layer for call in calls] == [0, 1, 2] * 3
     assert [call.q.shape[1] for call in calls] == [100] * 3 + [99] * 3 + [1] * 3
+    assert all(call.tokens * call.steps == call.k.shape[1] for call in calls)
     assert not any(call.q.requires_grad or call.beta.requires_grad for call in calls)
     for layer in range(3):
         whole = torch.cat([calls[3 + layer].k, calls[6 + layer].k], dim=1)
         torch.testing.assert_close(whole, calls[layer].k, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet", "gated_deltaproduct", "kda"])
 def test_padding_is_gone(name: str) -> None:
     model = build(tiny_config(name))
     ids = tokens(2, 80)
@@ -157,10 +169,11 @@ def test_padding_is_gone(name: str) -> None:
     for layer in range(3):
         assert calls[layer].q.shape[:2] == (1, 130)
         assert inputs[layer].shape == (130, model.config.hidden_size)
-        torch.testing.assert_close(calls[layer].k[:, 80:], short[layer].k, atol=1e-5, rtol=1e-4)
+        after = calls[layer].k[:, 80 * calls[layer].steps :]
+        torch.testing.assert_close(after, short[layer].k, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet", "gated_deltaproduct", "kda"])
 def test_tapping_changes_nothing_and_is_undone(name: str) -> None:
     model = build(tiny_config(name))
     adapter = adapter_for(tiny_config(name))

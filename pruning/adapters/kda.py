@@ -1,0 +1,134 @@
+"""fla's `kda`: Kimi Delta Attention, with a decay for each key channel of each value head."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from pruning.adapters.head_dim import check_sizes, knobs, value_heads, value_width
+from pruning.adapters.interface import Config, Site, Widths
+from pruning.adapters.projections import (
+    Mixer,
+    check_exact,
+    linear_layers,
+    mixer_spaces,
+    with_defaults,
+)
+from pruning.adapters.widths import refuse_ragged, uniform_sizes, widths_by_kind
+from pruning.spaces import Axis, Blocks, Layout, Role, Space
+
+DEFAULTS = {
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "expand_v": 1.0,
+    "num_heads": 16,
+    "num_v_heads": None,
+    "num_hidden_layers": 24,
+    "use_short_conv": True,
+    "attn": None,
+}
+
+PER_VALUE_HEAD: tuple[tuple[str, Role], ...] = (
+    ("b_proj.weight", "projection"),
+    ("A_log", "vector"),
+)
+
+
+@dataclass(frozen=True)
+class GroupedHeads:
+    """Channel c of head h lies at c in each of the `group` heads that follow one another from
+    h * group on: what each value head has for every key channel of its key head."""
+
+    num_heads: int
+    group: int
+    head_dim: int
+
+    @property
+    def size(self) -> int:
+        """num_heads * group * head_dim."""
+        return self.num_heads * self.group * self.head_dim
+
+    def table(self) -> Int64[Tensor, "H d group"]:
+        """A position in each head of the group."""
+        return torch.arange(self.size).view(self.num_heads, self.group, self.head_dim).mT
+
+
+@dataclass(frozen=True)
+class Kda:
+    """Key channels carry their decays: rows of the decay's last projection, and its bias.
+
+    There is no space of value channels: the config's value width is the rank of the decay's and of
+    the output gate's projections too, and a smaller rank is not what removing channels is. With
+    num_v_heads above num_heads, each key head serves a group of value heads.
+    """
+
+    model_type: str = "kda"
+    mixer_class: tuple[str, str] = ("fla.layers.kda", "KimiDeltaAttention")
+    op_sites: tuple[Site, ...] = (
+        Site("fla.layers.kda", "chunk_kda"),
+        Site("fla.layers.kda", "fused_recurrent_kda"),
+    )
+    norm_sites: tuple[Site, ...] = ()
+
+    def check(self, config: Config) -> None:
+        """Raise UserError if zeroing a key channel is not the same as removing it."""
+        config = with_defaults(config, DEFAULTS)
+        check_exact(config)
+        check_sizes(config)
+
+    def spaces(self, config: Config) -> list[Space]:
+        """Key channels and heads of every layer that is not softmax attention."""
+        mixer = _mixer(with_defaults(config, DEFAULTS))
+        layers = linear_layers(with_defaults(config, DEFAULTS))
+        return [
+            replace(space, axes=(*space.axes, *_gate_axes(space, mixer)))
+            for space in mixer_spaces(layers, mixer)
+            if space.kind != "value"
+        ]
+
+    def resize(self, config: Config, widths: Widths) -> Config:
+        """A copy with `head_dim`, `expand_v`, `num_heads` and `num_v_heads` rewritten."""
+        planned = widths_by_kind(self.spaces(config), widths)
+        sizes = uniform_sizes(planned)
+        if sizes is None:
+            refuse_ragged(self.model_type, planned)
+        assert sizes is not None
+        full = with_defaults(config, DEFAULTS)
+        return {**config, **knobs(full, _mixer(full), sizes)}
+
+    def state_bytes(self, config: Config) -> int:
+        """One state of d_k x d_v per value head and linear layer, in float32."""
+        config = with_defaults(config, DEFAULTS)
+        return len(linear_layers(config)) * _mixer(config).state_bytes
+
+
+def _mixer(config: Config) -> Mixer:
+    return Mixer(
+        heads=config["num_heads"],
+        value_heads=value_heads(config),
+        key_width=config["head_dim"],
+        value_width=value_width(config),
+        short_conv=bool(config["use_short_conv"]),
+        gate=False,
+        per_value_head=PER_VALUE_HEAD,
+    )
+
+
+def _gate_axes(space: Space, mixer: Mixer) -> list[Axis]:
+    """The last projections of the decay and of the output gate, with their biases."""
+    group = mixer.value_heads // mixer.heads
+    prefix = f"model.layers.{space.layer}.attn"
+    if space.kind == "key":
+        decay: Layout = GroupedHeads(mixer.heads, group, mixer.key_width)
+    else:
+        decay = Blocks(mixer.heads, group * mixer.key_width)
+    axes = [
+        Axis(f"{prefix}.f_proj.1.weight", 0, decay, "gate"),
+        Axis(f"{prefix}.dt_bias", 0, decay, "vector"),
+    ]
+    if space.kind == "head":
+        out = Blocks(mixer.heads, group * mixer.value_width)
+        axes.append(Axis(f"{prefix}.g_proj.1.weight", 0, out, "gate"))
+        axes.append(Axis(f"{prefix}.g_proj.1.bias", 0, out, "vector"))
+    return axes
