@@ -38,6 +38,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.layer_idx, self.widths = layer_idx, widths
         self.groups = head_groups(widths.keys)
+        self.num_heads, self.num_v_heads = widths.heads, widths.value_heads
         self.mode, self.hidden_size = config.attn_mode, config.hidden_size
         self.use_short_conv, self.use_gate = config.use_short_conv, config.use_gate
         self.allow_neg_eigval = config.allow_neg_eigval
