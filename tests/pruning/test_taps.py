@@ -47,7 +47,10 @@ def weight_of_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def queries_and_keys(mixer: Any, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """q and k of [T, hidden], from the mixer's weights and nothing else of fla."""
+    """q and k of [T, hidden], from the mixer's weights and nothing else of fla.
+
+    A delta product's k has a row for each step of a token.
+    """
     activations = {"relu": F.relu, "identity": lambda x: x, "silu": F.silu}
     activation = activations[getattr(mixer, "qk_activation", "silu")]
     results = []
@@ -56,7 +59,8 @@ def queries_and_keys(mixer: Any, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
         if mixer.use_short_conv:
             weight = getattr(mixer, f"{name}_conv1d").weight
             y = convolved(y, weight_of_channels(weight, y.shape[-1]), cu_seqlens)
-        results.append(activation(y).unflatten(-1, (mixer.num_heads, -1)))
+        channels = y.shape[-1] // mixer.num_heads if name == "q" else results[0].shape[-1]
+        results.append(activation(y).reshape(-1, mixer.num_heads, channels))
     return results
 
 
