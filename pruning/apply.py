@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import run_command
+from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -27,12 +27,14 @@ class Options:
     """The folder to write."""
     to: "Form | None" = None
     """Format to write; None for the model's."""
+    pad: bool = False
+    """Write a stock model, filled up with zeros where heads differ."""
     overwrite: bool = False
 
 
 def parse(argv: list[str] | None = None) -> Options:
     """Options from a command line; UserError for what is none."""
-    from pruning.options import MODEL_HELP, Parser
+    from pruning.options import MODEL_HELP, Parser, add_pad_option
 
     parser = Parser("apply", "Apply a plan to a checkpoint.")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -40,6 +42,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add = parser.add_argument
     add("--to", choices=("hf", "dcp"), help="format to write (default: the model's)")
+    add_pad_option(parser)
     add("--overwrite", action="store_true", help="replace an existing output")
     return Options(**vars(parser.parse_args(argv)))
 
@@ -53,7 +56,9 @@ def check(options: Options, world_size: int = 1) -> None:
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     adapter_for(reference.config)
-    check_plan(read_plan(options.plan), reference.config, f"plan {options.plan}")
+    plan = read_plan(options.plan)
+    check_plan(plan, reference.config, f"plan {options.plan}")
+    _asked(plan, options)
 
 
 def run(options: Options) -> None:
@@ -74,7 +79,7 @@ def _apply(options: Options, reference: "ModelReference") -> None:
     from pruning.plan_command import summary
     from pruning.transform import write_pruned
 
-    plan, form = read_plan(options.plan), form_of(options.to, reference)
+    plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)
     mark = fingerprint(reference.config, reference.source())
     check_fingerprint(plan, mark, f"plan {options.plan}")
     out = options.out.absolute()
@@ -82,6 +87,20 @@ def _apply(options: Options, reference: "ModelReference") -> None:
         write_pruned(plan, reference, folder, form, out, options.plan.absolute().parent)
     print(f"{options.out}: {summary(plan)}", flush=True)
     say_what_to_know(plan, reference, form)
+
+
+def _asked(plan: "Plan", options: Options) -> "Plan":
+    """The plan, padded if that was asked for; UserError if it cannot be."""
+    from pruning.plan import with_padding
+
+    if not options.pad:
+        return plan
+    if plan.replaced is not None:
+        raise UserError(
+            f"plan {options.plan} mixes channels, which --pad cannot fill up with zeros: leave it "
+            "out"
+        )
+    return with_padding(plan)
 
 
 def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":
@@ -92,6 +111,7 @@ def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":
 def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") -> None:
     """Warn of what a user may not expect of the output."""
     from pruning.budgets import kernel_warning
+    from pruning.plan_command import say_notes
 
     if reference.is_lora and form == "dcp":
         log.warning(
@@ -99,10 +119,23 @@ def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") ->
             "without optimizer state",
             reference.folder,
         )
-    for width in sorted({width for row in plan.widths.values() for width in row}):
+    for width in sorted(_key_widths(plan)):
         warning = kernel_warning(width)
         if warning is not None:
             log.warning("slimstate: warning: %s", warning)
+    say_notes(plan)
+
+
+def _key_widths(plan: "Plan") -> set[int]:
+    """The key widths of the output that the plan changes."""
+    from pruning.padding import padded
+    from pruning.plan import planned_spaces
+    from pruning.spaces import widths_of
+
+    spaces = planned_spaces(plan, plan.config_before)
+    kept = padded(spaces, plan.kept) if plan.pad else plan.kept
+    widths = widths_of(spaces, kept)
+    return {w for space in spaces if space.kind == "key" for w in widths[space.name]}
 
 
 def main(argv: list[str] | None = None) -> None:

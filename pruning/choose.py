@@ -1,7 +1,8 @@
 """Choosing: a method and a budget, applied to every space of a model, make a plan."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,36 +11,44 @@ from torch import Tensor
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
+from flame.models.widths import SHAPES
 from flame.progress import progress
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
-from pruning.budgets import MULTIPLE_OF, uniform_widths
-from pruning.methods import Method
-from pruning.plan import Plan, options_of, pruned_config, spaces_of_kind, versions
-from pruning.spaces import Axis, Kept, Space, rows
+from pruning.allocation import groups, shared_widths
+from pruning.budgets import Budget, uniform_widths
+from pruning.methods import METHODS, Method
+from pruning.plan import Plan, options_of, pruned_config, spaces_of_kinds, versions
+from pruning.spaces import Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
 
 SpaceStatistics = Mapping[str, Mapping[type[Statistic], Statistic]]
 """Statistics by the space's name and their type."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much of what to remove; the same width everywhere."""
-
-    ratio: float
-    """The part of the channels to remove."""
-    multiple_of: int = MULTIPLE_OF
-    """Widths are multiples of this."""
-    space: str = "key"
-    """Kind of the spaces to prune."""
+Projected = dict[str, Tensor]
+"""New tensors, of the pruned size, by name."""
 
 
-def check_budget(budget: Budget, config: Config) -> dict[str, int]:
-    """The width of each space under `budget`; UserError if the model has none or none changes."""
+def check_budget(budget: Budget, config: Config, method: Method | None = None) -> dict[Kind, int]:
+    """What each kind keeps a head under `budget`, before scores share it out.
+
+    Raises:
+        UserError: the model has no such space, none changes, or the method cannot do it.
+    """
     adapter = adapter_for(config)
-    spaces = spaces_of_kind(adapter, config, budget.space)
-    return uniform_widths(spaces, budget.ratio, budget.multiple_of)
+    spaces = spaces_of_kinds(adapter, config, budget.kinds)
+    widths = uniform_widths(budget, adapter, config, spaces)
+    if budget.pad and budget.allocate == "uniform":
+        raise UserError(
+            "--pad is for heads of different widths, which --allocate layer or model makes: leave "
+            "it out, or say --allocate"
+        )
+    if budget.allocate != "uniform" and not budget.pad:
+        _check_slim_class(budget, adapter.model_type)
+    if method is not None:
+        _check_method(budget, method)
+    return widths
 
 
 def choose(
@@ -52,7 +61,8 @@ def choose(
 ) -> Plan:
     """The plan of `method` within `budget`. One process does it alone.
 
-    Weights are read space by space, so memory holds the tensors of one space.
+    Weights are read space by space, so memory holds the tensors of one space, and what the method
+    projects.
 
     Args:
         config: the model's config.json.
@@ -63,37 +73,127 @@ def choose(
         calibration: what the plan records of the data behind the statistics.
 
     Raises:
-        UserError: a tensor that the method sees has NaN or infinite values, or the method finds
-            no answer.
+        UserError: the budget or method does not fit the model, a tensor that the method sees has
+            NaN or infinite values, or the method finds no answer.
     """
-    widths = check_budget(budget, config)
-    adapter = adapter_for(config)
-    spaces = spaces_of_kind(adapter, config, budget.space)
-    kept = {
-        space.name: _select(space, widths[space.name], source, method, statistics or {})
-        for space in progress(spaces, f"choose ({method.name})", len(spaces))
-    }
+    uniform = check_budget(budget, config, method)
+    spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
+    chooser = _Chooser(source, method, statistics or {})
+    widths = chooser.widths(spaces, uniform, budget)
+    kept: dict[str, Kept] = {}
+    projected: Projected = {}
+    for space in progress(spaces, f"choose ({method.name})", len(spaces)):
+        kept[space.name], new = chooser.choose(space, widths[space.name])
+        projected |= new
     return Plan(
         method=method.name,
         options=options_of(method),
-        budget=asdict(budget),
+        budget=budget.record(),
         fingerprint=fingerprint(config, source),
         config_before=config,
-        config_after=pruned_config(config, kept),
+        config_after=pruned_config(config, kept, budget.pad),
         kept=kept,
         calibration=calibration if method.needs else None,
         versions=versions(),
+        pad=budget.pad,
+        notes=tuple(_notes(method, config, budget.kinds)),
+        projected=projected,
     )
 
 
-def _select(
-    space: Space, k: int, source: TensorSource, method: Method, statistics: SpaceStatistics
-) -> Kept:
-    weights = {axis.fqn: _weight(source, axis) for axis in space.axes}
+@dataclass(frozen=True)
+class _Chooser:
+    """A method with the weights and sums that it sees."""
+
+    source: TensorSource
+    method: Method
+    statistics: SpaceStatistics
+
+    def widths(
+        self, spaces: list[Space], uniform: Mapping[Kind, int], budget: Budget
+    ) -> dict[str, tuple[int, ...]]:
+        """What each head of each space keeps."""
+        if budget.allocate == "uniform":
+            return {space.name: (uniform[space.kind],) * space.num_heads for space in spaces}
+        found: dict[str, tuple[int, ...]] = {}
+        for group in groups(spaces, budget.allocate):
+            kind = group[0].kind
+            multiple = 1 if kind == "head" else budget.multiple_of
+            scores = {space.name: self._scores(space) for space in group}
+            found |= shared_widths(scores, uniform[kind], multiple)
+        return found
+
+    def choose(self, space: Space, widths: tuple[int, ...]) -> tuple[Kept, Projected]:
+        """The channels that each head keeps, and the tensors that the method makes of them."""
+        weights, sums = self._seen(space)
+        project = getattr(self.method, "project", None)
+        with _named(self.method, space):
+            chosen = {k: self.method.select(space, k, weights, sums).cpu() for k in set(widths)}
+            new = project(space, widths, weights, sums) if project is not None else {}
+        return tuple(chosen[k][head] for head, k in enumerate(widths)), new
+
+    def _scores(self, space: Space) -> Tensor:
+        weights, sums = self._seen(space)
+        with _named(self.method, space):
+            scores: Tensor = self.method.scores(space, weights, sums)  # type: ignore[attr-defined]
+            if not bool(scores.isfinite().all()):
+                raise ValueError("the scores hold a NaN or an infinity")
+        return scores
+
+    def _seen(self, space: Space) -> tuple[dict[str, Tensor], Mapping[type[Statistic], Statistic]]:
+        weights = {axis.fqn: _weight(self.source, axis) for axis in space.axes}
+        return weights, self.statistics.get(space.name, {})
+
+
+@contextmanager
+def _named(method: Method, space: Space) -> Iterator[None]:
+    """Complaints of the method, as those of a person's model and options."""
     try:
-        return rows(method.select(space, k, weights, statistics.get(space.name, {})))
+        yield
     except ValueError as error:
         raise UserError(f"{method.name} on {space.name}: {first_line(error)}") from error
+
+
+def _check_slim_class(budget: Budget, family: str) -> None:
+    if f"slim_{family}" not in SHAPES:
+        raise UserError(
+            f"--allocate {budget.allocate} makes widths that differ between heads, and {family} "
+            "has no class for that: add --pad for a stock model with channels of zeros, or use "
+            "--allocate uniform"
+        )
+
+
+def _check_method(budget: Budget, method: Method) -> None:
+    for kind in budget.kinds:
+        if kind not in method.kinds:
+            able = ", ".join(name for name, other in METHODS.items() if kind in other.kinds)
+            raise UserError(
+                f"{method.name} does not choose among spaces of kind {kind!r}, only "
+                f"{', '.join(method.kinds)}: for {kind} take one of {able}"
+            )
+    if budget.allocate == "uniform":
+        return
+    if not hasattr(method, "scores"):
+        able = ", ".join(name for name, other in METHODS.items() if hasattr(other, "scores"))
+        raise UserError(
+            f"--allocate {budget.allocate} shares channels by scores, which {method.name} has "
+            f"none of: use --allocate uniform, or one of {able}"
+        )
+    if budget.pad and hasattr(method, "project"):
+        raise UserError(
+            f"--pad keeps channels where they are, and {method.name} mixes them: leave it out"
+        )
+    single = [kind for kind in budget.kinds if kind != "key"]
+    if budget.allocate == "layer" and single:
+        raise UserError(
+            f"--allocate layer shares channels between the heads of a layer, which have one "
+            f"selection of kind {single[0]!r}: use --allocate model"
+        )
+
+
+def _notes(method: Method, config: Config, kinds: tuple[Kind, ...]) -> list[str]:
+    notes = getattr(method, "notes", None)
+    return [] if notes is None else list(notes(config, kinds))
 
 
 def _weight(source: TensorSource, axis: Axis) -> Tensor:

@@ -9,12 +9,18 @@ import types
 import typing
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from flame.errors import UserError, first_line
-from pruning.budgets import MULTIPLE_OF, parse_ratio
-from pruning.choose import Budget
+from pruning.budgets import (
+    ALLOCATE,
+    MULTIPLE_OF,
+    Budget,
+    parse_per_kind,
+    parse_ratio,
+    parse_width,
+)
 from pruning.methods import METHODS, Method
 
 SEQUENCES = 16
@@ -79,12 +85,35 @@ def data_options(values: Namespace) -> DataOptions:
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
-    """`--ratio` and what goes with it, for `budget`."""
-    add = parser.add_argument_group("budget").add_argument
-    add("--ratio", required=True, help="part of the channels to remove, such as 0.5")
-    add("--space", default="key", metavar="KIND", help="what to prune (default: %(default)s)")
+    """`--ratio`, `--width` or `--state-bytes` and what goes with it, for `budget`."""
+    add = parser.add_argument_group("budget (one of --ratio, --width, --state-bytes)").add_argument
+    add("--ratio", help="part of the channels to remove, such as 0.5 or key=0.5,head=0.25")
+    add("--width", help="channels a head to keep, such as 64 or key=64,value=32")
+    add("--state-bytes", type=whole(1), metavar="N", help="most bytes of a sequence's state")
+    add(
+        "--space",
+        default="key",
+        metavar="KIND,KIND",
+        help="what to prune: key, value (channels) or head (default: %(default)s)",
+    )
+    add(
+        "--allocate",
+        choices=ALLOCATE,
+        default="uniform",
+        help="share the channels by the method's scores between the heads of a layer or of the "
+        "model (default: %(default)s)",
+    )
+    add_pad_option(parser)
     add("--multiple-of", type=whole(1), help=f"of the kept width (default: {MULTIPLE_OF})")
-    add("--paper", action="store_true", help="the width of arXiv 2602.04852: --multiple-of 1")
+    add("--paper", action="store_true", help="as published: --multiple-of 1, and the method's")
+
+
+def add_pad_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pad",
+        action="store_true",
+        help="where heads differ, write a stock model, filled up with zeros to the largest width",
+    )
 
 
 def budget(values: Namespace) -> Budget:
@@ -93,7 +122,19 @@ def budget(values: Namespace) -> Budget:
         raise UserError(f"--paper means --multiple-of 1, not {values.multiple_of}: leave one out")
     default = 1 if values.paper else MULTIPLE_OF
     multiple_of = default if values.multiple_of is None else values.multiple_of
-    return Budget(parse_ratio(values.ratio), multiple_of, values.space)
+    given = [values.ratio, values.width, values.state_bytes]
+    if sum(value is not None for value in given) != 1:
+        raise UserError("give exactly one of --ratio, --width and --state-bytes")
+    budget = Budget(
+        ratio=None if values.ratio is None else parse_per_kind(values.ratio, parse_ratio),
+        multiple_of=multiple_of,
+        space=values.space,
+        width=None if values.width is None else parse_per_kind(values.width, parse_width),
+        state_bytes=values.state_bytes,
+        allocate=values.allocate,
+        pad=values.pad,
+    )
+    return replace(budget, space=",".join(budget.kinds))
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +147,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         (owner, first), *_ = fields
         of = ", ".join(method.name for method, _ in fields)
         text = f"{first.metadata.get('help', '')} ({of}; default: {first.default})"
-        add(_flag(name), dest=name, type=_converter(owner, first), help=text)
+        add(_flag(name), dest=name, help=text, **_reading(owner, first))
 
 
 def method(values: Namespace) -> Method:
@@ -123,10 +164,20 @@ def method(values: Namespace) -> Method:
     for key, value in given.items():
         if key not in own and key != "seed" and value is not None:
             raise UserError(f"{_flag(key)} is no option of {name}: it has {_flags(own)}")
+    chosen = {k: v for k, v in given.items() if k in own and v is not None}
     try:
-        return METHODS[name](**{k: v for k, v in given.items() if k in own and v is not None})
+        return METHODS[name](**_as_published(values, name, chosen))
     except ValueError as error:
         raise UserError(f"method {name}: {first_line(error)}") from error
+
+
+def _as_published(values: Namespace, name: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """`chosen` hyper-parameters and, with --paper, those of the method's paper."""
+    published = getattr(METHODS[name], "paper", {}) if getattr(values, "paper", False) else {}
+    for key, value in published.items():
+        if chosen.get(key, value) != value:
+            raise UserError(f"--paper means {_flag(key)} {value}, not {chosen[key]}: leave one out")
+    return {**published, **chosen}
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -149,12 +200,14 @@ def _hyperparameters() -> dict[str, list[tuple[type[Method], dataclasses.Field]]
     return found
 
 
-def _converter(owner: type[Method], field: dataclasses.Field) -> Callable[[str], Any]:
-    """int, float or str, as the field is annotated; `int | None` takes an int."""
+def _reading(owner: type[Method], field: dataclasses.Field) -> dict[str, Any]:
+    """How argparse reads a field: as annotated, `int | None` as int, and bool as a flag."""
     annotation = typing.get_type_hints(owner)[field.name]
+    if annotation is bool:
+        return {"action": "store_true", "default": None}
     if isinstance(annotation, types.UnionType):
         annotation = next(t for t in typing.get_args(annotation) if t is not types.NoneType)
-    return annotation
+    return {"type": annotation}
 
 
 def _flag(name: str) -> str:

@@ -32,7 +32,7 @@ FORMAT = 1
 PLAN_FILE = "plan.json"
 """Name of the plan that an output folder keeps."""
 
-PROJECTED_FILE = "plan.safetensors"
+PROJECTED_FILE = "plan.tensors.safetensors"
 """Name of the file with its new tensors, if it has any."""
 
 

@@ -4,6 +4,7 @@
 `python -m pruning.plan_command` with the same arguments. One process does the work.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pruning.choose import Budget
     from pruning.methods import Method
     from pruning.plan import Plan
+    from pruning.spaces import Space
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def check(options: Options, world_size: int = 1) -> None:
 
     reference = resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
-    check_budget(options.budget, reference.config)
+    check_budget(options.budget, reference.config, options.method)
+    if hasattr(options.method, "project"):
+        check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
     check_stats(options.stats, options.method)
 
 
@@ -74,9 +78,13 @@ def run(options: Options) -> None:
 
     def write() -> None:
         plan = planned(resolve(options.model), options.method, options.budget, options.stats)
-        with replacing_file(options.plan, options.overwrite) as path:
-            path.write_text(plan_text(plan))
+        with ExitStack() as stack:
+            file = stack.enter_context(replacing_file(options.plan, options.overwrite))
+            if plan.projected:
+                plan = _saved(plan, options, stack)
+            file.write_text(plan_text(plan))
         print(f"{options.plan}: {summary(plan)}", flush=True)
+        say_notes(plan)
 
     with process_group(RANK_ZERO_WORKS):
         on_first(write)
@@ -87,6 +95,8 @@ def check_stats(stats: Path | None, method: "Method") -> None:
     from pruning.stats_file import check_kinds, read_meta
 
     if not method.needs:
+        if stats is not None:
+            raise UserError(f"{method.name} reads no statistics: leave --stats {stats} out")
         return
     if stats is None:
         raise UserError(
@@ -107,7 +117,7 @@ def planned(
     from flame.checkpoint.fingerprint import check_finite, fingerprint
     from pruning.adapters import adapter_for
     from pruning.choose import choose
-    from pruning.plan import spaces_of_kind
+    from pruning.plan import spaces_of_kinds
     from pruning.stats_file import check_model, load_statistics, read_meta
 
     config, source = reference.config, reference.source()
@@ -116,25 +126,56 @@ def planned(
         return choose(config, source, method, budget)
     meta = read_meta(stats)
     check_model(stats, meta, fingerprint(config, source))
-    spaces = spaces_of_kind(adapter_for(config), config, budget.space)
+    spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
     statistics = load_statistics(stats, spaces, method.needs)
     return choose(config, source, method, budget, statistics, meta.for_plan())
 
 
 def summary(plan: "Plan") -> str:
     """What a plan does, in a few words."""
-    from pruning.adapters import adapter_for
+    from pruning.adapters import ADAPTERS, adapter_for
+    from pruning.plan import planned_spaces
 
-    adapter = adapter_for(plan.config_before)
-    spaces = {space.name: space for space in adapter.spaces(plan.config_before)}
-    name, widths = next(iter(plan.widths.items()))
-    low, high = min(widths), max(widths)
-    width = str(low) if low == high else f"{low} to {high}"
-    before, after = map(adapter.state_bytes, (plan.config_before, plan.config_after))
+    before = adapter_for(plan.config_before)
+    after = ADAPTERS[plan.config_after["model_type"]]
+    spaces = planned_spaces(plan, plan.config_before)
+    kinds = dict.fromkeys(space.kind for space in spaces)
+    kept = ", ".join(_kept([s for s in spaces if s.kind == kind], plan) for kind in kinds)
+    sizes = before.state_bytes(plan.config_before), after.state_bytes(plan.config_after)
+    padded = " (filled up with zeros to the widest)" if plan.pad else ""
     return (
-        f"{plan.method} keeps {width} of {spaces[name].head_dim} {spaces[name].noun} a head in "
-        f"{len(plan.kept)} layers; state of a sequence {before:,} -> {after:,} bytes"
+        f"{plan.method} keeps {kept} in {len({space.layer for space in spaces})} layers{padded}; "
+        f"state of a sequence {sizes[0]:,} -> {sizes[1]:,} bytes"
     )
+
+
+def _kept(spaces: "list[Space]", plan: "Plan") -> str:
+    """What spaces of one kind keep: `16 to 64 of 128 key channels a head`."""
+    widths = sorted({width for space in spaces for width in plan.widths[space.name]})
+    some = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+    first = spaces[0]
+    return f"{some} of {first.head_dim} {first.noun}{'' if first.kind == 'head' else ' a head'}"
+
+
+def say_notes(plan: "Plan") -> None:
+    """Print what a user must know of the choice."""
+    for note in plan.notes:
+        print(f"note: {note}", flush=True)
+
+
+def tensors_beside(plan: Path) -> Path:
+    """The file for a plan's new tensors."""
+    return plan.with_name(f"{plan.stem}.tensors.safetensors")
+
+
+def _saved(plan: "Plan", options: Options, stack: ExitStack) -> "Plan":
+    """`plan` with its new tensors in a file that stays if the stack closes without error."""
+    from flame.output import replacing_file
+    from pruning.plan import with_saved_tensors
+
+    path = tensors_beside(options.plan)
+    file = stack.enter_context(replacing_file(path, options.overwrite))
+    return with_saved_tensors(plan, file, path.name)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -73,10 +73,10 @@ def check(options: Options, world_size: int = 1) -> None:
 
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
-    check_budget(options.budget, reference.config)
-    if options.stats is not None:
+    check_budget(options.budget, reference.config, options.method)
+    if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
-    elif options.method.needs:
+    else:
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
 

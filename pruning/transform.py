@@ -36,7 +36,13 @@ from flame.errors import UserError
 from pruning.adapters.interface import Config
 from pruning.choose import check_tensor_finite
 from pruning.cuts import Cut, Cuts, cut_tensor, cuts_of
-from pruning.plan import PLAN_FILE, Plan, plan_text
+from pruning.plan import (
+    PLAN_FILE,
+    PROJECTED_FILE,
+    Plan,
+    plan_text,
+    with_saved_tensors,
+)
 
 Form = Literal["dcp", "hf"]
 
@@ -73,7 +79,10 @@ class SlicedSource:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor after the plan, or rows of it; UserError if it is not finite."""
-        tensor = self._read_new(name) if name in self._new else self._read_sliced(name)
+        if parameter_of(name) in self._new:
+            tensor = self._read_new(name)
+        else:
+            tensor = self._read_sliced(name)
         check_tensor_finite(name, tensor)
         return tensor if rows is None else tensor[rows]
 
@@ -81,7 +90,11 @@ class SlicedSource:
         return cut_tensor(name, self._source.read(name), self._cuts_of(name))
 
     def _read_new(self, name: str) -> Tensor:
-        tensor, info = self._replaced.get_tensor(name), self.info(name)
+        info = self.info(name)
+        if parameter_of(name) != name:
+            # Moments of other channels than these: the optimizer begins anew, counting from zero.
+            return torch.zeros(info.shape, dtype=info.dtype)
+        tensor = self._replaced.get_tensor(name)
         if tuple(tensor.shape) != info.shape:
             raise UserError(
                 f"the plan replaces {name} by shape {tuple(tensor.shape)}, its channels leave "
@@ -138,6 +151,8 @@ def write_pruned(
         UserError: a tensor is missing, not finite or damaged, or the disk is too small.
     """
     source = full_source(reference) if form == "dcp" else reference.source()
+    if plan.projected:
+        plan, plan_folder = with_saved_tensors(plan, folder / PROJECTED_FILE), folder
     replaced = _copy_replaced(plan, plan_folder, folder)
     sliced = SlicedSource(source, cuts_of(plan, reference.config), replaced)
     check_space(destination, total_bytes(sliced))
@@ -205,5 +220,6 @@ def _copy_replaced(plan: Plan, plan_folder: Path | None, folder: Path) -> Any:
         raise UserError(f"the plan replaces tensors by those of {path}, which is missing")
     if hash_file(path) != plan.replaced.hash:
         raise UserError(f"{path} is not the file that the plan was made with (its hash differs)")
-    shutil.copyfile(path, folder / name)
+    if path != folder / name:
+        shutil.copyfile(path, folder / name)
     return open_safetensors(path)
