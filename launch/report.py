@@ -41,6 +41,8 @@ from launch.report_sections import (
 )
 from launch.report_tables import COLUMNS, models_note, summary_table
 from launch.spectra import Spectrum
+from launch.sweep_page import sweep_sections
+from launch.sweep_table import sweep_of
 
 __all__ = ["COLUMNS", "KeptChannels", "ReportData", "page", "summary_table", "write_report"]
 
@@ -73,6 +75,7 @@ def page(data: ReportData) -> str:
         recall_section(data),
         noise_section(data),
         bench_section(data),
+        *(part for found in data.sweeps for part in sweep_sections(sweep_of(found))),
         plans_section(data),
         _kept_section(data),
         _spectra_section(data),

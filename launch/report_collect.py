@@ -42,6 +42,7 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
         query_noise=[row for name in runs for row in results.query_noise.get(name, ())],
         ranks=results.ranks,
         bench=results.bench,
+        sweeps=results.sweeps,
         loss_curves=curves,
         kept=kept,
         method=method,

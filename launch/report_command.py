@@ -104,6 +104,7 @@ def _contents(data: ReportData) -> list[str]:
         "recall curves": len(data.recall),
         "rank analyses": len(data.ranks),
         "benchmarks": len(data.bench),
+        "sweeps": len(data.sweeps),
         "loss curves": len(data.loss_curves),
     }
     return [f"{count} {name}" for name, count in counted.items() if count]

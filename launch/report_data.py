@@ -79,6 +79,9 @@ class ReportData:
     bench: Sequence[Mapping[str, Any]] = ()
     """What `launch.bench.benchmark` returned, or its JSON."""
 
+    sweeps: Sequence[Mapping[str, Any]] = ()
+    """What `slimstate sweep` left as results.json."""
+
     loss_curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """By model: steps and training losses in nats per token. `dense` is pretraining."""
 

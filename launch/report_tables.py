@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 from launch.bench_table import bench_table, kernel_lines
 from launch.findings import LABELS, Row
 from launch.report_data import RankAnalysis, Recall, ReportData, Scores
+from launch.sweep_table import HEADING as SWEEP_HEADING
+from launch.sweep_table import NOTE as SWEEP_NOTE
+from launch.sweep_table import sweep_of
 from launch.table import Column, Table
 
 COLUMNS = (
@@ -73,6 +76,9 @@ def all_tables(data: ReportData) -> Iterator[Titled]:
         yield Titled(analysis.heading, analysis.note, ranks_table(analysis))
     for record in data.bench:
         yield Titled(bench_heading(record), " ".join(kernel_lines(record)), bench_table(record))
+    for results in data.sweeps:
+        for table in sweep_of(results).tables():
+            yield Titled(SWEEP_HEADING, SWEEP_NOTE, table)
 
 
 FIDELITY_NOTE = (

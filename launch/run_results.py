@@ -19,6 +19,7 @@ LARGEST = 16 * 2**20
 
 PASSED_OVER = {"config.json", "plan.json", "tokenizer.json", "tokenizer_config.json", "base.json"}
 SUMMARY_FILE = "summary.json"
+SWEEP_FILE, SWEEP_RESULTS = "sweep.json", "results.json"
 SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
 
@@ -34,6 +35,7 @@ class Results:
     query_noise: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     ranks: list[RankAnalysis] = field(default_factory=list)
     bench: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -71,7 +73,9 @@ class Collector:
         return self.found
 
     def _read_one(self, path: Path) -> None:
-        if path.is_dir():
+        if _is_sweep(path):
+            self._content(load_json(path / SWEEP_RESULTS))
+        elif path.is_dir():
             self._analysis(path)
         else:
             self._content(load_json(path))
@@ -81,6 +85,8 @@ class Collector:
             return
         if isinstance(content, dict) and content.get("kind") == "bench":
             self._bench(content)
+        elif isinstance(content, dict) and content.get("kind") == "sweep":
+            self._sweep(content)
         elif isinstance(content, dict) and "seconds" in content and "options" in content:
             self._demo(content)
         else:
@@ -115,6 +121,13 @@ class Collector:
         older = [r for r in self.found.bench if _same(r, renamed, key)]
         self.found.bench = [r for r in self.found.bench if r not in older] + [renamed]
         self.found.versions |= record.get("versions", {})
+
+    def _sweep(self, results: dict[str, Any]) -> None:
+        """What `slimstate sweep` found, if it is about a run here."""
+        if any(self._name(results[key]) is not None for key in ("weights", "model")):
+            older = [r for r in self.found.sweeps if r["commands"] == results["commands"]]
+            self.found.sweeps = [r for r in self.found.sweeps if r not in older] + [results]
+            self.found.versions |= results.get("versions", {})
 
     def _demo(self, summary: dict[str, Any]) -> None:
         """The summary of `slimstate demo`."""
@@ -229,7 +242,7 @@ class Collector:
         scores = sum(map(len, [*found.tasks.values(), *found.fidelity.values()]))
         perplexities = sum(map(len, self._perplexities.values()))
         recalls = sum(map(len, self._recalls.values())) + len(found.query_noise)
-        others = len(found.bench) + len(found.ranks) + len(found.seconds)
+        others = len(found.bench) + len(found.ranks) + len(found.seconds) + len(found.sweeps)
         return scores + perplexities + recalls + others
 
 
@@ -241,12 +254,12 @@ def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[
 
 
 def _files(places: Sequence[Path]) -> list[Path]:
-    """JSON files of the places, and folders in them that an analysis wrote; oldest first."""
+    """JSON files of the places, and folders of analyses and sweeps in them; oldest first."""
     found = {
         path
         for place in places
         for path in _listed(place)
-        if (path.is_dir() and _is_analysis(path)) or _is_result(path)
+        if _is_analysis(path) or _is_sweep(path) or _is_result(path)
     }
     found |= {place for place in places if _is_analysis(place)}
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
@@ -268,6 +281,10 @@ def _is_result(path: Path) -> bool:
 
 def _is_analysis(path: Path) -> bool:
     return not is_run(path) and (path / SUMMARY_FILE).is_file() and any(path.glob("*.svg"))
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / SWEEP_FILE).is_file() and (path / SWEEP_RESULTS).is_file()
 
 
 def _drawings(folder: Path) -> Iterator[Path]:

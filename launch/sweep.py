@@ -16,7 +16,7 @@ from flame.errors import UserError, run_command
 from launch.heldout_text import HeldoutText
 from launch.sweep_checks import check_sweep, settings
 from launch.sweep_options import Options, calibration_words, parse_options
-from launch.sweep_table import collect_rows
+from launch.sweep_table import collect_rows, sweep_of
 from launch.sweep_work import CONTINUED, DENSE, Work, alone, in_memory
 
 POLL_SECONDS = 0.2
@@ -136,7 +136,7 @@ class _Announcer:
 
 def _write(options: Options, text: HeldoutText) -> None:
     """Write and print what was found; UserError if points failed."""
-    from launch.sweep_page import PAGE_FILE, sweep_of, write_files
+    from launch.sweep_page import PAGE_FILE, write_files
 
     results = _results(options, text)
     write_files(options.out.path, results, options.json)
@@ -153,6 +153,7 @@ def _write(options: Options, text: HeldoutText) -> None:
 
 def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     """What `launch.sweep_page` writes and reads."""
+    from flame.checkpoint.reference import resolve
     from launch.perplexity import versions
 
     found = {name: options.out.record(name) for name in options.names}
@@ -164,6 +165,7 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
         "kind": "sweep",
         "title": options.title or f"slimstate sweep: {options.model}",
         "model": options.model,
+        "weights": str(resolve(options.model).weights),
         "ratios": list(options.ratios),
         "controls": {"before": dense.get("perplexity"), "recovered": continued.get("perplexity")},
         "rows": collect_rows(options.points, records, dense),

@@ -9,13 +9,24 @@ from typing import Any
 
 from flame.output import replacing_file
 from launch.findings import short
+from launch.marks import bars
 from launch.page_parts import grid, section
 from launch.report_sections import scrolled
 from launch.sweep_chart import sweep_chart
-from launch.sweep_table import NOTE, STAGES, Sweep, percent, rows_table
+from launch.sweep_table import (
+    HEADING,
+    NOTE,
+    Row,
+    Sweep,
+    percent,
+    rows_table,
+    sweep_of,
+    with_spread,
+)
 
 PAGE_FILE = "sweep.html"
 RESULTS = "results"
+OWN_HEADING = "Points with a ratio of their own"
 CONTROL = "random"
 """The method that the others are compared with."""
 
@@ -42,12 +53,6 @@ def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = No
             temporary.write_text(content, encoding="utf-8")
 
 
-def sweep_of(results: Mapping[str, Any]) -> Sweep:
-    """The sweep that `results`, or its JSON, describes."""
-    controls = {stage: results["controls"].get(stage) for stage in STAGES}
-    return Sweep(results["title"], results["rows"], results["ratios"], controls)
-
-
 def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
     """The HTML: a sentence, the charts, the tables, and how it was made; no script, no link."""
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
@@ -61,10 +66,12 @@ def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
 
 def sweep_sections(sweep: Sweep) -> list[str]:
     """The table and the charts of a sweep, for its own page and a report's."""
-    tables = "".join(scrolled(table) for table in sweep.tables())
-    rows = scrolled(rows_table(sweep.rows))
+    grid_, own = sweep.grid_table(), sweep.own_table()
+    tables = scrolled(grid_, "wide") if grid_ else ""
+    tables += f"<h3>{OWN_HEADING}</h3>{scrolled(own, 'wide')}" if own else ""
+    rows = scrolled(rows_table(sweep.rows), "wide")
     folded = f"<details><summary>Every point in numbers</summary>{rows}</details>"
-    return [_charts(sweep), section("Perplexity by method and ratio", NOTE, tables + folded)]
+    return [_charts(sweep), section(HEADING, NOTE, tables + folded)]
 
 
 def verdict(sweep: Sweep) -> str:
@@ -91,7 +98,7 @@ def _channels(space: str) -> str:
     return " and ".join(kinds)
 
 
-def _distance_from_half(row: Mapping[str, Any]) -> float:
+def _distance_from_half(row: Row) -> float:
     try:
         return abs(float(row["ratio"]) - 0.5)
     except ValueError:
@@ -109,15 +116,27 @@ def _charts(sweep: Sweep) -> str:
         for stage in sweep.stages:
             when = "before recovery" if stage == "before" else "after recovery"
             title = f"{_channels(space)}, {when}".capitalize()
-            chart = sweep_chart(rows, stage, sweep.controls.get(stage), colours, title)
+            chart = _chart(rows, stage, sweep.controls.get(stage), colours, title)
             drawn += [f"<h3>{escape(title)}</h3>{chart}"] if chart else []
         parts.append(grid(drawn) if drawn else "")
     note = (
-        "Held-out perplexity on a logarithmic axis; lower is better. The grey band is one standard "
-        "deviation of random channels, the dashed line the model before pruning; after recovery, "
-        "that model trained on for as long, where it was."
+        "Held-out perplexity; lower is better. Axes are logarithmic, bars start at 0. The grey "
+        "band is one standard deviation of random channels, the dashed line the model before "
+        "pruning; after recovery, that model trained on for as long, where it was."
     )
     return section("Perplexity against the state removed", note, "".join(parts))
+
+
+def _chart(
+    rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
+) -> str:
+    """Lines over the state removed, or bars where all rows are without the same part of it."""
+    if len({row.get("removed") for row in rows}) > 1:
+        return sweep_chart(rows, stage, dense, colours, title)
+    values = {row["method"]: row[stage] for row in rows if row.get(stage) is not None}
+    texts = {row["method"]: with_spread(row, stage) or "" for row in rows}
+    drawn = bars(values, {}, texts, mark=dense, colour="stage") if values else ""
+    return f'<div class="thin">{drawn}</div>' if drawn else ""
 
 
 def _notes(sweep: Sweep) -> str:

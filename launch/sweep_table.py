@@ -25,6 +25,7 @@ ROW_COLUMNS = (
     Column("seeds", "seeds", "d"),
 )
 
+HEADING = "Perplexity by method and ratio"
 NOTE = (
     "Held-out perplexity; the ratio is the part of the channels that was removed. Random channels "
     "are the control: mean ± standard deviation over seeds."
@@ -53,14 +54,14 @@ class Sweep:
         return [stage for stage in STAGES if any(row.get(stage) is not None for row in self.rows)]
 
     def tables(self) -> list[Table]:
-        """Methods against ratios, then points with ratios of their own."""
-        gridded = [row for row in self.rows if row["ratio"] in self.grid and not row["own_ratio"]]
-        others = [row for row in self.rows if row not in gridded]
-        found = [self._grid(gridded)] if gridded else []
-        return found + ([rows_table(others)] if others else [])
+        """Methods against ratios, then points with ratios of their own; those that there are."""
+        return [table for table in (self.grid_table(), self.own_table()) if table is not None]
 
-    def _grid(self, rows: Sequence[Row]) -> Table:
+    def grid_table(self) -> Table | None:
         """A row a method and kind of space; for each ratio a column a stage."""
+        rows = [row for row in self.rows if not row["own_ratio"]]
+        if not rows:
+            return None
         columns = [Column("method", "method", align="left")]
         several = len({row["space"] for row in rows}) > 1
         columns += [Column("space", "space", align="left")] if several else []
@@ -77,10 +78,21 @@ class Sweep:
                 line[f"{row['ratio']} {stage}"] = with_spread(row, stage)
         return Table(columns, [*self._control_line(), *lines.values()])
 
+    def own_table(self) -> Table | None:
+        """A row for each point with a ratio of its own."""
+        rows = [row for row in self.rows if row["own_ratio"]]
+        return rows_table(rows) if rows else None
+
     def _control_line(self) -> list[dict[str, Any]]:
         known = {s: f"{v:,.2f}" for s, v in self.controls.items() if v is not None}
         cells = {f"{ratio} {stage}": known.get(stage) for ratio in self.grid for stage in STAGES}
         return [{"method": "dense", "space": "", **cells}] if known else []
+
+
+def sweep_of(results: Mapping[str, Any]) -> Sweep:
+    """The sweep that results.json describes."""
+    controls = {stage: results["controls"].get(stage) for stage in STAGES}
+    return Sweep(results["title"], results["rows"], results["ratios"], controls)
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
