@@ -106,6 +106,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "expand_v": 1.0,
         "num_householder": 3,
+        "use_forget_gate": False,
         "use_short_conv": False,
         "use_output_gate": False,
         "attn": _HYBRID,
