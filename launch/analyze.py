@@ -255,7 +255,8 @@ def _references(options: Options) -> "list[ModelReference]":
 
 def _texts(options: Options, reference: "ModelReference") -> list[HeldoutText]:
     trained_on = data_config(read_tables(reference.recipe))
-    if not (options.text.data or trained_on.heldout or trained_on.dataset):
+    named = trained_on.heldout or trained_on.dataset or trained_on.sources
+    if not (options.text.data or named):
         raise UserError(f"{reference.folder} has no recipe that names held-out text: give --data")
     wanted = [options.text, *([options.second] if options.second else [])]
     return [heldout_text(reference, text) for text in wanted]

@@ -47,7 +47,7 @@ class HeldoutText:
     def name(self) -> str:
         """The set, and its split where one was chosen."""
         split = self.config.heldout_split
-        name = self.config.heldout or self.config.dataset
+        name = self.config.heldout or self.config.dataset or " + ".join(self.config.sources)
         return f"{name}:{split}" if split else name
 
     def sequences(self, vocab_size: int, apart: bool) -> Iterator[Any]:
@@ -82,7 +82,7 @@ def heldout_text(reference: ModelReference, options: HeldoutOptions) -> HeldoutT
     recipe = read_tables(reference.recipe)
     trained_on = data_config(recipe)
     config = _chosen(trained_on, options)
-    if not (config.heldout or config.dataset):
+    if not (config.heldout or config.dataset or config.sources):
         raise UserError(
             f"{reference.folder} has no recipe that names held-out text: "
             "give it as --perplexity DATA"
@@ -126,6 +126,8 @@ def _chosen(config: DataConfig, options: HeldoutOptions) -> DataConfig:
         config = dataclasses.replace(
             config,
             dataset=options.data,
+            sources=[],
+            weights=[],
             heldout=options.data,
             heldout_split="",
             subset="",

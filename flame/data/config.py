@@ -1,6 +1,6 @@
 """The `[data]` section of a recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -9,6 +9,14 @@ class DataConfig:
     """Training text: a hub name, a local file or folder (parquet, json, jsonl, txt), or
     `python-stdlib`, the running interpreter's own standard-library source, or `mqar:…`, generated
     associative recall (`flame.data.mqar.Mqar` has its numbers)."""
+
+    sources: list[str] = field(default_factory=list)
+    """Several sources in the place of `dataset`, each in its forms, with options of its own as
+    `NAME?subset=…&text_key=…`: subset, split, revision, text_key, streaming, max_documents."""
+
+    weights: list[float] = field(default_factory=list)
+    """Share of each source in the tokens that are trained on; empty for equal shares. A source that
+    ends begins again (`repeat`), or ends the data."""
 
     subset: str = ""
     """Configuration of a hub data set, where it has several."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flame.data import corpus
 from flame.data.config import DataConfig
+from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.data.mqar import answers_of
 from flame.data.packing import (
     IGNORE_INDEX,
@@ -50,11 +51,19 @@ def heldout_sequences(
 
 
 def heldout_documents(config: DataConfig) -> Documents:
-    """The held-out set that the recipe names, in its own order."""
+    """The held-out set that the recipe names, in its own order.
+
+    Without one it is those of all `config.sources`, a document of each in turn.
+    """
+    if config.sources and not config.heldout:
+        sources = source_configs(config)
+        return MixedDocuments([heldout_documents(own) for own in sources], shares(config))
     own = bool(config.heldout) and config.heldout != config.dataset
     chosen = dataclasses.replace(
         config,
         dataset=config.heldout or config.dataset,
+        sources=[],
+        weights=[],
         subset="" if own else config.subset,
         revision="" if own else config.revision,
         shuffle=False,

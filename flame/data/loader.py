@@ -2,7 +2,8 @@
 
 Sequence n of the run comes from virtual shard n mod V; rank r of W takes the sequences n with
 n mod W = r, so W divides V and a rank owns whole shards. Step s holds the sequences from s·G to
-(s + 1)·G − 1, whatever W and the accumulation count are. A rank's state is a cursor per shard; the
+(s + 1)·G − 1, whatever W and the accumulation count are. Of several sources n also says which one
+the sequence comes from (`flame.data.mixing`). A rank's state is a cursor per shard and source; the
 states of all ranks together resume at any W that divides V.
 """
 
@@ -14,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from flame.data.config import DataConfig
+from flame.data.mixing import part_of, parts_of
 from flame.data.mqar import answers_of
 from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
 from flame.data.sources import Documents
@@ -27,6 +29,9 @@ PREFETCH = 4
 """Batches made ahead of the consumer."""
 
 State = dict[str, Any]
+Cursors = tuple[Cursor, ...]
+Packers = list[Packer]
+"""Of one virtual shard, one for each source."""
 
 
 def alone(ready: bool) -> bool:
@@ -78,7 +83,8 @@ class PackedLoader:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
         self._sequence = rank
-        self._cursors = {s: Cursor() for s in range(rank, config.virtual_shards, world_size)}
+        start = (Cursor(),) * len(parts_of(documents))
+        self._cursors = {s: start for s in range(rank, config.virtual_shards, world_size)}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -96,7 +102,7 @@ class PackedLoader:
 
     def state_dict(self) -> State:
         """This rank's position after the last batch taken: JSON-able, a few numbers a shard."""
-        shards = {str(s): [c.epoch, c.document, c.token] for s, c in self._cursors.items()}
+        shards = {str(shard): _written(cursors) for shard, cursors in self._cursors.items()}
         position = {"next_sequence": self._sequence, "shards": shards}
         return {"format": FORMAT, **self._identity(), **position}
 
@@ -106,7 +112,7 @@ class PackedLoader:
         self.close()
         first = state["next_sequence"]
         self._sequence = first + (self.rank - first) % self.world_size
-        self._cursors = {shard: Cursor(*state["shards"][str(shard)]) for shard in self._cursors}
+        self._cursors = {shard: _read(state["shards"][str(shard)]) for shard in self._cursors}
 
     @staticmethod
     def merge_states(states: Sequence[State]) -> State:
@@ -127,48 +133,72 @@ class PackedLoader:
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
             "documents": self.documents.size,
+            **self._mixture(),
+        }
+
+    def _mixture(self) -> State:
+        """What fixes the order of several sources beside what fixes that of one."""
+        parts = parts_of(self.documents)
+        if len(parts) == 1:
+            return {}
+        return {
+            "sources": [[part.name, part.size] for part in parts],
+            "weights": list(self.documents.weights),  # type: ignore[attr-defined]
         }
 
     def _start(self) -> None:
-        packers = {shard: self._packer(shard, cursor) for shard, cursor in self._cursors.items()}
+        packers = {shard: self._packers(shard, here) for shard, here in self._cursors.items()}
         collate = varlen_batch if self.config.varlen else plain_batch
-        rows = _rows(packers, self._sequence, self.world_size, self.seq_len)
+        part = partial(part_of, self.documents)
+        rows = _rows(packers, part, self._sequence, self.world_size, self.seq_len)
         whole = partial(collate, predicted=self._predicted)
         self._batches = _batches(rows, packers, self.local_batch_size, whole)
         self._pool = ThreadPoolExecutor(1, "data")
         self._pending.extend(self._submit() for _ in range(PREFETCH))
 
-    def _packer(self, shard: int, cursor: Cursor) -> Packer:
+    def _packers(self, shard: int, cursors: Cursors) -> Packers:
         epochs = None if self.config.repeat else 1
         num_shards = self.config.virtual_shards
-        return shard_packer(
-            self.documents, self._encoder, shard, num_shards, epochs=epochs, cursor=cursor
-        )
+        return [
+            shard_packer(part, self._encoder, shard, num_shards, epochs=epochs, cursor=cursor)
+            for part, cursor in zip(parts_of(self.documents), cursors, strict=True)
+        ]
 
     def _submit(self) -> Future:
         assert self._pool is not None
         return self._pool.submit(next, self._batches, None)
 
 
+def _written(cursors: Cursors) -> list[Any]:
+    """A shard's cursors as JSON; of a single source the numbers alone."""
+    numbers = [[cursor.epoch, cursor.document, cursor.token] for cursor in cursors]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _read(numbers: list[Any]) -> Cursors:
+    several = isinstance(numbers[0], list)
+    return tuple(Cursor(*own) for own in (numbers if several else [numbers]))
+
+
 def _rows(
-    packers: dict[int, Packer], first: int, stride: int, seq_len: int
+    packers: dict[int, Packers], part: Callable[[int], int], first: int, stride: int, seq_len: int
 ) -> Iterator[tuple[Row, int]]:
     """Each next row of this rank with the number of the sequence after it; ends with a shard."""
     sequence, num_shards = first, stride * len(packers)
-    while (row := packers[sequence % num_shards].row(seq_len)) is not None:
+    while (row := packers[sequence % num_shards][part(sequence)].row(seq_len)) is not None:
         sequence += stride
         yield row, sequence
 
 
 def _batches(
     rows: Iterator[tuple[Row, int]],
-    packers: dict[int, Packer],
+    packers: dict[int, Packers],
     size: int,
     collate: Callable[[list[Row]], Batch],
-) -> Iterator[tuple[Batch, int, dict[int, Cursor]]]:
+) -> Iterator[tuple[Batch, int, dict[int, Cursors]]]:
     """Batches of `size` rows, each with the sequence and the cursors that follow it."""
     while len(group := list(islice(rows, size))) == size:
-        cursors = {shard: packer.cursor for shard, packer in packers.items()}
+        cursors = {shard: tuple(packer.cursor for packer in own) for shard, own in packers.items()}
         yield collate([row for row, _ in group]), group[-1][1], cursors
 
 
@@ -190,7 +220,7 @@ def _check_state(state: Mapping[str, Any], expected: State) -> None:
         )
     for key, value in expected.items():
         if state.get(key) != value:
-            name = "the data set's number of documents" if key == "documents" else f"data.{key}"
+            name = "the number of documents" if key == "documents" else f"data.{key}"
             raise UserError(
                 f"cannot resume: {name} is {value}, and was {state.get(key)} when the run was saved"
             )
@@ -235,10 +265,12 @@ def check_enough(
     """
     encoder = Encoder(tokenizer, config.add_eos)
     _check_shards(documents, config.virtual_shards)
-    if config.repeat or documents.size is None:
-        _check_tokens(documents, encoder, seq_len, global_batch_size)
-    else:
-        _check_rows(documents, encoder, config.virtual_shards, seq_len, global_batch_size)
+    for number, part in enumerate(parts_of(documents)):
+        wanted = [n for n in range(global_batch_size) if part_of(documents, n) == number]
+        if config.repeat or part.size is None:
+            _check_tokens(part, encoder, seq_len, len(wanted))
+        else:
+            _check_rows(part, encoder, config.virtual_shards, seq_len, wanted)
 
 
 def _check_tokens(documents: Documents, encoder: Encoder, seq_len: int, batch: int) -> None:
@@ -253,29 +285,39 @@ def _check_tokens(documents: Documents, encoder: Encoder, seq_len: int, batch: i
 
 
 def _check_rows(
-    documents: Documents, encoder: Encoder, num_shards: int, seq_len: int, batch: int
+    documents: Documents, encoder: Encoder, num_shards: int, seq_len: int, sequences: list[int]
 ) -> None:
-    for shard in range(min(num_shards, batch)):
+    for shard in sorted({sequence % num_shards for sequence in sequences}):
         packer = shard_packer(documents, encoder, shard, num_shards, epochs=1)
-        needed = len(range(shard, batch, num_shards))
+        needed = sum(sequence % num_shards == shard for sequence in sequences)
         found = sum(packer.row(seq_len) is not None for _ in range(needed))
         if found < needed:
             text = (
                 f"virtual shard {shard} of {num_shards} has {found} sequences, and gives {needed}"
             )
-            raise _too_short(documents, text, batch, seq_len)
+            raise _too_short(documents, text, len(sequences), seq_len)
 
 
-def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> UserError:
-    return UserError(
+class TooShort(UserError):
+    """The data has fewer sequences than are asked for; `found` says how many."""
+
+    def __init__(self, message: str, found: str) -> None:
+        super().__init__(message)
+        self.found = found
+
+
+def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> TooShort:
+    return TooShort(
         f"{documents.name} is shorter than one global batch of {batch} sequences of {seq_len} "
-        f"tokens: {found}; give more text, or a smaller batch or seq_len"
+        f"tokens: {found}; give more text, or a smaller batch or seq_len",
+        f"in {documents.name} {found}",
     )
 
 
 def _check_shards(documents: Documents, virtual_shards: int) -> None:
-    if documents.size is not None and documents.size < virtual_shards:
-        raise UserError(
-            f"{documents.name} has {documents.size} documents, fewer than {virtual_shards} virtual "
-            "shards: give more, or a smaller data.virtual_shards"
-        )
+    for part in parts_of(documents):
+        if part.size is not None and part.size < virtual_shards:
+            raise UserError(
+                f"{part.name} has {part.size} documents, fewer than {virtual_shards} virtual "
+                "shards: give more, or a smaller data.virtual_shards"
+            )

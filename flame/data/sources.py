@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from flame.data import corpus, mqar
 from flame.data.config import DataConfig
 from flame.data.hub import hub_problem
+from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.errors import UserError, first_line
 
 FORMATS = {
@@ -152,7 +153,9 @@ class Column:
 
 
 def build_documents(config: DataConfig, split: str) -> Documents:
-    """The documents of `split` of `config.dataset`.
+    """The documents of `split` of `config.dataset`, or of all `config.sources`.
+
+    A source that names a split of its own is read from that one.
 
     Raises `UserError` for a set that is missing, empty, unreachable or has no column
     `config.text_key`. A prepared set is cached by the `datasets` library; a lock makes processes
@@ -160,6 +163,11 @@ def build_documents(config: DataConfig, split: str) -> Documents:
     """
     if config.max_documents < 0:
         raise UserError(f"data.max_documents is {config.max_documents}: 0 is all of them")
+    if config.sources:
+        configs = source_configs(config)
+        splits = [own.split if own.split != config.split else split for own in configs]
+        parts = [build_documents(own, part) for own, part in zip(configs, splits, strict=True)]
+        return MixedDocuments(parts, shares(config))
     if config.dataset == corpus.NAME:
         texts = corpus.stdlib_texts(split)
         return _indexed(config, corpus.NAME, ListedTexts(texts[: config.max_documents or None]))

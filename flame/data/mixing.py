@@ -1,0 +1,128 @@
+"""Several sources of documents in one stream of sequences, in shares that the recipe sets.
+
+Every sequence comes from one source, chosen by the sequence's number n in the run alone: the source
+whose part of the unit interval holds frac(n · φ), φ the golden ratio, which spreads more evenly
+than random numbers do. All sequences have as many tokens, so shares of sequences are shares of
+tokens. Each source is packed by itself, as if there were no other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+from flame.data.config import DataConfig
+from flame.data.mqar import is_mqar
+from flame.errors import UserError
+
+OPTIONS = ("subset", "split", "revision", "text_key", "streaming", "max_documents")
+"""Keys of `[data]` that a source may have of its own."""
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2⁶⁴ / φ, so that n · φ is exact in integers, on every machine."""
+
+
+@dataclass
+class MixedDocuments:
+    """Sets of documents that sequences are drawn from by weight."""
+
+    parts: Sequence[Any]
+    weights: Sequence[float]
+    """Share of each part, in tokens; together 1."""
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.name for part in self.parts)
+
+    @property
+    def size(self) -> int | None:
+        sizes = [part.size for part in self.parts]
+        return None if None in sizes else sum(sizes)
+
+    def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
+        """The documents of all parts, one of each in turn until none has any left.
+
+        For those who read documents and not sequences: the weights do not count.
+        """
+        shards = [part.shard(shard, num_shards, epoch, 0) for part in self.parts]
+        while shards:
+            for texts in list(shards):
+                text = next(texts, None)
+                if text is None:
+                    shards.remove(texts)
+                elif start > 0:
+                    start -= 1
+                else:
+                    yield text
+
+    def part_of(self, sequence: int) -> int:
+        """The part that sequence `sequence` of the run comes from."""
+        place = (sequence * GOLDEN % 2**64) / 2**64
+        for part, weight in enumerate(self.weights):
+            place -= weight
+            if place < 0:
+                return part
+        return len(self.weights) - 1
+
+
+def parts_of(documents: Any) -> Sequence[Any]:
+    """The sets that sequences of `documents` come from: its parts, or itself alone."""
+    return documents.parts if isinstance(documents, MixedDocuments) else [documents]
+
+
+def part_of(documents: Any, sequence: int) -> int:
+    """Which of `parts_of(documents)` sequence `sequence` of the run comes from."""
+    return documents.part_of(sequence) if isinstance(documents, MixedDocuments) else 0
+
+
+def source_configs(config: DataConfig) -> list[DataConfig]:
+    """One `[data]` for each of `config.sources`, with the options that its name carries.
+
+    Raises:
+        UserError: an unknown option, a value that it does not take, weights that do not fit.
+    """
+    if config.dataset:
+        raise UserError("data.dataset and data.sources are both given: put all into data.sources")
+    _check_weights(config)
+    return [_source_config(config, source) for source in config.sources]
+
+
+def shares(config: DataConfig) -> list[float]:
+    """The share of each of `config.sources`; together 1."""
+    weights = config.weights or [1.0] * len(config.sources)
+    return [weight / sum(weights) for weight in weights]
+
+
+def _check_weights(config: DataConfig) -> None:
+    if config.weights and len(config.weights) != len(config.sources):
+        raise UserError(
+            f"data.weights has {len(config.weights)} numbers for {len(config.sources)} sources: "
+            "give one for each, or none for equal shares"
+        )
+    for weight in config.weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"data.weights has {weight}: shares of tokens must be above 0")
+
+
+def _source_config(config: DataConfig, source: str) -> DataConfig:
+    name, _, text = source.partition("?")
+    if is_mqar(name):
+        raise UserError(f"data.sources has {name}: generated recall is trained on by itself")
+    given = dict(parse_qsl(text, keep_blank_values=True))
+    options = {key: _option(config, source, key, value) for key, value in given.items()}
+    return dataclasses.replace(config, dataset=name, sources=[], weights=[], **options)
+
+
+def _option(config: DataConfig, source: str, key: str, value: str) -> Any:
+    if key not in OPTIONS:
+        raise UserError(f"data.sources has {source}: {key} is none of {', '.join(OPTIONS)}")
+    kind = type(getattr(config, key))
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    if kind is int and value.isdecimal():
+        return int(value)
+    if kind is str and value:
+        return value
+    raise UserError(f"data.sources has {source}: {key} takes a {kind.__name__}, not {value!r}")
