@@ -259,8 +259,6 @@ def test_peft_loads_the_adapters_of_a_sharded_run(
     # What was trained in full beside the adapters came along.
     step = tensors_of(dora_run / "checkpoint/step-2")
     names = [name for name in step if name.endswith("attn_norm.weight")]
-        n for n in tensors_of(dora_run / "checkpoint/step-2") if n.endswith("attn_norm.weight")
-    ]
     norms = [adapted.get_parameter(n) for n in names if not n.startswith("optimizer.")]
     assert norms and all(bool((norm != 1).any()) for norm in norms)
 
