@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from flame.checkpoint.reference import ModelReference
     from pruning.calibration_data import CalibrationData
-    from pruning.collect import ResumePoints
+    from pruning.collect import Resumed, ResumePoints
     from pruning.options import DataOptions
+    from pruning.spaces import Space
     from pruning.statistics import Statistic
-    from pruning.stats_file import Collected, Meta
+    from pruning.stats_file import AddGradient, Collected, Meta
 
 log = logging.getLogger(__name__)
 
@@ -142,15 +145,24 @@ def calibrate(
     peers = Peers()
     mark = peers.from_first(peers.agree(examine))
     assert mark is not None
-    head_dims = [space.head_dim for space in adapter_for(reference.config).spaces(reference.config)]
-    if rank() == 0 and data.sequences * data.seq_len < max(head_dims):
-        log.warning(
-            "slimstate: warning: %d calibration tokens for %d channels a head: give more",
-            data.sequences * data.seq_len,
-            max(head_dims),
-        )
+    if rank() == 0:
+        warn_of_few_tokens(data, adapter_for(reference.config).spaces(reference.config))
     resumed = peers.agree(lambda: _resumed(reference, kinds, mark, options))
     return collect(reference, kinds, data, mark, _points(options), resumed)
+
+
+def warn_of_few_tokens(data: "CalibrationData", spaces: "list[Space]") -> None:
+    """Say what it means if there are fewer calibration tokens than key channels in a head."""
+    tokens = data.sequences * data.seq_len
+    channels = max(space.head_dim for space in spaces if space.kind == "key")
+    if tokens < channels:
+        log.warning(
+            "slimstate: warning: %d calibration tokens for %d key channels a head: the Gram "
+            "matrix of the activations has no full rank, so the choice among the channels beyond "
+            "its rank is arbitrary: give more (--sequences, --seq-len)",
+            tokens,
+            channels,
+        )
 
 
 def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
@@ -192,30 +204,32 @@ def _resumed(
     kinds: "tuple[type[Statistic], ...]",
     mark: str,
     options: Options | None,
-) -> "tuple[Collected, Meta] | None":
-    """The sums to go on from, read by every rank; None unless resuming."""
+) -> "Resumed | None":
+    """What to go on from, read by every rank; None unless resuming."""
     if options is None or not options.resume:
         return None
     from pruning.adapters import adapter_for
-    from pruning.stats_file import check_model, load_statistics, read_meta
+    from pruning.collect import Resumed
+    from pruning.stats_file import check_model, gradient_reader, load_statistics, read_meta
 
     meta = read_meta(options.stats)
     check_model(options.stats, meta, mark)
     spaces = adapter_for(reference.config).spaces(reference.config)
-    return load_statistics(options.stats, spaces, kinds), meta
+    collected = load_statistics(options.stats, spaces, kinds)
+    return Resumed(collected, meta, gradient_reader(options.stats))
 
 
 def _points(options: Options | None) -> "ResumePoints | None":
     from pruning.collect import ResumePoints
-    from pruning.stats_file import save_statistics
+    from pruning.stats_file import writing_statistics
 
     if options is None or options.save_every == 0:
         return None
 
-    def save(collected: "Collected", meta: "Meta") -> None:
-        save_statistics(options.stats, collected, meta, overwrite=True)
+    def write(collected: "Collected", meta: "Meta") -> "AbstractContextManager[AddGradient]":
+        return writing_statistics(options.stats, collected, meta, overwrite=True)
 
-    return ResumePoints(options.save_every, save)
+    return ResumePoints(options.save_every, write)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from flame.data.config import DataConfig
 from flame.data.mqar import without_curriculum
 from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
-from pruning.options import SEQ_LEN, DataOptions
+from pruning.options import SEQ_LEN, SEQUENCES, DataOptions
 
 NOT_RECORDED = ("heldout", "heldout_split", "repeat", "seed", "tokenizer")
 """Fields of the data's configuration that do not say what was calibrated on, or are said apart."""
@@ -28,11 +28,18 @@ class CalibrationData:
     sequences: int
     seq_len: int
     """Tokens a sequence."""
+    asked: str = ""
+    """The two in words, with the options that they come from."""
 
     def record(self) -> dict[str, Any]:
         """What identifies the data, for plans and statistics."""
         values = dataclasses.asdict(self.config)
         return {key: value for key, value in values.items() if key not in NOT_RECORDED}
+
+    def too_short(self, found: str = "it ends before") -> str:
+        """What to say if the data has fewer sequences."""
+        asked = self.asked or f"{self.sequences} sequences of {self.seq_len} tokens"
+        return f"{asked} are too many: {found}; ask for fewer, or give more text (--data)"
 
     def documents(self) -> Any:
         """The documents, as `flame.data.sources.build_documents` gives them."""
@@ -70,16 +77,18 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
     for key in ("subset", "split", "text_key"):
         if getattr(options, key):
             config = dataclasses.replace(config, **{key: getattr(options, key)})
-    if not config.dataset:
+    if not (config.dataset or config.sources):
         raise UserError(
             f"{reference.folder} has no recipe that names its training data: give --data"
         )
-    seq_len = options.seq_len or sequence_length(recipe) or SEQ_LEN
+    of_recipe = sequence_length(recipe)
+    seq_len = options.seq_len or of_recipe or SEQ_LEN
     return CalibrationData(
         config=dataclasses.replace(config, seed=options.seed, repeat=False),
         tokenizer=_tokenizer(reference, options, config),
         sequences=options.sequences,
         seq_len=seq_len,
+        asked=_asked(options, seq_len, of_recipe is not None),
     )
 
 
@@ -90,7 +99,7 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
         UserError: the tokenizer is not the model's, the data is not there or too short, or the
             processes do not divide its virtual shards.
     """
-    from flame.data.loader import check_enough, check_order, check_vocabulary
+    from flame.data.loader import TooShort, check_enough, check_order, check_vocabulary
     from flame.data.tokenizer import load_tokenizer
 
     check_order(data.config.virtual_shards, world_size)
@@ -99,13 +108,23 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
     documents = data.documents()
     try:
         check_enough(documents, tokenizer, data.config, data.seq_len, data.sequences)
-    except UserError as error:
-        raise UserError(
-            f"--sequences {data.sequences} of --seq-len {data.seq_len} are too many: {error}"
-        ) from error
+    except TooShort as error:
+        raise UserError(data.too_short(error.found)) from error
+
+
+def _asked(options: DataOptions, seq_len: int, of_recipe: bool) -> str:
+    """How much data is asked for, each number by its option or by where else it comes from."""
+    sequences = f"--sequences {options.sequences}"
+    if options.sequences == SEQUENCES:
+        sequences = f"{SEQUENCES} sequences (the default)"
+    origin = "the recipe's" if of_recipe else "the default"
+    length = f"--seq-len {seq_len}" if options.seq_len else f"{seq_len} tokens ({origin})"
+    return f"{sequences} of {length}"
 
 
 _FRESH: dict[str, Any] = {
+    "sources": [],
+    "weights": [],
     "subset": DataConfig.subset,
     "split": DataConfig.split,
     "revision": DataConfig.revision,

@@ -3,12 +3,13 @@
 Every sequence is a batch of its own, dealt to the ranks in turn, so that what a sequence adds does
 not depend on the number of processes. A rank without a sequence in the last round runs one token
 that nothing counts, since FSDP2's gathers need every rank. Memory is the model's and the sums';
-it does not grow with the number of tokens.
+it does not grow with the number of tokens. Gradients are made only if a statistic needs them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ from flame.distributed import (
 )
 from flame.errors import UserError
 from flame.progress import progress
-from pruning.adapters import Adapter, adapter_for
+from pruning.adapters import adapter_for
 from pruning.calibration_data import CalibrationData
+from pruning.feeding import Feed
+from pruning.gradients import ReadRows, WeightGradients
+from pruning.row_sample import row_sample
+from pruning.spaces import Space
 from pruning.statistics import Source, Statistic
-from pruning.stats_file import Collected, Meta, zeros
-from pruning.taps import OpCall, tap_mixer_inputs, tap_ops
+from pruning.stats_file import AddGradient, Collected, Meta, zeros
 
-Save = Callable[[Collected, Meta], None]
+Write = Callable[[Collected, Meta], AbstractContextManager[AddGradient]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,17 @@ class ResumePoints:
 
     every: int
     """Rounded up to a multiple of the virtual shards, so that every world size can go on."""
-    save: Save
-    """Called on rank 0 with the sums so far."""
+    write: Write
+    """Entered on rank 0 with the sums so far; gradients are added in its body."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an earlier calibration left: each rank gives the same, the sums count on rank 0."""
+
+    collected: Collected
+    meta: Meta
+    gradients: ReadRows
 
 
 def collect(
@@ -52,7 +65,7 @@ def collect(
     data: CalibrationData,
     fingerprint: str,
     points: ResumePoints | None = None,
-    resumed: tuple[Collected, Meta] | None = None,
+    resumed: Resumed | None = None,
 ) -> tuple[Collected, Meta]:
     """Statistics of the model of `reference` over `data`, the sums of all ranks on every rank.
 
@@ -64,12 +77,11 @@ def collect(
         data: what to run the model on.
         fingerprint: the model's, to be recorded.
         points: where to save on the way.
-        resumed: sums and their record, to go on from; each rank gives the same record, the sums
-            count on rank 0.
+        resumed: what to go on from.
 
     Raises:
-        UserError: on every rank: the data is shorter than asked for, or an activation that a
-            statistic sees is NaN or infinite (layer and tap are named).
+        UserError: on every rank: the data is shorter than asked for, or an activation, a state or
+            a gradient is NaN or infinite (layer and sequence are named).
     """
     collector = _Collector(reference, kinds, data, fingerprint, resumed)
     return collector.run(points)
@@ -89,53 +101,73 @@ class _Collector:
         kinds: tuple[type[Statistic], ...],
         data: CalibrationData,
         fingerprint: str,
-        resumed: tuple[Collected, Meta] | None,
+        resumed: Resumed | None,
     ) -> None:
         self.data, self.kinds, self.fingerprint = data, kinds, fingerprint
-        self.adapter = adapter_for(reference.config)
-        self.spaces = self.adapter.spaces(reference.config)
-        self.collected = zeros(self.spaces, kinds, local_device())
         self.tokens = self.done = 0
         self.peers = Peers()
+        adapter = adapter_for(reference.config)
+        self.spaces = adapter.spaces(reference.config)
+        self.model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
+        self.hidden_size = _hidden_size(self.model, self.spaces)
+        self.collected = zeros(self.spaces, kinds, self.hidden_size, local_device())
+        self.gradients = self._gradients()
+        sample = row_sample(data.sequences, data.seq_len, data.config.seed)
+        self.feed = Feed(self.collected, self.spaces, adapter, sample)
         self.loader = data.loader(rank(), world_size())
         if resumed is not None:
-            self._resume(*resumed)
-        self.model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
+            self._resume(resumed)
 
     def run(self, points: ResumePoints | None) -> tuple[Collected, Meta]:
         batches = iter(self.loader)
         rounds = range(self.done, self.data.sequences, world_size())
-        taps = _Taps(self.collected, {space.name: space.layer for space in self.spaces})
         try:
-            with torch.no_grad(), taps.attached(self.model, self.adapter):
+            with self.feed.attached(self.model):
                 for first in progress(rounds, "calibrate", len(rounds)):
-                    self._round(first, batches, taps)
+                    self._round(first, batches)
                     if points and self._is_due(points):
                         self._save_point(points)
         finally:
             self.loader.close()
-        meta = self._reduce()
-        return self.collected, meta
+        self._add_gradients()
+        return self.collected, self._reduce()
 
-    def _round(self, first: int, batches: Iterator[Any], taps: "_Taps") -> None:
+    def _round(self, first: int, batches: Iterator[Any]) -> None:
         """One sequence on every rank, or none on the last ones."""
         mine = first + rank() < self.data.sequences
-        inputs = self.peers.agree(lambda: self._next(batches) if mine else None)
-        taps.counting = inputs is not None
-        _forward(self.model, inputs if inputs is not None else _nothing())
-        self.tokens += inputs["input"].numel() if inputs is not None else 0
+        batch = self.peers.agree(lambda: self._next(batches) if mine else None)
+        self.feed.start(first + rank() if batch is not None else None)
+        _run(self.model, batch, self.gradients)
+        self.tokens += batch[1].numel() if batch is not None else 0
         self.done = min(first + world_size(), self.data.sequences)
-        self.peers.agree(taps.complain)
+        self.peers.agree(lambda: self._take(first))
 
-    def _next(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+    def _take(self, first: int) -> None:
+        """Complain of what was not finite in this round; otherwise add its gradients."""
+        self.feed.complain()
+        if self.gradients is not None:
+            self.gradients.add(_sequences(first + 1, self.done))
+
+    def _next(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], Tensor]:
         batch = next(batches, None)
         if batch is None:
-            raise UserError(
-                f"the data ends before {self.data.sequences} sequences of {self.data.seq_len} "
-                "tokens: ask for fewer (--sequences, --seq-len)"
-            )
-        inputs, _ = batch
-        return inputs
+            raise UserError(self.data.too_short())
+        return batch
+
+    def _gradients(self) -> WeightGradients | None:
+        kinds = [kind for kind in self.kinds if kind.source is Source.WEIGHT_GRADIENT]
+        served = {space_kind for kind in kinds for space_kind in kind.kinds}
+        spaces = [space for space in self.spaces if space.kind in served]
+        return WeightGradients(self.model, spaces) if spaces else None
+
+    def _add_gradients(self) -> None:
+        """Let the statistics that are made of the whole gradient see this rank's share of it."""
+        if self.gradients is None:
+            return
+        for space in self.spaces:
+            for statistic in self.collected[space.name].values():
+                if statistic.source is Source.WEIGHT_GRADIENT:
+                    statistic.update(self.gradients.share(space, self.tokens))
 
     def _is_due(self, points: ResumePoints) -> bool:
         shards = self.data.config.virtual_shards
@@ -144,9 +176,15 @@ class _Collector:
 
     def _save_point(self, points: ResumePoints) -> None:
         meta = self._reduce()
-        self.peers.agree(lambda: points.save(self.collected, meta) if rank() == 0 else None)
-        self.tokens = meta.tokens if rank() == 0 else 0
-        if rank() > 0:
+        first, agree = rank() == 0, self.peers.agree
+        with ExitStack() as stack:
+            write = points.write(self.collected, meta)
+            add = agree(lambda: stack.enter_context(write) if first else None)
+            for gradient in self.gradients.whole() if self.gradients else ():
+                agree(partial(add, *gradient) if add else _do_nothing)
+            agree(stack.close)
+        self.tokens = meta.tokens if first else 0
+        if not first:
             for total in _sums(self.collected):
                 total.zero_()
 
@@ -163,81 +201,55 @@ class _Collector:
             wanted=self.data.sequences,
             sequences=self.done,
             tokens=sum(gather_objects(self.tokens)),
+            hidden_size=self.hidden_size,
             statistics=sorted(kind.__name__ for kind in self.kinds),
             cursor=self.loader.merge_states(gather_objects(self.loader.state_dict())),
         )
 
-    def _resume(self, collected: Collected, meta: Meta) -> None:
-        self.loader.load_state_dict(meta.cursor)
-        self.done = meta.sequences
+    def _resume(self, resumed: Resumed) -> None:
+        self.loader.load_state_dict(resumed.meta.cursor)
+        self.done = resumed.meta.sequences
+        if self.gradients is not None:
+            gradients = self.gradients
+            self.peers.agree(lambda: gradients.load(resumed.gradients))
         if rank() > 0:
             return
-        self.tokens = meta.tokens
-        for space, of_space in collected.items():
+        self.tokens = resumed.meta.tokens
+        for space, of_space in resumed.collected.items():
             for kind, statistic in of_space.items():
                 self.collected[space][kind].load_state_dict(statistic.state_dict())
 
 
-class _Taps:
-    """Feeds statistics with what a model's taps deliver, as long as `counting` is set.
-
-    A statistic's complaint is kept until `complain`: raised in the middle of a forward pass, it
-    would leave the other ranks waiting in a gather.
-    """
-
-    def __init__(self, collected: Collected, layers: dict[str, int]) -> None:
-        self.counting = False
-        self.complaint: UserError | None = None
-        self.fed: dict[Source, dict[int, list[Statistic]]] = {}
-        for space, of_space in collected.items():
-            for statistic in of_space.values():
-                of_layer = self.fed.setdefault(statistic.source, {})
-                of_layer.setdefault(layers[space], []).append(statistic)
-
-    @contextmanager
-    def attached(self, model: nn.Module, adapter: Adapter) -> Iterator[None]:
-        """Open the taps that the statistics need."""
-        with ExitStack() as stack:
-            for source in self.fed:
-                stack.enter_context(self._tap(source, model, adapter))
-            yield
-
-    def complain(self) -> None:
-        """Raise what a statistic has complained of."""
-        if self.complaint is not None:
-            raise self.complaint
-
-    def _tap(self, source: Source, model: nn.Module, adapter: Adapter) -> Any:
-        if source is Source.OP:
-            return tap_ops(model, adapter, self._on_call)
-        if source is Source.MIXER_INPUT:
-            return tap_mixer_inputs(model, adapter, self._on_input)
-        raise ValueError(f"no tap delivers {source.value} yet")
-
-    def _on_call(self, call: OpCall) -> None:
-        self._feed(Source.OP, call.layer, call)
-
-    def _on_input(self, layer: int, hidden: Tensor) -> None:
-        self._feed(Source.MIXER_INPUT, layer, hidden)
-
-    def _feed(self, source: Source, layer: int, seen: Any) -> None:
-        if not self.counting or self.complaint is not None:
-            return
-        try:
-            for statistic in self.fed[source].get(layer, []):
-                statistic.update(seen)
-        except UserError as error:
-            self.complaint = error
-
-
-def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+def _run(
+    model: nn.Module,
+    batch: tuple[dict[str, Tensor], Tensor] | None,
+    gradients: WeightGradients | None,
+) -> None:
+    """One pass over a sequence, or over a token that does not count, with gradients if wanted."""
+    nothing = torch.zeros((1, 1), dtype=torch.int64)
+    inputs, labels = batch if batch is not None else ({"input": nothing}, nothing)
     given = {name: value.to(local_device()) for name, value in inputs.items()}
+    if gradients is not None:
+        gradients.backward(model, given, labels.to(local_device()), counts=batch is not None)
+        return
     # Logits are not looked at, and those of all tokens would take most of the memory.
-    model(input_ids=given.pop("input"), use_cache=False, logits_to_keep=1, **given)
+    with torch.no_grad():
+        model(input_ids=given.pop("input"), use_cache=False, logits_to_keep=1, **given)
 
 
-def _nothing() -> dict[str, Tensor]:
-    return {"input": torch.zeros((1, 1), dtype=torch.int64)}
+def _do_nothing() -> None:
+    pass
+
+
+def _sequences(first: int, last: int) -> str:
+    return f"calibration sequence{f's {first} to' if last > first else ''} {last}"
+
+
+def _hidden_size(model: nn.Module, spaces: list[Space]) -> int:
+    """Numbers of a token that enter a mixer: the columns of its projections."""
+    axes = (axis for space in spaces for axis in space.axes)
+    name = next(axis.fqn for axis in axes if axis.role == "projection" and axis.dim == 0)
+    return dict(model.named_parameters())[name].shape[1]
 
 
 def _sums(collected: Collected) -> Iterator[Tensor]:

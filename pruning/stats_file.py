@@ -2,17 +2,19 @@
 
 `statistics.safetensors` holds the sums, `meta.json` the model's fingerprint, the data with a cursor
 into it, and the number of tokens. A folder whose calibration was cut short says so, and the cursor
-lets it go on, at another world size too.
+lets it go on, at another world size too. Where the calibration needs gradients, such a folder also
+has a file for each tensor with the gradient so far; a complete one has only the sums made of them.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,9 +25,11 @@ from pruning.methods import METHODS
 from pruning.spaces import Space
 from pruning.statistics import Statistic
 
-FORMAT = 1
+FORMAT = 2
 SUMS_FILE = "statistics.safetensors"
 META_FILE = "meta.json"
+
+AddGradient = Callable[[str, Tensor], None]
 
 Collected = dict[str, dict[type[Statistic], Statistic]]
 """Statistics by the space's name and their type."""
@@ -48,6 +52,8 @@ class Meta:
     """Sequences seen; fewer than wanted if the calibration was cut short."""
     tokens: int
     """Tokens seen."""
+    hidden_size: int
+    """Numbers of a token that enter a mixer."""
     statistics: list[str]
     """Names of the statistics, sorted."""
     cursor: dict[str, Any]
@@ -74,23 +80,66 @@ def known_statistics() -> dict[str, type[Statistic]]:
 
 
 def zeros(
-    spaces: Iterable[Space], kinds: Iterable[type[Statistic]], device: torch.device | str = "cpu"
+    spaces: Iterable[Space],
+    kinds: Iterable[type[Statistic]],
+    hidden_size: int,
+    device: torch.device | str = "cpu",
 ) -> Collected:
     """Statistics of these kinds for each space that they are summed for, before any token."""
     kinds = list(kinds)
     return {
-        space.name: {k: k.zeros(space, device) for k in kinds if space.kind in k.kinds}
+        space.name: {
+            kind: kind.zeros(space, hidden_size, device)
+            for kind in kinds
+            if space.kind in kind.kinds
+        }
         for space in spaces
     }
 
 
 def save_statistics(path: Path, collected: Collected, meta: Meta, overwrite: bool = False) -> None:
     """Write a statistics folder, whole or not at all. One process does it alone."""
+    with writing_statistics(path, collected, meta, overwrite):
+        pass
+
+
+@contextmanager
+def writing_statistics(
+    path: Path, collected: Collected, meta: Meta, overwrite: bool = False
+) -> Iterator[AddGradient]:
+    """As `save_statistics`, with the gradients so far that the body adds one by one."""
     with replacing_folder(path, overwrite) as folder:
+        files: dict[str, list[str]] = {}
+
+        def add(name: str, gradient: Tensor) -> None:
+            file = f"gradient-{len(files):05d}.safetensors"
+            save_file({name: gradient}, folder / file)
+            files[name] = [file, hash_file(folder / file)]
+
+        yield add
         save_file(_tensors(collected), folder / SUMS_FILE)
         content = {"format": FORMAT, "hash": hash_file(folder / SUMS_FILE), **asdict(meta)}
-        text = json.dumps(content, indent=1, sort_keys=True)
+        text = json.dumps({**content, "gradients": files}, indent=1, sort_keys=True)
         (folder / META_FILE).write_text(text + "\n")
+
+
+def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
+    """Reads rows of the gradients that a calibration which was cut short has saved.
+
+    Raises:
+        UserError: from the reader, if a file is damaged or missing.
+    """
+    files = _read_json(Path(path) / META_FILE).get("gradients", {})
+
+    def read(name: str, rows: slice) -> Tensor:
+        if name not in files:
+            raise UserError(f"{path} has no gradient of {name}: calibrate again")
+        file, recorded = files[name]
+        _check_hash(path / file, recorded)
+        with safe_open(path / file, framework="pt") as tensors:
+            return tensors.get_slice(name)[rows]
+
+    return read
 
 
 def read_meta(path: Path) -> Meta:
@@ -121,7 +170,7 @@ def load_statistics(
         UserError: the folder is damaged, or lacks a statistic or a space.
     """
     path, kinds = Path(path), list(kinds)
-    collected = zeros(spaces, kinds, device)
+    collected = zeros(spaces, kinds, read_meta(path).hidden_size, device)
     tensors = _read_sums(path)
     for key, statistic in _named(collected).items():
         own = {field: tensors.get(f"{key}/{field}") for field in statistic.state_dict()}
@@ -176,12 +225,20 @@ def _tensors(collected: Collected) -> dict[str, Tensor]:
 def _read_sums(path: Path) -> dict[str, Tensor]:
     file = path / SUMS_FILE
     recorded = _read_json(path / META_FILE).get("hash")
+    _check_hash(file, recorded)
     try:
-        if hash_file(file) != recorded:
-            raise UserError(f"{file} is damaged (its hash differs): calibrate again")
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _check_hash(file: Path, recorded: object) -> None:
+    try:
+        found = hash_file(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    if found != recorded:
+        raise UserError(f"{file} is damaged (its hash differs): calibrate again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

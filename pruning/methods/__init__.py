@@ -1,10 +1,29 @@
 """Selection methods by name. To add one, write its file and add its line here."""
 
+from pruning.methods.activation_norm import ActivationNorm
 from pruning.methods.drrqr import DeltaRuleRRQR
 from pruning.methods.interface import Method, option
+from pruning.methods.jrnp import JointRankNorm
 from pruning.methods.l1 import L1
+from pruning.methods.l2 import L2
+from pruning.methods.pca import PCA
 from pruning.methods.random import Random
+from pruning.methods.taylor import Taylor
+from pruning.methods.wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DeltaRuleRRQR, L1, Random)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        DeltaRuleRRQR,
+        Taylor,
+        Wanda,
+        ActivationNorm,
+        L1,
+        L2,
+        PCA,
+        JointRankNorm,
+        Random,
+    )
+}
 
 __all__ = ["METHODS", "Method", "option"]

@@ -3,42 +3,68 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.linalg import check_bound, strong_rrqr
 from pruning.methods.interface import Statistics, Weights, option
+from pruning.methods.seeds import permutations
+from pruning.row_sample import SAMPLE_ROWS
 from pruning.spaces import Kind, Space, check_count
-from pruning.statistics import QueryKeyGram, Statistic
+from pruning.statistics import QueryKeyGram, QueryKeySample, Statistic
 
 
 @dataclass(frozen=True)
 class DeltaRuleRRQR:
     """Strong rank-revealing QR of each head's queries stacked on its keys (arXiv 2602.04852).
 
-    The paper stops after 20 swaps, which voids the bound; here the swaps run to their end unless
-    `max_swaps` says otherwise.
+    The paper stops after 20 swaps, which voids the bound, and takes a random subset of 5,000 rows;
+    here the swaps run to their end and every row counts, unless the options say otherwise. It has
+    no scores: channels are chosen as a set, and none has a worth of its own.
     """
 
     name: ClassVar[str] = "drrqr"
     kinds: ClassVar[tuple[Kind, ...]] = ("key",)
-    needs: ClassVar[tuple[type[Statistic], ...]] = (QueryKeyGram,)
+    needs: ClassVar[tuple[type[Statistic], ...]] = (QueryKeyGram, QueryKeySample)
 
     f: float = option(1.5, "bound of the strong rank-revealing QR, above 1; lower is tighter")
     max_swaps: int | None = option(
         None, "stop after so many swaps per head, giving up the bound (the paper: 20)"
     )
+    rows: int | None = option(
+        None, f"use a random subset of so many rows of [Q; K] (the paper's {SAMPLE_ROWS} or all)"
+    )
+    permute_columns: bool = option(
+        False, "put the channels in a random order first, which decides between equal ones"
+    )
+    seed: int = option(0, "seed of that order")
 
     def __post_init__(self) -> None:
         check_bound(self.f, self.max_swaps)
+        if self.rows not in (None, SAMPLE_ROWS):
+            raise ValueError(
+                f"rows is {self.rows}: calibration sums all rows and a random {SAMPLE_ROWS} of "
+                f"them, so give {SAMPLE_ROWS} or leave it out"
+            )
 
     def select(
         self, space: Space, k: int, weights: Weights, statistics: Statistics
     ) -> Int64[Tensor, "H k"]:
         """The k channels of each head that satisfy the Gu-Eisenstat bound for `f`."""
         check_count(k, space.head_dim, f"{space.noun} of {space.name}")
-        statistic = statistics[QueryKeyGram]
-        assert isinstance(statistic, QueryKeyGram)
-        if int(statistic.tokens) == 0:
+        gram = self._gram(space, statistics)
+        if not self.permute_columns:
+            return strong_rrqr(gram, k, self.f, self.max_swaps)
+        order = permutations(space, self.seed)
+        rows = gram.gather(1, order[:, :, None].expand_as(gram))
+        permuted = rows.gather(2, order[:, None, :].expand_as(gram))
+        kept = strong_rrqr(permuted, k, self.f, self.max_swaps)
+        return order.gather(1, kept).sort(dim=-1).values
+
+    def _gram(self, space: Space, statistics: Statistics) -> Float64[Tensor, "H d d"]:
+        statistic = statistics[QueryKeyGram if self.rows is None else QueryKeySample]
+        assert isinstance(statistic, QueryKeyGram | QueryKeySample)
+        seen = statistic.tokens if isinstance(statistic, QueryKeyGram) else statistic.rows
+        if int(seen) == 0:
             raise ValueError(f"{space.name}: no tokens were seen, so drrqr has nothing to go by")
-        return strong_rrqr(statistic.gram.cpu(), k, self.f, self.max_swaps)
+        return statistic.gram.cpu()

@@ -1,22 +1,24 @@
-"""L1: keep the channels whose projection rows have the largest absolute sums."""
+"""L1: keep the channels whose projection weights have the largest absolute sums."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.methods.interface import Statistics, Weights, top_channels
-from pruning.spaces import KINDS, Axis, Kind, Space
+from pruning.methods.scoring import relative, summed_scores
+from pruning.spaces import KINDS, Kind, Space
 from pruning.statistics import Statistic
+from pruning.statistics.gradients import projections
 
 
 @dataclass(frozen=True)
 class L1:
-    """Score of a channel: the sum of |W_q| + |W_k| over its rows (arXiv 2602.04852).
+    """Score of a channel: the sum of |W| over what it has of every projection.
 
-    Convolutions do not count. No data is read.
+    For key channels that is the row sum of |W_q| + |W_k| (arXiv 2602.04852). Convolutions do not
+    count. No data is read.
     """
 
     name: ClassVar[str] = "l1"
@@ -27,16 +29,14 @@ class L1:
         self, space: Space, k: int, weights: Weights, statistics: Statistics
     ) -> Int64[Tensor, "H k"]:
         """The k channels of each head with the largest scores, ties to the lower index."""
-        return top_channels(space, k, self.scores(space, weights, statistics))
+        return top_channels(space, k, _absolute_sums(space, weights))
 
     def scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "H d"]:
-        """Absolute sums, in float64."""
-        projections = [axis for axis in space.axes if axis.role == "projection"]
-        return torch.stack([_absolute_sums(axis, weights[axis.fqn]) for axis in projections]).sum(0)
+        """Absolute sums over the mean of their head, in float64."""
+        return relative(_absolute_sums(space, weights))
 
 
-def _absolute_sums(axis: Axis, weight: Tensor) -> Float64[Tensor, "H d"]:
-    per_position = weight.detach().cpu().double().abs().movedim(axis.dim, 0).flatten(1).sum(1)
-    return per_position[axis.layout.table()].sum(-1)
+def _absolute_sums(space: Space, weights: Weights) -> Float64[Tensor, "H d"]:
+    return summed_scores(space, projections(space), weights, lambda rows: rows.abs().sum(1))

@@ -1,17 +1,28 @@
-"""Contract of every statistic, and the sums of the Gram matrix against the whole activations."""
+"""Contract of every statistic, and the sums of each against what they are sums of."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pruning.methods  # noqa: F401  (brings the statistics that methods need)
-from flame.errors import UserError
 from pruning.linalg import strong_rrqr
-from pruning.spaces import Space
-from pruning.statistics import QueryKeyGram, Source, Statistic
+from pruning.row_sample import row_sample
+from pruning.spaces import Axis, HeadMajor, SharedHeads, Space
+from pruning.statistics import (
+    GradientShare,
+    QueryKeyGram,
+    QueryKeySample,
+    Shard,
+    Source,
+    StateSpectra,
+    Statistic,
+    WeightGradientProducts,
+)
 from pruning.taps import OpCall, tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import build, tiny_config, tokens
@@ -33,7 +44,39 @@ def op_call(seed: int, length: int, rows: int = 1, dtype: torch.dtype = torch.fl
     return OpCall(0, draw(), draw(), values, gates, gates, None)
 
 
-SEEN: dict[Source, Callable[[int], Any]] = {Source.OP: lambda seed: op_call(seed, 40 + seed)}
+HIDDEN = 20
+HEADS = Space("layers.0.head", "head", 0, num_heads=1, head_dim=3, axes=())
+
+
+def hidden(seed: int) -> Tensor:
+    return torch.randn(40 + seed, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def states(seed: int) -> Tensor:
+    return torch.randn(1 + seed, 6, 5, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def share(seed: int) -> GradientShare:
+    """The rows of a process: of 72, four that others do not have."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(4, 10, generator=generator) for _ in range(2)]
+    space = replace(SPACE, axes=(Axis("q_proj.weight", 0, HeadMajor(3, 24)),))
+    return GradientShare(space, {"q_proj.weight": Shard(rows[0], rows[1], 4 * seed)}, 40 + seed)
+
+
+SEEN: dict[Source, Callable[[int], Any]] = {
+    Source.OP: lambda seed: op_call(seed, 40 + seed),
+    Source.MIXER_INPUT: hidden,
+    Source.STATE: states,
+    Source.WEIGHT_GRADIENT: share,
+}
+
+
+def zeros(kind: type[Statistic]) -> Statistic:
+    """Of the key space where it serves that, else of another."""
+    values = Space("layers.0.value", "value", 0, num_heads=1, head_dim=4, axes=())
+    space = {"key": SPACE, "value": values, "head": HEADS}[kind.kinds[0]]
+    return kind.zeros(space, HIDDEN)
 
 
 def statistics() -> Iterator[type[Statistic]]:
@@ -47,7 +90,7 @@ def statistics() -> Iterator[type[Statistic]]:
 
 
 def of(kind: type[Statistic], seeds: Any) -> Statistic:
-    total = kind.zeros(SPACE)
+    total = zeros(kind)
     for seed in seeds:
         total.update(SEEN[kind.source](seed))
     return total
@@ -65,12 +108,12 @@ def test_sums_of_shards_are_the_sums_of_the_whole(kind: type[Statistic]) -> None
     whole = of(kind, range(6))
     merged = of(kind, range(0, 6, 2)).merge_(of(kind, range(1, 6, 2)))
     assert_equal_sums(merged, whole, rtol=1e-13)
-    assert_equal_sums(of(kind, range(6)).merge_(kind.zeros(SPACE)), whole)
+    assert_equal_sums(of(kind, range(6)).merge_(zeros(kind)), whole)
 
 
 @pytest.mark.parametrize("kind", statistics())
 def test_saved_sums_are_resumed(kind: type[Statistic]) -> None:
-    whole, begun, resumed = of(kind, range(6)), of(kind, range(3)), kind.zeros(SPACE)
+    whole, begun, resumed = of(kind, range(6)), of(kind, range(3)), zeros(kind)
     resumed.load_state_dict({name: t.clone() for name, t in begun.state_dict().items()})
     for seed in range(3, 6):
         resumed.update(SEEN[kind.source](seed))
@@ -82,11 +125,11 @@ def test_saved_sums_of_another_shape_are_refused(kind: type[Statistic]) -> None:
     saved = of(kind, [1]).state_dict()
     name = next(iter(saved))
     with pytest.raises(ValueError, match=name):
-        kind.zeros(SPACE).load_state_dict(saved | {name: saved[name][..., :-1]})
+        zeros(kind).load_state_dict(saved | {name: saved[name][..., :-1]})
     with pytest.raises(ValueError, match=name):
-        kind.zeros(SPACE).load_state_dict(saved | {name: saved[name].to(torch.float16)})
+        zeros(kind).load_state_dict(saved | {name: saved[name].to(torch.float16)})
     with pytest.raises(ValueError, match="the saved state"):
-        kind.zeros(SPACE).load_state_dict({"other": saved[name]})
+        zeros(kind).load_state_dict({"other": saved[name]})
 
 
 @pytest.mark.parametrize("kind", statistics())
@@ -95,8 +138,7 @@ def test_every_sum_is_float64_or_a_count_and_does_not_grow(kind: type[Statistic]
     for name in few:
         assert few[name].dtype in (torch.float64, torch.int64)
         assert few[name].shape == many[name].shape
-        per_head = few[name].numel() / SPACE.num_heads
-        assert per_head <= 4 * SPACE.head_dim**2
+        assert few[name].numel() / SPACE.num_heads <= 4 * SPACE.head_dim**2
 
 
 def reduced(world: int, rank: int, kind: type[Statistic]) -> dict[str, Tensor]:
@@ -116,7 +158,7 @@ def test_all_reduced_sums_are_those_of_one_process(kind: type[Statistic]) -> Non
     assert_equal_sums(of(kind, range(13)).all_reduce_(), alone)
     for world in (2, 4):
         for state in run_distributed(reduce_on_this_rank, world, kind):
-            total = kind.zeros(SPACE)
+            total = zeros(kind)
             total.load_state_dict(state)
             assert_equal_sums(total, alone, rtol=1e-13)
 
@@ -151,16 +193,94 @@ def test_products_of_low_precision_activations_are_exact() -> None:
     torch.testing.assert_close(total.gram, expected, rtol=1e-13, atol=1e-12)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", ["q", "k"])
-def test_what_is_not_finite_is_named_and_not_added(name: str, value: float) -> None:
-    total = of(QueryKeyGram, [1])
-    call = op_call(2, 20)
-    call.layer = 7
-    getattr(call, name)[0, 11, 2, 5] = value
-    with pytest.raises(UserError, match=f"layer 7: {name} .* delta-rule call"):
-        total.update(call)
-    assert_equal_sums(total, of(QueryKeyGram, [1]))
+def test_a_sample_has_the_chosen_rows_only() -> None:
+    call = op_call(1, 30, rows=2)
+    call.sampled = (torch.tensor([0, 7, 59]), torch.tensor([31]))
+    total = QueryKeySample.zeros(SPACE)
+    total.update(call)
+    rows = torch.cat([call.q.flatten(0, 1)[[0, 7, 59]], call.k.flatten(0, 1)[[31]]]).double()
+    torch.testing.assert_close(total.gram, torch.einsum("thi,thj->hij", rows, rows))
+    assert int(total.rows) == 4
+
+
+def test_of_a_token_with_several_keys_a_sample_has_all() -> None:
+    call = op_call(1, 30)
+    call.k, call.steps = torch.cat([call.k, 2 * call.k], 1), 2
+    call.sampled = (torch.tensor([3]), torch.tensor([4]))
+    total = QueryKeySample.zeros(SPACE)
+    total.update(call)
+    rows = torch.cat([call.q[0, [3]], call.k[0, [8, 9]]]).double()
+    torch.testing.assert_close(total.gram, torch.einsum("thi,thj->hij", rows, rows))
+    assert int(total.rows) == 3
+
+
+@pytest.mark.parametrize(("sequences", "seq_len", "rows"), [(3, 10, 7), (40, 50, 12), (2, 3, 50)])
+def test_a_row_sample_is_uniform_and_split_by_sequence(
+    sequences: int, seq_len: int, rows: int
+) -> None:
+    sample = row_sample(sequences, seq_len, seed=1, rows=rows)
+    found = [
+        offset + n * seq_len + int(token)
+        for n in range(sequences)
+        for offset, tokens in zip((0, sequences * seq_len), sample.of_sequence(n), strict=True)
+        for token in tokens
+    ]
+    assert sorted(found) == sample.chosen.tolist() and len(set(found)) == len(found)
+    assert len(found) == min(rows, 2 * sequences * seq_len)
+    assert torch.equal(row_sample(sequences, seq_len, 1, rows).chosen, sample.chosen)
+    drawn = torch.cat([row_sample(sequences, seq_len, s, rows).chosen for s in range(300)])
+    expected = len(drawn) / (2 * sequences * seq_len)
+    counts = torch.bincount(drawn, minlength=2 * sequences * seq_len)
+    assert float(((counts - expected) ** 2 / expected).sum()) <= 1.3 * len(counts)
+
+
+def test_state_spectra_count_threshold_ranks_and_nuclear_norms() -> None:
+    total = StateSpectra.zeros(HEADS)
+    seen = [states(seed) for seed in range(4)]
+    for some in seen:
+        total.update(some)
+    values = np.linalg.svd(torch.cat(seen).double().numpy(), compute_uv=False)
+    # Two value heads to a key head: both count.
+    of_heads = values.reshape(-1, 3, 2, 4).swapaxes(1, 2).reshape(-1, 3, 4)
+    assert int(total.states) == len(of_heads)
+    np.testing.assert_allclose(total.nuclear_norm, of_heads.sum((0, 2)))
+    for epsilon in (10**-0.5, 0.1, 10**-0.21, 1e-4):
+        above = of_heads > epsilon * of_heads[..., :1]
+        np.testing.assert_allclose(total.threshold_rank(epsilon), above.sum(2).mean(0))
+    assert total.dimension().tolist() == [4, 4, 4]
+
+
+def test_states_of_zeros_have_no_rank_and_tiny_values_are_counted_together() -> None:
+    total = StateSpectra.zeros(HEADS)
+    total.update(torch.zeros(2, 3, 5, 4))
+    assert total.threshold_rank(1e-12).tolist() == [0, 0, 0]
+    total.update(torch.diag(torch.tensor([1.0, 1e-6, 1e-14, 0])).double().expand(1, 3, 4, 4))
+    assert total.threshold_rank(1e-12).tolist() == [2 / 3] * 3
+    with pytest.raises(ValueError, match="epsilon is 0.0: give at least 1e-12"):
+        total.threshold_rank(0.0)
+
+
+def test_products_are_those_of_whole_tensors_along_rows_and_columns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"v_proj.weight": (24, 10), "o_proj.weight": (10, 24)}
+    weights, gradients = (
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    layout = SharedHeads(6, 4)
+    axes = (Axis("v_proj.weight", 0, layout), Axis("o_proj.weight", 1, layout))
+    space = Space("layers.0.value", "value", 0, 1, 4, axes)
+    total = WeightGradientProducts.zeros(space)
+    for first in range(0, 24, 5):
+        shards = {
+            name: Shard(weights[name][first : first + 5], g[first : first + 5], first)
+            for name, g in gradients.items()
+            if first < len(g)
+        }
+        total.update(GradientShare(space, shards, 1))
+    products = {name: (weights[name] * gradients[name]).double().abs() for name in weights}
+    expected = products["v_proj.weight"].sum(1) + products["o_proj.weight"].sum(0)
+    torch.testing.assert_close(total.products[0], expected.view(6, 4).sum(0), rtol=1e-5, atol=0.0)
 
 
 def calibrate_sharded() -> list[Tensor]:
@@ -179,7 +299,7 @@ def calibrate_sharded() -> list[Tensor]:
 
 
 def gram_matrices(model: Any, adapter: Any, rank: int, world: int) -> list[Tensor]:
-    spaces = adapter.spaces(model.config.to_dict())
+    spaces = [s for s in adapter.spaces(model.config.to_dict()) if s.kind == "key"]
     totals = {space.layer: QueryKeyGram.zeros(space) for space in spaces}
     with torch.no_grad(), tap_ops(model, adapter, lambda call: totals[call.layer].update(call)):
         for sequence in range(rank, 4, world):

@@ -1,0 +1,22 @@
+"""Statistics: sums over calibration data, one file for each family of them."""
+
+from pruning.statistics.gradients import GradientShare, Shard, WeightGradientProducts
+from pruning.statistics.grams import NormalisedGrams, QueryKeyGram, QueryKeySample
+from pruning.statistics.interface import Source, Statistic
+from pruning.statistics.norms import InputSquares, KeySquares, ValueSquares
+from pruning.statistics.states import StateSpectra
+
+__all__ = [
+    "GradientShare",
+    "InputSquares",
+    "KeySquares",
+    "NormalisedGrams",
+    "QueryKeyGram",
+    "QueryKeySample",
+    "Shard",
+    "Source",
+    "StateSpectra",
+    "Statistic",
+    "ValueSquares",
+    "WeightGradientProducts",
+]

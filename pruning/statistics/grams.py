@@ -1,0 +1,124 @@
+"""Gram matrices of queries and keys: what factorisations of the activations are made from."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from pruning.spaces import Space
+from pruning.statistics.interface import Source, Statistic, count, sums
+from pruning.taps import OpCall
+
+
+@dataclass
+class QueryKeyGram(Statistic):
+    """Per key head, the Gram matrix of queries stacked on keys: the sum of q qᵀ + k kᵀ.
+
+    It is MᵀM of the paper's M = [Q; K] (arXiv 2602.04852), whatever the number of its rows, in
+    d² numbers a head.
+    """
+
+    source: ClassVar[Source] = Source.OP
+
+    gram: Float64[Tensor, "H d d"]
+    """Sum of outer products of queries and of keys, after conv and activation, before L2 norm."""
+    tokens: Int64[Tensor, ""]
+    """Number of tokens summed."""
+
+    @classmethod
+    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
+        """Zero sums for the key heads of `space`."""
+        shape = (space.num_heads, space.head_dim, space.head_dim)
+        return cls(gram=sums(*shape, device=device), tokens=count(device=device))
+
+    def update(self, seen: OpCall) -> None:
+        """Add the tokens of one delta-rule call; cost 4 tokens d² per head, in float64."""
+        for x in (seen.q, seen.k):
+            add_products_(self.gram, x)
+        self.tokens += seen.tokens
+
+
+@dataclass
+class QueryKeySample(Statistic):
+    """`QueryKeyGram` of a random subset of the rows of [Q; K], as the paper takes it.
+
+    Which rows is fixed before the first token (`pruning.row_sample`), by the seed of the
+    calibration: the same for every head and at every number of processes.
+    """
+
+    source: ClassVar[Source] = Source.OP
+
+    gram: Float64[Tensor, "H d d"]
+    """Sum of outer products of the sampled queries and keys."""
+    rows: Int64[Tensor, ""]
+    """Number of rows summed."""
+
+    @classmethod
+    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
+        """Zero sums for the key heads of `space`."""
+        shape = (space.num_heads, space.head_dim, space.head_dim)
+        return cls(gram=sums(*shape, device=device), rows=count(device=device))
+
+    def update(self, seen: OpCall) -> None:
+        """Add the sampled rows of one call; all of them if the call names none.
+
+        Of a token with several keys all of them are taken.
+        """
+        for x, tokens in zip((seen.q, seen.k), seen.sampled or (None, None), strict=True):
+            of_tokens = x.flatten(0, 1).unflatten(0, (seen.tokens, -1))
+            chosen = of_tokens if tokens is None else of_tokens[tokens.to(x.device)]
+            add_products_(self.gram, chosen)
+            self.rows += chosen.shape[0] * chosen.shape[1]
+
+
+@dataclass
+class NormalisedGrams(Statistic):
+    """Per key head, sums and Gram matrices of the L2-normalised queries and of the keys."""
+
+    source: ClassVar[Source] = Source.OP
+
+    key_gram: Float64[Tensor, "H d d"]
+    query_gram: Float64[Tensor, "H d d"]
+    key_sum: Float64[Tensor, "H d"]
+    query_sum: Float64[Tensor, "H d"]
+    keys: Int64[Tensor, ""]
+    """Number of keys summed."""
+    queries: Int64[Tensor, ""]
+    """Number of queries summed."""
+
+    @classmethod
+    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
+        """Zero sums for the key heads of `space`."""
+        heads, d = space.num_heads, space.head_dim
+        return cls(
+            key_gram=sums(heads, d, d, device=device),
+            query_gram=sums(heads, d, d, device=device),
+            key_sum=sums(heads, d, device=device),
+            query_sum=sums(heads, d, device=device),
+            keys=count(device=device),
+            queries=count(device=device),
+        )
+
+    def update(self, seen: OpCall) -> None:
+        """Add the tokens of one delta-rule call; cost as `QueryKeyGram`'s."""
+        keys, queries = _normalised(seen.k), _normalised(seen.q)
+        add_products_(self.key_gram, keys)
+        add_products_(self.query_gram, queries)
+        self.key_sum += keys.sum((0, 1))
+        self.query_sum += queries.sum((0, 1))
+        self.keys += seen.k.shape[0] * seen.k.shape[1]
+        self.queries += seen.tokens
+
+
+def add_products_(gram: Float64[Tensor, "H d d"], x: Float[Tensor, "B T H d"]) -> None:
+    """Add the outer products of the rows of `x` with themselves, in float64."""
+    rows = x.detach().flatten(0, 1).transpose(0, 1).double()
+    gram.baddbmm_(rows.mT, rows)
+
+
+def _normalised(x: Float[Tensor, "B T H d"]) -> Float64[Tensor, "B T H d"]:
+    # With fla's eps inside the root: a row of zeros stays one.
+    x = x.detach().double()
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -1,0 +1,108 @@
+"""What a statistic is: sums, from which methods choose channels.
+
+A statistic is a dataclass whose tensor fields are all sums, so those of disjoint parts of what it
+sums over add up to those of the whole. That one property is why merging, reducing over processes,
+saving and resuming are written once, here, for all of them. Nothing is normalised inside a
+statistic: means, ratios and factorisations belong to the method.
+
+Floating-point sums are float64, and a batch's contribution is computed in float64 too: what
+another order of the same additions changes then lies below the resolution of the methods, so
+that a plan does not depend on the number of processes. Whoever feeds a statistic sees to it that
+only finite numbers come (`pruning.collect` names what does not).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pruning.spaces import Kind, Space
+
+
+class Source(Enum):
+    """What a statistic is fed with; only the last needs a backward pass."""
+
+    OP = "op"
+    """The delta-rule call, an `OpCall`."""
+    MIXER_INPUT = "mixer input"
+    """The hidden states that enter the token mixer, [tokens, hidden]."""
+    STATE = "state"
+    """Recurrent states, key dimension first: [n, value heads, d_k, d_v]."""
+    WEIGHT_GRADIENT = "weight gradient"
+    """`GradientShare`: this process's share of the weights with their gradients, once, at the end.
+    It is a sum over entries of the weights and not over tokens."""
+
+
+@dataclass
+class Statistic(ABC):
+    """Base of all statistics: a subclass declares tensor fields, `source`, `zeros` and `update`."""
+
+    source: ClassVar[Source]
+    kinds: ClassVar[tuple[Kind, ...]] = ("key",)
+    """The kinds of spaces that it is summed for."""
+
+    @classmethod
+    @abstractmethod
+    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
+        """The statistic of `space` before any token.
+
+        Args:
+            space: whose channels it is of.
+            hidden_size: numbers of a token that enter the mixer; only statistics of these look.
+            device: where the sums are.
+        """
+
+    @abstractmethod
+    def update(self, seen: Any) -> None:
+        """Add what one tap delivered: finite, and without padding."""
+
+    def merge_(self, other: Self) -> Self:
+        """Add the sums of another part, and return self."""
+        for name, total in self.state_dict().items():
+            total += getattr(other, name).to(total.device)
+        return self
+
+    def all_reduce_(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Add up the sums of all ranks of `group`, on every rank, and return self.
+
+        Collective. Without a process group there is one shard, and nothing to add.
+        """
+        if dist.is_initialized():
+            for total in self.state_dict().values():
+                dist.all_reduce(total, group=group)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums by field name; the tensors are the statistic's own, not copies."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the sums in place by saved ones of the same names, shapes and dtypes."""
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError(
+                f"{type(self).__name__} has the sums {sorted(own)}, the saved state {sorted(state)}"
+            )
+        for name, total in own.items():
+            saved = state[name]
+            if saved.shape != total.shape or saved.dtype != total.dtype:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is {total.dtype} {list(total.shape)}, "
+                    f"the saved one {saved.dtype} {list(saved.shape)}"
+                )
+            total.copy_(saved)
+
+
+def sums(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Float64 zeros."""
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def count(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Int64 zeros: a count without a shape."""
+    return torch.zeros(shape, dtype=torch.int64, device=device)
