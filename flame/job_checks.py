@@ -31,12 +31,17 @@ def check_job(job: Any, world_size: int) -> None:
         job: a `flame.config.JobConfig`.
         world_size: processes that will train.
     """
-    _check_parallelism(job.parallelism, world_size)
+    check_size(job, world_size)
     _check_numbers(job)
-    _check_batch(job, world_size)
     _check_checkpoint(job)
     _check_folder(job)
     _check_model_and_data(job, world_size)
+
+
+def check_size(job: Any, world_size: int) -> None:
+    """Raise `UserError` if `world_size` processes cannot share the model and the batch."""
+    _check_parallelism(job.parallelism, world_size)
+    _check_batch(job, world_size)
 
 
 def _check_parallelism(parallelism: Any, world_size: int) -> None:

@@ -62,6 +62,14 @@ def check(options: Options, world_size: int = 1) -> None:
     check_job(parse_job(list(options.arguments)), world_size)
 
 
+def check_size(options: Options, world_size: int) -> None:
+    """Refuse a number of processes that the job may shrink to and cannot go on with."""
+    from flame.config import parse_job
+    from flame.job_checks import check_size
+
+    check_size(parse_job(list(options.arguments)), world_size)
+
+
 def run(options: Options) -> None:
     """Train as the options say. Collective; inside a process group, or starting one."""
     from flame.config import parse_job
@@ -75,10 +83,12 @@ def train(job: Any) -> None:
     from flame import logs
     from flame.checkpoint.peers import on_first
     from flame.distributed import process_group
+    from flame.shared_folder import check_shared
     from flame.start import check_start
 
     logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
+        check_shared(Path(job.job.dump_folder))
         check_start(job)
         on_first(lambda: prepare_run_folder(job))
         _train(job)

@@ -32,6 +32,7 @@ from flame.nonfinite import NonfiniteSteps
 from flame.objective import build_objective
 from flame.optimizer import clip_gradients
 from flame.seeds import seed_step
+from flame.silence import naming_silent_ranks
 from flame.stopping import StopSignals
 
 LOSS_PARTS = ("cross_entropy", "kl", "hidden")
@@ -148,7 +149,8 @@ class Trainer(TitanTrainer):
             self.step += 1
             self.gc_handler.run(self.step)
             try:
-                self.train_step(batches)
+                with naming_silent_ranks(self.step):
+                    self.train_step(batches)
             except DataloaderExhaustedError:
                 log.warning("the data ended before step %d", self.step)
                 self.step -= 1

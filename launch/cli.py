@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from flame.errors import UserError, run_stage
-from launch import launcher
+from launch import launcher, topology
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def _run(name: str, command: Command, arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         _print_help(name, stage)
         return
-    topology, dry_run, rest = launcher.split_options(arguments, command.nproc)
+    processes, dry_run, rest = topology.split_options(arguments, command.nproc)
     options = _parsed(name, stage, rest)
-    job = launcher.Job(stage, rest, options, topology)
+    job = launcher.Job(stage, rest, options, processes)
     job.check()
     if dry_run:
         print(job.command_line())
@@ -103,7 +103,7 @@ def _run(name: str, command: Command, arguments: list[str]) -> None:
 def _print_help(name: str, stage: ModuleType) -> None:
     with _program_name(name), contextlib.suppress(SystemExit):
         stage.parse(["--help"])
-    print(f"\n{launcher.options_help()}")
+    print(f"\n{topology.options_help()}")
 
 
 def _parsed(name: str, stage: ModuleType, arguments: list[str]) -> Any:

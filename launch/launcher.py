@@ -6,7 +6,6 @@ or the traceback of the rank that failed first. `--dry-run` prints the torchrun 
 the same.
 """
 
-import argparse
 import inspect
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 
 from flame.errors import UserError, first_line
 from launch import failures
+from launch.topology import Topology, device_count
 
 STOP_SECONDS = 15
 """Time that the agent gives its workers after a signal; they leave earlier (launch/worker.py). A
@@ -31,57 +31,6 @@ stage that saves its work first says with a `STOP_SECONDS` of its own how long i
 
 STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Where torchrun looks for that time, in seconds."""
-
-
-@dataclass(frozen=True)
-class Topology:
-    """How many processes run a stage, and where they meet."""
-
-    nproc: int = 1
-    nnodes: int = 1
-    node_rank: int | None = None
-    rdzv_endpoint: str = ""
-    rdzv_id: str = "slimstate"
-    max_restarts: int = 0
-
-    @property
-    def world_size(self) -> int:
-        return self.nproc * self.nnodes
-
-    def check(self) -> None:
-        """Refuse nodes that cannot meet, and a port that is taken."""
-        if self.node_rank is not None and self.node_rank >= self.nnodes:
-            raise UserError(
-                f"--node-rank {self.node_rank} of --nnodes {self.nnodes}: "
-                f"ranks go from 0 to {self.nnodes - 1}"
-            )
-        if self.rdzv_endpoint:
-            self._check_endpoint()
-        elif self.nnodes > 1:
-            raise UserError(f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT of one node")
-
-    def torchrun_options(self) -> list[str]:
-        """The options of torchrun that start these processes."""
-        return [*self._meeting(), "--nproc-per-node", str(self.nproc), *self._restarts()]
-
-    def _meeting(self) -> list[str]:
-        if not self.rdzv_endpoint:
-            return ["--standalone"]
-        place = ["--rdzv-endpoint", self.rdzv_endpoint, "--rdzv-id", self.rdzv_id]
-        if self.node_rank is None:
-            return ["--nnodes", str(self.nnodes), "--rdzv-backend", "c10d", *place]
-        return ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank), *place]
-
-    def _restarts(self) -> list[str]:
-        return ["--max-restarts", str(self.max_restarts)] if self.max_restarts else []
-
-    def _check_endpoint(self) -> None:
-        host, _, port = self.rdzv_endpoint.rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port) < 65536):
-            raise UserError(f"--rdzv-endpoint {self.rdzv_endpoint}: write it as HOST:PORT")
-        # Of several nodes without ranks, the one that finds the port free becomes the host.
-        hosts = self.nnodes == 1 or self.node_rank == 0
-        _check_port(host.strip("[]"), int(port), must_be_free=hosts)
 
 
 @dataclass(frozen=True)
@@ -102,7 +51,16 @@ class Job:
         takes_size = "world_size" in inspect.signature(self.stage.check).parameters
         with _environment(self._rank_zero()):
             self.stage.check(self.options, **(size if takes_size else {}))
+            self._check_smaller_sizes()
         _check_devices(self.topology.nproc)
+
+    def _check_smaller_sizes(self) -> None:
+        sizes = self.topology.smaller_sizes()
+        if sizes and not hasattr(self.stage, "check_size"):
+            name = self.stage.__name__
+            raise UserError(f"--nnodes MIN:MAX: {name} cannot go on with fewer nodes, give one N")
+        for size in sizes:
+            self.stage.check_size(self.options, size)
 
     def command_line(self) -> str:
         """The torchrun command that runs the same job, quoted for a shell."""
@@ -155,85 +113,13 @@ def start(stage: ModuleType, arguments: Sequence[str], topology: Topology | None
     job.run()
 
 
-def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
-    """The launcher's options in `arguments`, whether it is a dry run, and the stage's own.
-
-    Without `--nproc` there are `nproc` processes, or as many as there are CUDA devices if fewer.
-    """
-    known, rest = _parser().parse_known_args(list(arguments))
-    values = vars(known)
-    dry_run = values.pop("dry_run")
-    values["nproc"] = values["nproc"] or min(nproc, _device_count(nproc))
-    return Topology(**values), dry_run, rest
-
-
-def options_help() -> str:
-    """The launcher's part of a command's `--help`."""
-    return _parser().format_help().partition("\n\n")[2].rstrip()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="slimstate", add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("processes").add_argument
-    one, zero, default = _at_least(1), _at_least(0), Topology()
-    add("--nproc", type=one, metavar="N", help="processes on this node")
-    add("--nnodes", type=one, default=1, metavar="N", help="nodes; run the same command on each")
-    add("--node-rank", type=zero, metavar="R", help="this node's rank (default: they agree on it)")
-    add("--rdzv-endpoint", default="", metavar="HOST:PORT", help="where the nodes meet: one node")
-    add("--rdzv-id", default=default.rdzv_id, metavar="ID", help="the job's name on every node")
-    add("--max-restarts", type=zero, default=0, metavar="N", help="restarts after a failure")
-    add("--dry-run", action="store_true", help="check, print the torchrun command, and stop")
-    return parser
-
-
-def _at_least(bound: int) -> Any:
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < bound:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {bound}")
-        return int(text)
-
-    return whole_number
-
-
-def _check_port(host: str, port: int, must_be_free: bool) -> None:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UserError(f"--rdzv-endpoint {host}:{port}: {host} is no known host") from error
-    if not must_be_free:
-        return
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise UserError(
-                f"--rdzv-endpoint {host}:{port} cannot be opened here ({error.strerror}): "
-                "choose a free port of this node"
-            ) from error
-
-
 def _check_devices(nproc: int) -> None:
-    devices = _device_count(nproc)
+    devices = device_count(nproc)
     if nproc > devices:
         raise UserError(
             f"--nproc {nproc} but {devices} CUDA devices: "
             "start at most as many, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
-
-
-def _device_count(nproc: int) -> int:
-    """CUDA devices of this node; without any, CPU processes take the place of `nproc`."""
-    if nproc == 1:
-        return 1
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else nproc
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,50 +145,74 @@ def test_a_signal_to_one_rank_ends_all_after_the_step(
     assert losses_of(run) == losses_of(two_ranks)
 
 
+@pytest.fixture(scope="module")
+def long_job(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of 40 steps without a checkpoint on the way, and where it ends."""
+    run = tmp_path_factory.mktemp("long") / "run"
+    options = {
+        "training__steps": 40, "lr_scheduler__total_steps": 40, "checkpoint__interval": 99
+    }  # fmt: skip
+    run_distributed(train_job, 2, assets, run, **options)
+    return {"run": run, "options": options}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["-m", "launch.cli", "train"],
-        ["-m", "launch.cli", "train", "--nproc", "2"],
-        [*TORCHRUN, "--nproc-per-node", "2", "-m", "flame.train"],
-    ],
-    ids=["one", "two", "torchrun"],
-)  # fmt: skip
+@pytest.mark.parametrize("command", ["slimstate", "torchrun"])
 def test_a_stopped_command_goes_on(
-    assets: Path, tmp_path: Path, command: list[str], number: signal.Signals
+    assets: Path, tmp_path: Path, long_job: dict[str, Any], command: str, number: signal.Signals
 ) -> None:
-    from flame.config import recipe_text
-
-    def run(name: str) -> tuple[list[str], Path]:
-        job = make_job(
-            assets, tmp_path / name, training__steps=60, lr_scheduler__total_steps=60,
-            checkpoint__interval=50,
-        )  # fmt: skip
-        recipe = tmp_path / f"{name}.toml"
-        recipe.write_text(recipe_text(job))
-        return [sys.executable, *command, "--config", str(recipe)], tmp_path / name
-
-    words, whole = run("whole")
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    words, stopped = run("stopped")
+    """The job and its rerun, each two processes, against the undisturbed run."""
+    words = command_line(command, make_job(assets, tmp_path / "run", **long_job["options"]))
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for(process, "step: 10 ")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert "stopped after step" in out
     # torchrun ends with a status and words of its own.
-    if "flame.train" not in command:
+    if command == "slimstate":
         assert (process.returncode, err) == (128 + number, "")
     assert process.returncode != 0
-    steps = [int(p.name.removeprefix("step-")) for p in (stopped / "checkpoint").iterdir()]
-    assert len(steps) == 1 and 10 <= steps[0] < 60
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    final = "checkpoint/step-60"
-    assert largest_difference(whole / final, stopped / final) == 0.0
+    (step,) = (tmp_path / "run/checkpoint").iterdir()
+    assert 10 <= int(step.name.removeprefix("step-")) < 40
+    run_distributed(train_job, 2, assets, tmp_path / "run", **long_job["options"])
+    final = "checkpoint/step-40"
+    assert largest_difference(long_job["run"] / final, tmp_path / "run" / final) == 0.0
+
+
+@pytest.mark.slow
+def test_one_stopped_process_says_so_by_its_status(assets: Path, tmp_path: Path) -> None:
+    job = make_job(assets, tmp_path / "run", training__steps=400, lr_scheduler__total_steps=400)
+    words = command_line("slimstate", job, nproc=1)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(process, "step: 1 ")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert "stopped after step" in out
+    assert (process.returncode, err) == (143, "")
+
+
+def command_line(command: str, job: Any, nproc: int = 2) -> list[str]:
+    from flame.config import recipe_text
+
+    recipe = Path(job.job.dump_folder).with_suffix(".toml")
+    recipe.write_text(recipe_text(job))
+    options = ["--config", str(recipe)]
+    if command == "slimstate":
+        return [sys.executable, "-m", "launch.cli", "train", "--nproc", str(nproc), *options]
+    return [
+        sys.executable,
+        *TORCHRUN,
+        "--nproc-per-node",
+        str(nproc),
+        "-m",
+        "flame.train",
+        *options,
+    ]
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:
@@ -196,6 +221,63 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
         if text in line:
             return
     raise AssertionError(f"the job ended before it said {text!r}")
+
+
+# Ranks that do not answer, nodes that do not share ----------------------------------------------
+
+
+def hanging(assets: Path, out: Path, **overrides: Any) -> str:
+    """Train while rank 1 sleeps through the timeout of step 2; return the error."""
+    from flame.trainer import Trainer
+
+    forward_backward = Trainer.forward_backward_step
+
+    def sleep(trainer: Any, **batch: Any) -> torch.Tensor:
+        if int(os.environ["RANK"]) == 1 and trainer.step == 2:
+            time.sleep(12)
+            raise UserError("slept")
+        return forward_backward(trainer, **batch)
+
+    Trainer.forward_backward_step = sleep  # type: ignore[method-assign]
+    try:
+        train_job(assets, out, **overrides)
+    except UserError as error:
+        return str(error)
+    finally:
+        Trainer.forward_backward_step = forward_backward  # type: ignore[method-assign]
+    return ""
+
+
+def test_a_rank_that_hangs_is_named(assets: Path, tmp_path: Path) -> None:
+    errors = run_distributed(hanging, 2, assets, tmp_path / "run", comm__train_timeout_seconds=3)
+    assert errors[0].startswith("rank 1 hangs: no answer in step 2 for ")
+    assert errors[1] == "slept"
+
+
+def as_two_nodes(folders: list[Path]) -> str:
+    """Check for a shared folder as two nodes of one process each."""
+    from flame import shared_folder
+
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    shared_folder.PATIENCE = 0.5
+    try:
+        shared_folder.check_shared(folders[int(os.environ["RANK"])])
+    except UserError as error:
+        return str(error)
+    return "shared"
+
+
+def test_nodes_without_a_shared_folder_are_told(tmp_path: Path) -> None:
+    one, other = tmp_path / "one/run", tmp_path / "other/run"
+    assert run_distributed(as_two_nodes, 2, [one, one]) == ["shared", "shared"]
+    errors = run_distributed(as_two_nodes, 2, [one, other])
+    assert errors[0] == errors[1]
+    assert re.fullmatch(
+        rf"node \S+ does not see the run folder that rank 0 writes, {other}: put job.dump_folder "
+        "on a file system of all nodes",
+        errors[0],
+    )
+    assert not one.exists() and not other.exists()
 
 
 # The handler by itself -------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import pytest
 
 from flame.errors import UserError
 from launch import failures
-from launch.launcher import Job, Topology, split_options, start
+from launch.launcher import Job, start
+from launch.topology import Topology, split_options
 from tests.launch import probe_stage
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,11 @@ def test_two_nodes_meet(tmp_path: Path, ranks: tuple[int | None, ...]) -> None:
             " --nproc-per-node 8",
         ),
         (
+            Topology(nnodes=4, min_nodes=2, rdzv_endpoint="a:29500", max_restarts=3),
+            "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id slimstate"
+            " --nproc-per-node 1 --max-restarts 3",
+        ),
+        (
             Topology(nnodes=2, node_rank=1, rdzv_endpoint="a:29500", rdzv_id="7"),
             "--nnodes 2 --node-rank 1 --rdzv-endpoint a:29500 --rdzv-id 7 --nproc-per-node 1",
         ),
@@ -163,7 +169,8 @@ def test_command_line_is_torchruns(topology: Topology, expected: str) -> None:
     assert words[1 : len(expected.split()) + 1] == expected.split()
     assert words[len(expected.split()) + 1 :] == ["-m", "tests.launch.probe_stage", *arguments]
     config, _, command = config_from_args(parse_args(words[1:]))
-    assert (config.min_nodes, config.nproc_per_node) == (topology.nnodes, topology.nproc)
+    assert config.min_nodes == (topology.min_nodes or topology.nnodes)
+    assert (config.max_nodes, config.nproc_per_node) == (topology.nnodes, topology.nproc)
     assert command == ["-u", "-m", "tests.launch.probe_stage", *arguments]
 
 
@@ -183,6 +190,8 @@ def test_options_are_told_apart() -> None:
         (["--nproc", "1.5"], "--nproc: 1.5 is not a whole number of at least 1"),
         (["--nproc"], "--nproc: expected one argument"),
         (["--nnodes", "0"], "--nnodes: 0 is not a whole number of at least 1"),
+        (["--nnodes", "2:1"], "--nnodes: 2:1 is no range MIN:MAX"),
+        (["--nnodes", "0:1"], "--nnodes: 0 is not a whole number of at least 1"),
         (["--max-restarts", "-1"], "--max-restarts: -1 is not a whole number of at least 0"),
     ],
 )
@@ -194,6 +203,11 @@ def test_options_out_of_range(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
+        (
+            Topology(nnodes=2, min_nodes=1, node_rank=0, rdzv_endpoint="a:1"),
+            "1:2 with --node-rank",
+        ),
+        (Topology(nnodes=2, min_nodes=1, rdzv_endpoint="a:1"), "1:2 needs --max-restarts"),
         (Topology(nnodes=2), "needs --rdzv-endpoint HOST:PORT"),
         (Topology(nnodes=2, node_rank=2, rdzv_endpoint="a:1"), "ranks go from 0 to 1"),
         (Topology(rdzv_endpoint="localhost"), "write it as HOST:PORT"),
@@ -230,7 +244,8 @@ def _environment(file: Path) -> dict[str, str]:
 def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
     words = [str(argument) for argument in arguments]
     code = (
-        "from flame.errors import run_stage; from launch.launcher import Topology, start; "
+        "from flame.errors import run_stage; from launch.launcher import start; "
+        "from launch.topology import Topology; "
         "from tests.launch import probe_stage; "
         f"run_stage(lambda: start(probe_stage, {words}, {topology}))"
     )
