@@ -32,7 +32,7 @@ def check_job(job: Any, world_size: int) -> None:
         world_size: processes that will train.
     """
     check_size(job, world_size)
-    _check_numbers(job)
+    check_numbers(job)
     _check_checkpoint(job)
     _check_folder(job)
     _check_model_and_data(job, world_size)
@@ -62,7 +62,8 @@ def _check_parallelism(parallelism: Any, world_size: int) -> None:
         )
 
 
-def _check_numbers(job: Any) -> None:
+def check_numbers(job: Any) -> None:
+    """Raise `UserError` for a number of the recipe that makes no sense by itself."""
     from flame.schedule import check_schedule
 
     positive = {

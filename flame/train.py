@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError, run_command, run_stage
 from flame.output import made_folder, writer_lock
 from flame.recipe import read_tables, recipe_path
 
@@ -29,6 +29,7 @@ Train a causal language model from a TOML recipe with torchtitan's sections. A r
   --config RECIPE.toml   the recipe (or the recipe.toml of a run folder)
   --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
   --section.key VALUE    override a key of the recipe, e.g. --training.steps 200
+  --estimate             print the memory that each GPU of --nnodes x --nproc will need, and stop
 
 SIGTERM, as a scheduler sends it, and Ctrl-C end the job after the step in hand, which is saved; the
 exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends it at once."""
@@ -39,6 +40,9 @@ class Options:
     arguments: tuple[str, ...]
     """torchtitan's command line: `--job.config_file RECIPE --section.key value …`."""
 
+    estimate: bool = False
+    """Say how much memory a GPU will need, and do not train."""
+
 
 def parse(argv: list[str] | None = None) -> Options:
     """Options from a command line; `--help` prints the usage and exits."""
@@ -46,10 +50,10 @@ def parse(argv: list[str] | None = None) -> Options:
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         raise SystemExit(0)
-    arguments = [_long_form(argument) for argument in argv]
+    arguments = [_long_form(argument) for argument in argv if argument != "--estimate"]
     if not any(argument.split("=")[0] == "--job.config_file" for argument in arguments):
         raise UserError("train needs a recipe: --config RECIPE.toml")
-    return Options(tuple(arguments))
+    return Options(tuple(arguments), estimate="--estimate" in argv)
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -68,6 +72,21 @@ def check_size(options: Options, world_size: int) -> None:
     from flame.job_checks import check_size
 
     check_size(parse_job(list(options.arguments)), world_size)
+
+
+def answer(options: Options, nproc: int, nnodes: int) -> str | None:
+    """What the command prints instead of training: the estimate, if it was asked for."""
+    if not options.estimate:
+        return None
+    read_tables(recipe_path(options.arguments))
+    from flame.config import parse_job
+    from flame.estimate import estimate_table
+    from flame.job_checks import check_numbers, check_size
+
+    job = parse_job(list(options.arguments))
+    check_numbers(job)
+    check_size(job, nproc * nnodes)
+    return estimate_table(job, nproc, nnodes)
 
 
 def run(options: Options) -> None:
@@ -168,8 +187,19 @@ def _long_form(argument: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    """Parse, check and run; a `UserError` ends in one line and exit status 1.
+
+    Under torchrun `--estimate` is for its mesh, and rank 0 speaks.
+    """
+    if "--estimate" in (sys.argv[1:] if argv is None else argv):
+        return run_stage(lambda: _answer(parse(argv)))
     run_command(parse, check, run, argv)
+
+
+def _answer(options: Options) -> None:
+    local, world = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(answer(options, local, world // local))
 
 
 if __name__ == "__main__":

@@ -92,12 +92,23 @@ def _run(name: str, command: Command, arguments: list[str]) -> None:
         return
     processes, dry_run, rest = topology.split_options(arguments, command.nproc)
     options = _parsed(name, stage, rest)
+    said = _answer(stage, options, processes)
+    if said is not None:
+        print(said)
+        return
     job = launcher.Job(stage, rest, options, processes)
     job.check()
     if dry_run:
         print(job.command_line())
     else:
         job.run()
+
+
+def _answer(stage: ModuleType, options: Any, processes: topology.Topology) -> str | None:
+    """What a stage says for an option that asks and does not work: it starts no processes."""
+    if not hasattr(stage, "answer"):
+        return None
+    return stage.answer(options, processes.nproc, processes.nnodes)
 
 
 def _print_help(name: str, stage: ModuleType) -> None:
