@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
 from pruning import prune
-from pruning.adapters import adapter_for
+from pruning.adapters import PRUNED, adapter_for
 from pruning.cuts import cuts_of
 from pruning.plan import Plan, planned_spaces, read_plan
 from pruning.spaces import KINDS, Space
@@ -31,6 +31,10 @@ CASES = {name: tiny_config(name) for name in NAMES} | {
     "gated_deltanet grouped three to one": tiny_config(
         "gated_deltanet", num_heads=3, num_v_heads=9, head_dim=8, allow_neg_eigval=True
     ),
+    "gated_deltaproduct, three steps": tiny_config(
+        "gated_deltaproduct hybrid, three steps, no decay, no gate", attn=None
+    ),
+    "kda with grouped values": tiny_config("kda grouped values, hybrid, bounded decay", attn=None),
 }
 
 EXACT = 1e-8
@@ -49,7 +53,12 @@ def kinds_of(case: str) -> list[str]:
 
 
 PAIRS = [(case, kind) for case in CASES for kind in kinds_of(case)]
-RAGGED = [pair for pair in PAIRS if CASES[pair[0]]["model_type"] in ("delta_net", "gated_deltanet")]
+RAGGED = [
+    (case, kind, pad)
+    for case, kind in PAIRS
+    for pad in (False, True)
+    if pad or f"slim_{CASES[case]['model_type']}" in PRUNED
+]
 
 
 def pruned(
@@ -114,8 +123,7 @@ def test_a_step_of_the_training_format_is_the_same_model(case: str, tmp_path: Pa
         assert difference(logits(stepped.double(), length), logits(model, length)) < EXACT
 
 
-@pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize(("case", "kind"), RAGGED)
+@pytest.mark.parametrize(("case", "kind", "pad"), RAGGED)
 def test_shared_budgets_are_masked_too(case: str, kind: str, pad: bool, tmp_path: Path) -> None:
     """In the slim class, and in the stock class with channels and heads of zeros."""
     # The norm of a padded layer is exact but for its eps.
