@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def measure(options: argparse.Namespace) -> None:
             order = [("train", ours), ("bare", bare)]
             for name, loop in order if position % 2 else reversed(order):
                 # The first round warms both up.
-                (clocks[name] if position else Clock()).time(lambda loop=loop: loop(options.steps))
+                (clocks[name] if position else Clock()).time(partial(loop, options.steps))
         row = {"processes": world_size(), **medians(clocks, options.steps)}
         row["tokens"] = world_size() * options.local_batch_size * options.seq_len
         if rank() == 0:
@@ -119,7 +120,7 @@ def loops(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     from flame.trainer import Trainer
 
     job = demo_job(options, folder)
-    trainer = Trainer(job)
+    trainer: Any = Trainer(job)
     trainer.checkpointer = _NoCheckpoints()
     trainer._shorten_timeouts = lambda: None
     batches = list(islice(iter(trainer.dataloader), 64))

@@ -39,8 +39,9 @@ READ_CHUNK = 64
 
 
 class Documents(Protocol):
-    name: str
-    """The set as errors call it."""
+    @property
+    def name(self) -> str:
+        """The set as errors call it."""
 
     @property
     def size(self) -> int | None:
