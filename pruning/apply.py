@@ -73,15 +73,13 @@ def run(options: Options) -> None:
 
 
 def _apply(options: Options, reference: "ModelReference") -> None:
-    from flame.checkpoint.fingerprint import fingerprint
     from flame.output import replacing_folder
-    from pruning.plan import check_fingerprint, read_plan
+    from pruning.plan import read_plan
     from pruning.plan_command import summary
-    from pruning.transform import write_pruned
+    from pruning.transform import check_model, write_pruned
 
     plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)
-    mark = fingerprint(reference.config, reference.source())
-    check_fingerprint(plan, mark, f"plan {options.plan}")
+    check_model(plan, reference, f"plan {options.plan}")
     out = options.out.absolute()
     with replacing_folder(out, options.overwrite) as folder:
         write_pruned(plan, reference, folder, form, out, options.plan.absolute().parent)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flame.checkpoint.checksums import check_file, hash_file, read_checksums
 from flame.checkpoint.convert import (
+    Read,
     check_space,
     complete_config,
     copy_companions,
@@ -23,7 +24,9 @@ from flame.checkpoint.convert import (
     write_hf,
     write_run,
 )
+from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, ModelReference
+from flame.checkpoint.safe import Check
 from flame.checkpoint.source import (
     DcpSource,
     TensorInfo,
@@ -40,6 +43,7 @@ from pruning.plan import (
     PLAN_FILE,
     PROJECTED_FILE,
     Plan,
+    check_fingerprint,
     plan_text,
     with_saved_tensors,
 )
@@ -150,7 +154,7 @@ def write_pruned(
     Raises:
         UserError: a tensor is missing, not finite or damaged, or the disk is too small.
     """
-    source = full_source(reference) if form == "dcp" else reference.source()
+    source = _source(reference, form)
     if plan.projected:
         plan, plan_folder = with_saved_tensors(plan, folder / PROJECTED_FILE), folder
     replaced = _copy_replaced(plan, plan_folder, folder)
@@ -159,12 +163,14 @@ def write_pruned(
     copy_companions(reference, folder)
     config = complete_config(plan.config_after)
     (folder / PLAN_FILE).write_text(plan_text(plan))
+    read = _explained(source, sliced.read)
     if form == "dcp" and has_training_state(reference):
-        _write_training_state(config, reference, sliced, folder)
+        _write_training_state(config, reference, sliced, read, folder)
     else:
         write = write_hf if form == "hf" else write_run
         infos = {name: sliced.info(name) for name in sliced.names()}
-        write(folder, config, infos, sliced.read)
+        write(folder, config, infos, read)
+    _check_files(source)
     if form == "dcp":
         copy_recipe(reference, folder, destination)
 
@@ -174,27 +180,76 @@ def has_training_state(reference: ModelReference) -> bool:
     return reference.step_folder is not None and not reference.is_lora
 
 
-def full_source(reference: ModelReference) -> TensorSource:
-    """The tensors of a reference, those of the optimizer among them where it has them."""
+def check_model(plan: Plan, reference: ModelReference, name: str = "the plan") -> None:
+    """Raise UserError unless `plan` was made from this very model, as far as samples of it tell."""
+    if has_training_state(reference):
+        source: TensorSource = _step_source(reference, False, "never")
+    else:
+        source = reference.source()
+    mark = fingerprint(reference.config, source)
+    if mark != plan.fingerprint:
+        _check_files(source)
+    check_fingerprint(plan, mark, name)
+
+
+def _source(reference: ModelReference, form: Form) -> TensorSource:
+    """The tensors to transform, those of the optimizer among them where they are to be kept.
+
+    Files of a step are hashed while they are read: `write_pruned` asks for the outcome at its end.
+    """
     if not has_training_state(reference):
         return reference.source()
+    return _step_source(reference, form == "dcp", "along")
+
+
+def _step_source(reference: ModelReference, everything: bool, check: Check) -> DcpSource:
     assert reference.step_folder is not None
-    return DcpSource(reference.step_folder, everything=True)
+    return DcpSource(reference.step_folder, everything, check)
+
+
+def _check_files(source: TensorSource) -> None:
+    """Raise UserError if a file of a step is damaged; safetensors have no recorded hashes."""
+    if isinstance(source, DcpSource):
+        source.finish()
+
+
+def _explained(source: TensorSource, read: Read) -> Read:
+    """`read`, whose complaints give way to that of a damaged file, which would explain them."""
+
+    def explained(name: str) -> Tensor:
+        try:
+            return read(name)
+        except UserError:
+            _check_files(source)
+            raise
+
+    return explained
 
 
 def _write_training_state(
-    config: Config, reference: ModelReference, sliced: SlicedSource, folder: Path
+    config: Config, reference: ModelReference, sliced: SlicedSource, read: Read, folder: Path
 ) -> None:
     """Write a step with the number, the schedules and the loader's state of the reference's."""
     step = reference.step_folder
     assert step is not None
-    state: dict[str, Any] = {name: _promise(sliced.info(name)) for name in sliced.names()}
-    state |= DcpSource(step, everything=True).values()
+    order = _step_source(reference, True, "never").stored_order()
+    state: dict[str, Any] = {name: _promise(sliced.info(name)) for name in order}
+    state |= _values(reference)
     number = int(step.name.removeprefix("step-"))
     checkpoints = folder / CHECKPOINT_FOLDER
-    save_step(state, checkpoints, number, _extra_files(step), read=sliced.read, alone=True)
+    save_step(state, checkpoints, number, _extra_files(step), read=read, alone=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def _values(reference: ModelReference) -> dict[str, Any]:
+    """The entries of a step that are no tensors; its files are hashed later, with the tensors."""
+    source = _step_source(reference, True, "never")
+    try:
+        return source.values()
+    except UserError:
+        _check_files(source)
+        raise
 
 
 def _promise(info: TensorInfo) -> Tensor:

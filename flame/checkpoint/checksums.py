@@ -4,22 +4,22 @@ The file is written before `.metadata` and covers `.metadata` too, so a step tha
 written to its end. Hashes are XXH3 with 128 bits: they find damage, they do not prove origin.
 """
 
-import io
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
+from flame.checkpoint.direct_file import DirectFile
 from flame.errors import UserError
 
 ALGORITHM = "xxh3_128"
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
 """DCP's index of a step."""
-_BLOCK = 8 << 20
+_BLOCK = 1 << 20
 
 
 def hash_bytes(data: bytes) -> str:
@@ -28,7 +28,7 @@ def hash_bytes(data: bytes) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """The hash of a file, read in blocks of 8 MiB."""
+    """The hash of a file, read in blocks of 1 MiB."""
     hasher = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as stream:
@@ -37,22 +37,77 @@ def hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
-class HashingFile(io.BufferedWriter):
-    """A new file that hashes what is written to it, in order."""
+class HashAlong:
+    """The hash of a file that is taken while parts of it are read, so that no byte is read twice.
+
+    Parts that are read in the order of the file are hashed as they are; what lies between them, or
+    was read in another order, is read again when its turn comes.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
+        self._path = path
         self._hasher = xxhash.xxh3_128()
+        self._done = 0
 
-    def write(self, data: Any, /) -> int:
+    def take(self, offset: int, data: memoryview) -> None:
+        """Hash `data`, which was read at `offset`, and all that lies before it."""
+        if offset < self._done:
+            return
+        self._advance(offset)
         self._hasher.update(data)
-        return super().write(data)
+        self._done += len(data)
 
     def finish(self) -> str:
-        """Bring the content to the disk and return its hash."""
-        self.flush()
-        os.fsync(self.fileno())
+        """Hash what is left; the hash of the whole file."""
+        self._advance(None)
         return self._hasher.hexdigest()
+
+    def _advance(self, stop: int | None) -> None:
+        """Read and hash up to offset `stop`, None for all."""
+        block = memoryview(bytearray(_BLOCK if stop is None else min(stop - self._done, _BLOCK)))
+        with open(self._path, "rb", buffering=0) as stream:
+            stream.seek(self._done)
+            while stop is None or self._done < stop:
+                wanted = len(block) if stop is None else stop - self._done
+                size = stream.readinto(block[:wanted])
+                if not size:
+                    break
+                self._hasher.update(block[:size])
+                self._done += size
+
+
+class HashingFile:
+    """A new file that hashes what is written to it, in order; as a context, closed at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = DirectFile(path)
+        self._hasher = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for first in range(0, len(view), _BLOCK):
+            # A block at a time, so that it is copied while it is in the processor's cache.
+            block = view[first : first + _BLOCK]
+            self._hasher.update(block)
+            self._file.write(block)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Does nothing, for writers that ask for it: `finish` brings all to the disk."""
+
+    def finish(self) -> str:
+        """Bring the content to the disk, close the file and return its hash."""
+        self._file.finish()
+        return self._hasher.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def write_file(path: Path, data: bytes) -> str:
@@ -88,16 +143,33 @@ def read_checksums(folder: Path) -> dict[str, str]:
 def check_file(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
     """Raise `UserError` unless the file `name` has the hash that was recorded for it."""
     path = folder / name
-    if name not in hashes:
-        raise UserError(f"{path} is not listed in {CHECKSUMS}: use another step")
-    try:
+    check_listed(folder, name, hashes)
+    with readable(path):
         found = hash_file(path)
+    check_hash(path, found, hashes[name])
+
+
+def check_listed(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
+    """Raise `UserError` unless a hash was recorded for the file `name`."""
+    if name not in hashes:
+        raise UserError(f"{folder / name} is not listed in {CHECKSUMS}: use another step")
+
+
+def check_hash(path: Path, found: str, recorded: str) -> None:
+    """Raise `UserError` unless a file has the hash that was recorded for it."""
+    if found != recorded:
+        raise UserError(f"{path} is damaged (its hash differs): use another step or copy it again")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the system's complaints about reading a step's file into a `UserError`."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing: use another step") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if found != hashes[name]:
-        raise UserError(f"{path} is damaged (its hash differs): use another step or copy it again")
 
 
 def _is_valid(content: Any) -> bool:

@@ -7,14 +7,18 @@ file is compared with its recorded hash before it is used.
 """
 
 import io
+import math
 import pathlib
 import pickle
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,9 +33,21 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from flame.checkpoint.checksums import METADATA, check_file, hash_bytes, read_checksums
+from flame.checkpoint.archive import locate, read_into
+from flame.checkpoint.checksums import (
+    METADATA,
+    HashAlong,
+    check_file,
+    check_hash,
+    check_listed,
+    hash_bytes,
+    read_checksums,
+    readable,
+)
 from flame.checkpoint.peers import Peers, raise_cause
 from flame.errors import UserError, first_line
+
+Check = Literal["first", "along", "never"]
 
 _METADATA_CLASSES = (
     "Metadata",
@@ -89,16 +105,21 @@ def read_checkpoint(state_dict: dict[str, Any], step: Path, peers: Peers) -> Non
 class SafeReader(FileSystemReader):
     """DCP's reader of step folders, with checked hashes and an allow-list for the index.
 
-    Of a step whose files are `verified` already, the index alone is checked again.
+    Args:
+        path: the step folder.
+        check: when files are compared with their hashes. `first`: a file whole, before something
+            in it is used. `along`: while they are read, so that a mismatch shows in `finish` only;
+            for work that can be thrown away then. `never`: they have been, or will be.
     """
 
-    def __init__(self, path: Path, verified: bool = False) -> None:
+    def __init__(self, path: Path, check: Check = "first") -> None:
         super().__init__(path)
-        self._verified = verified
+        self._check = check
         self._folder = Path(path)
         self._index: Metadata | None = None
         self._hashes: dict[str, str] = {}
         self._checked: set[str] = set()
+        self._along: dict[str, HashAlong] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The step's index; raises `UserError` if it is missing, damaged or hostile."""
@@ -116,24 +137,80 @@ class SafeReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the items of `plan`, after checking the hash of each file once."""
         for item in plan.items:
-            self._check(item)
-        try:
+            self._checked_entry(item)
+        with self._explained(plan.items):
             return super().read_data(plan, planner)
+
+    def read_rows(self, item: ReadItem, target: Tensor) -> bool:
+        """Read whole rows of a stored chunk straight from its file, without unpickling numbers.
+
+        Args:
+            item: asks for rows of one chunk, whole along the other dimensions.
+            target: contiguous, of the shape that the item asks for and the chunk's dtype.
+
+        Returns:
+            False if the chunk is not stored as one contiguous block: `read_data` can read it.
+        """
+        entry = self._checked_entry(item)
+        if getattr(entry, "transform_descriptors", None):
+            return False
+        path = self._folder / entry.relative_path
+        with self._explained([item]), open(path, "rb", buffering=0) as stream:
+            place = locate(stream.fileno(), entry.offset, entry.length)
+            if place is None or place.dtype != target.dtype:
+                return False
+            if place.shape[1:] != target.shape[1:] or len(place.shape) != target.dim():
+                return False
+            first = item.storage_offsets[0] if place.shape else 0
+            if place.shape and first + target.shape[0] > place.shape[0]:
+                return False
+            skipped = first * math.prod(place.shape[1:]) * place.dtype.itemsize
+            data = read_into(stream.fileno(), path, place.offset + skipped, target)
+        if self._check == "along":
+            with readable(path):
+                self._hash_along(entry.relative_path).take(place.offset + skipped, data)
+        return True
+
+    def offset(self, index: MetadataIndex) -> int:
+        """Where a stored chunk begins in its file; 0 if the step does not say."""
+        entry = self.storage_data.get(index)
+        return entry.offset if entry is not None else 0
+
+    def finish(self) -> None:
+        """Check the hash of every file of the step, from where it was taken `along` to."""
+        for name in sorted(self._hashes):
+            path = self._folder / name
+            with readable(path):
+                found = self._hash_along(name).finish()
+            check_hash(path, found, self._hashes[name])
+
+    @contextmanager
+    def _explained(self, items: Sequence[ReadItem]) -> Iterator[None]:
+        try:
+            yield
         except (*_UNPICKLING_ERRORS, OSError) as error:
-            entries = _some(sorted({item.storage_index.fqn for item in plan.items}))
+            entries = _some(sorted({item.storage_index.fqn for item in items}))
             raise UserError(
                 f"cannot read {entries} of {self._folder}: {first_line(error)}"
             ) from error
 
-    def _check(self, item: ReadItem) -> None:
+    def _checked_entry(self, item: ReadItem) -> _StorageInfo:
+        """Where an item is stored, its file checked as `check` says."""
         entry = self.storage_data.get(item.storage_index)
         if entry is None:
             name = item.storage_index.fqn
             raise UserError(f"{self._folder / METADATA} does not say where {name} is")
         name = entry.relative_path
-        if name not in self._checked and not self._verified:
+        check_listed(self._folder, name, self._hashes)
+        if self._check == "first" and name not in self._checked:
             check_file(self._folder, name, self._hashes)
             self._checked.add(name)
+        return entry
+
+    def _hash_along(self, name: str) -> HashAlong:
+        if name not in self._along:
+            self._along[name] = HashAlong(self._folder / name)
+        return self._along[name]
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
