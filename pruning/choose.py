@@ -16,6 +16,7 @@ from flame.progress import progress
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.allocation import groups, shared_widths
+from pruning.applicable import why_not
 from pruning.budgets import Budget, uniform_widths
 from pruning.methods import METHODS, Method
 from pruning.plan import Plan, options_of, pruned_config, spaces_of_kinds, versions
@@ -44,10 +45,10 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
             "--pad is for heads of different widths, which --allocate layer or model makes: leave "
             "it out, or say --allocate"
         )
+    if method is not None:
+        _check_method(budget, method, spaces)
     if budget.allocate != "uniform" and not budget.pad:
         _check_slim_class(budget, adapter.model_type)
-    if method is not None:
-        _check_method(budget, method)
     return widths
 
 
@@ -163,14 +164,11 @@ def _check_slim_class(budget: Budget, family: str) -> None:
         )
 
 
-def _check_method(budget: Budget, method: Method) -> None:
+def _check_method(budget: Budget, method: Method, spaces: list[Space]) -> None:
     for kind in budget.kinds:
-        if kind not in method.kinds:
-            able = ", ".join(name for name, other in METHODS.items() if kind in other.kinds)
-            raise UserError(
-                f"{method.name} does not choose among spaces of kind {kind!r}, only "
-                f"{', '.join(method.kinds)}: for {kind} take one of {able}"
-            )
+        reason = why_not(method, kind, spaces)
+        if reason is not None:
+            raise UserError(reason)
     if budget.allocate == "uniform":
         return
     if not hasattr(method, "scores"):

@@ -14,9 +14,11 @@ from flame.checkpoint.reference import resolve
 from flame.checkpoint.source import DcpSource
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
+from pruning.adapters import ADAPTERS
 from pruning.plan import read_plan
 from pruning.transform import SlicedSource, cuts_of
 from tests.distributed import run_distributed
+from tests.pruning.families import tiny_config
 from tests.pruning.models import (
     DELTA_NET,
     GATED_DELTANET,
@@ -66,7 +68,7 @@ def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
         assert (tmp_path / out / "plan.json").read_bytes() == plan
         other = tensors_in(resolve(tmp_path / out).source())
         assert all(torch.equal(other[name], one[name]) for name in one)
-    assert read_plan(tmp_path / "plan.json").options == {"f": 1.2, "max_swaps": None}
+    assert read_plan(tmp_path / "plan.json").options["f"] == 1.2
     assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "stats", "three", "two"]
 
 
@@ -137,12 +139,27 @@ def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:
         (["--ratio", "0.01", "--multiple-of", "32"], "is no reduction"),
         (["--multiple-of", "0"], "--multiple-of: 0 is not a whole number of at least 1"),
         (["--paper", "--multiple-of", "8"], "--paper means --multiple-of 1, not 8"),
-        (["--method", "best"], "unknown method 'best': choose from drrqr, l1, random"),
+        (["--method", "best"], "unknown method 'best': choose from drrqr"),
         (["--method", "l1", "--f", "2"], "--f is no option of l1: it has none"),
         (["--f", "x"], "--f: invalid float value: 'x'"),
         (["--f", "1"], "method drrqr: f is 1.0"),
         (["--max-swaps", "-1"], "method drrqr: max_swaps is -1"),
-        (["--space", "state"], "no space of kind 'state' can be pruned in a gated_deltanet"),
+        (["--space", "state"], "unknown kind of space 'state': choose from key, value, head"),
+        (["--space", "key,key"], "--space key,key names a kind twice"),
+        (["--space", "value"], "drrqr does not choose among spaces of kind 'value', only key: for"),
+        (["--space", "key,head"], "does not choose among spaces of kind 'head', only key"),
+        (["--ratio", "key=0.5,head=0.5"], "head=0.5 is for a kind that is not pruned: --space is"),
+        (["--ratio", "key=0.5,rank=0.5"], "'rank=0.5' of 'key=0.5,rank=0.5' is for no kind of"),
+        (["--ratio", "key=2"], "ratio 2.0 is not between 0 and 1"),
+        (["--width", "16"], "give exactly one of --ratio, --width and --state-bytes"),
+        (["--state-bytes", "4096"], "give exactly one of --ratio, --width and --state-bytes"),
+        (["--state-bytes", "0"], "--state-bytes: 0 is not a whole number of at least 1"),
+        (["--allocate", "heads"], "--allocate: invalid choice: 'heads'"),
+        (
+            ["--method", "jrnp"],
+            "jrnp does not choose among spaces of kind 'key', only head: for key",
+        ),
+        (["--pad"], "--pad is for heads of different widths, which --allocate layer or model"),
         (["--to", "gguf"], "--to: invalid choice: 'gguf'"),
         (["--sequences", "100000"], "100000"),
         (["--unknown"], "unrecognized arguments: --unknown"),
@@ -152,6 +169,89 @@ def test_options_that_make_no_sense_are_refused(
     flags: list[str], message: str, home: Path, tmp_path: Path
 ) -> None:
     assert message in refused(home, tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give exactly one of --ratio, --width and --state-bytes"),
+        (["--width", "32"], "--width key=32 is no reduction: a model with 32 key channels"),
+        (["--width", "64"], "--width key=64 is out of range: a model with 32 key channels can"),
+        (["--width", "20"], "--width key=20 is not a multiple of 16: take 16 or 32, or --mult"),
+        (["--width", "many"], "width 'many' is not a whole number"),
+        (["--width", "value=16"], "--width value=16 is for a kind that is not pruned"),
+        (["--state-bytes", "24576"], "the state takes 24576 already, nothing to prune"),
+        (["--state-bytes", "9" * 20], "the state takes 24576 already, nothing to prune"),
+        (["--state-bytes", "12287"], "16 of 32 key channels, the fewest in multiples of 16, take"),
+        (["--width", "1", "--space", "head", "--allocate", "layer"], "use --allocate model"),
+        (
+            ["--ratio", "0.5", "--stats", "nowhere"],
+            "l1 reads no statistics: leave --stats nowhere out",
+        ),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(
+    flags: list[str], message: str, home: Path, tmp_path: Path
+) -> None:
+    for name, out in (("prune", tmp_path / "out"), ("plan_command", tmp_path / "plan.json")):
+        with pytest.raises(UserError) as error:
+            stage(name, home / "model", out, "--method", "l1", *flags)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sharing_needs_scores_and_a_class(home: Path, tmp_path: Path) -> None:
+    share = ["--ratio", "0.5", "--paper", "--allocate", "model"]
+    with pytest.raises(UserError, match="shares channels by scores, which random has none of: use"):
+        stage("plan_command", home / "model", tmp_path / "p", "--method", "random", *share)
+    kda = tiny_config("kda")
+    write_hf(tmp_path / "kda", kda, weights(kda))
+    with pytest.raises(UserError, match="pca mixes key channels, and .*f_proj.1.weight acts on"):
+        stage("plan_command", tmp_path / "kda", tmp_path / "p", "--method", "pca", *share[:3])
+    with pytest.raises(UserError, match="and kda has no class for that: add --pad"):
+        stage("plan_command", tmp_path / "kda", tmp_path / "p", "--method", "l1", *share)
+    share += ["--pad"]
+    stage("prune", tmp_path / "kda", tmp_path / "out", "--method", "l1", *share)
+    plan = read_plan(tmp_path / "out" / "plan.json")
+    assert plan.pad and plan.config_after["model_type"] == "kda"
+    assert len({width for row in plan.widths.values() for width in row}) > 1
+
+
+def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
+    home: Path, tmp_path: Path
+) -> None:
+    """In state bytes; and a plan that is padded later is the plan that was padded at once."""
+    flags = ["--method", "l1", "--ratio", "0.5", "--multiple-of", "4"]
+    sizes = set()
+    for allocate in ("uniform", "layer", "model"):
+        plan = tmp_path / f"{allocate}.json"
+        stage("plan_command", home / "model", plan, *flags, "--allocate", allocate)
+        stage("apply", home / "model", plan, tmp_path / allocate)
+        config = resolve(tmp_path / allocate).config
+        sizes.add(ADAPTERS[config["model_type"]].state_bytes(config))
+        budget = json.loads(plan.read_text())["budget"]
+        assert budget.get("allocate", "uniform") == allocate
+    assert sizes == {24576 // 2}
+    stage("apply", home / "model", tmp_path / "model.json", tmp_path / "later", "--pad")
+    stage("prune", home / "model", tmp_path / "once", *flags, "--allocate", "model", "--pad")
+    later, once = (tensors_in(resolve(tmp_path / n).source()) for n in ("later", "once"))
+    assert resolve(tmp_path / "once").config["model_type"] == "gated_deltanet"
+    assert later.keys() == once.keys()
+    assert all(torch.equal(later[name], once[name]) for name in once)
+    for name in ("later", "once"):
+        assert json.loads((tmp_path / name / "plan.json").read_text())["pad"] is True
+
+
+def test_several_kinds_by_widths_of_their_own(home: Path, tmp_path: Path) -> None:
+    widths = ["--space", "head,value,key", "--width", "key=16,value=8,head=1"]
+    flags = ["--method", "l1", "--multiple-of", "8", *widths]
+    stage("prune", home / "model", tmp_path / "out", *flags)
+    config = resolve(tmp_path / "out").config
+    assert (config["head_dim"], config["num_heads"], config["num_v_heads"]) == (16, 1, 2)
+    assert int(config["head_dim"] * config["expand_v"]) == 8
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["budget"]["width"] == "key=16,value=8,head=1"
+    assert plan["budget"]["space"] == "key,value,head"
 
 
 def test_models_that_cannot_be_pruned_are_refused(home: Path, tmp_path: Path) -> None:
