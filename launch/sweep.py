@@ -49,7 +49,11 @@ def run(options: Options) -> None:
     with writer_lock(options.out.path) if first else nullcontext():
         with process_group():
             on_first(lambda: options.out.begin(settings(options, reference), options.overwrite))
-            _calibrate(options)
+            try:
+                _calibrate(options)
+            except UserError:
+                on_first(options.out.withdraw)
+                raise
         text = heldout_text(reference, options.text)
         work = Work(
             folder=options.out,

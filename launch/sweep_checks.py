@@ -77,13 +77,8 @@ def _widths(options: Options, point: Point, reference: "ModelReference") -> Any:
 
     words = [options.model, str(options.out.path), *options.budget_words, *point.words]
     pruning = prune.parse(words)
-    for kind in point.space.split("+"):
-        if kind not in pruning.method.kinds:
-            raise UserError(
-                f"{pruning.method.name} chooses in {', '.join(pruning.method.kinds)} spaces, not "
-                f"in {kind}: choose another method for it"
-            )
-    return tuple(sorted(check_budget(pruning.budget, reference.config).items()))
+    widths = check_budget(pruning.budget, reference.config, pruning.method)
+    return tuple(sorted(widths.items()))
 
 
 def _check_text(options: Options, reference: "ModelReference") -> None:

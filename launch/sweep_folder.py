@@ -79,6 +79,11 @@ class SweepFolder:
         for failed in (self.path / "points").glob("*.failed"):
             failed.unlink()
 
+    def withdraw(self) -> None:
+        """Remove a folder in which nothing was measured or summed."""
+        if not self.statistics.exists() and not any((self.path / "points").iterdir()):
+            shutil.rmtree(self.path)
+
     def record(self, name: str) -> Record | None:
         """What was measured of a point; None if it was not, or is not to be trusted."""
         try:

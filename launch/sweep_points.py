@@ -150,13 +150,14 @@ def _point(word: _Word, ratio: str, own: bool, seed: int | None) -> Point:
 
 
 def _draws(word: _Word) -> bool:
-    """Whether the method has a seed that the word leaves open."""
+    """Whether the method chooses by a seed alone, which the word leaves open."""
     from pruning.methods import METHODS
 
     if word.method not in METHODS:
         raise UserError(f"unknown method {word.method!r}: choose from {', '.join(METHODS)}")
-    fields = {field.name for field in dataclasses.fields(METHODS[word.method])}
-    return "seed" in fields and "seed" not in dict(word.options)
+    method = METHODS[word.method]
+    seeded = any(field.name == "seed" for field in dataclasses.fields(method))
+    return seeded and not method.needs and "seed" not in dict(word.options)
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ STAGES = {"before": "pruned", "recovered": "recovered"}
 ROW_COLUMNS = (
     Column("method", "method", align="left"),
     Column("space", "space", align="left"),
-    Column("ratio", "removed", align="left"),
-    Column("width", "kept", align="right"),
+    Column("ratio", "ratio", align="left"),
+    Column("width", "kept"),
+    Column("removed", "state removed", ".1%"),
     Column("state_bytes", "state bytes", ",.0f"),
     Column("before", "pruned", ",.2f"),
     Column("before_spread", "±", ",.2f"),

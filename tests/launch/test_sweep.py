@@ -68,6 +68,13 @@ def run_alone(words: list[str]) -> None:
     sweep.run(options)
 
 
+def refused_alone(words: list[str]) -> str:
+    """What the sweep says that `run_alone` cannot run."""
+    with pytest.raises(UserError) as error:
+        run_alone(words)
+    return str(error.value)
+
+
 def results(out: Path) -> dict[str, Any]:
     return json.loads((out / "results.json").read_text())
 
@@ -139,8 +146,11 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
         ("--methods l1 --ratios 0.5,half", "l1@key=half: ratio 'half' is not a number"),
         ("--methods l1:f=2 --ratios 0.5", "l1:f=2@key=0.5: --f is no option of l1"),
         ("--methods l1 --ratios 0.25,0.5", "l1@key=0.25 and l1@key=0.5 keep as many channels"),
-        ("--methods l1@nose --ratios 0.5", "l1@nose=0.5: l1 chooses in"),
-        ("--methods drrqr@head --ratios 0.5", "drrqr chooses in key spaces, not in head"),
+        ("--methods l1@nose --ratios 0.5", "l1@nose=0.5: unknown kind of space 'nose'"),
+        (
+            "--methods drrqr@head --ratios 0.5",
+            "drrqr@head=0.5: drrqr does not choose",
+        ),
         ("--methods l1 --ratios 0.5 --recover nowhere.toml", "nowhere.toml"),
         ("--methods l1 --ratios 0.5 --heldout nowhere.txt", "nowhere.txt"),
     ],
@@ -231,6 +241,17 @@ def _measured_alone(root: Path, plan: Path, out: Path) -> float:
     file = out.with_suffix(".json")
     evaluate.main([str(out), "--perplexity", "--max-sequences", "3", "--json", str(file)])
     return json.loads(file.read_text())["perplexity"]
+
+
+def test_model_that_cannot_be_calibrated_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    tensors = weights(GATED_DELTANET)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
+    recipe = RECIPE.format(root=root, steps=MODEL_STEPS)
+    write_run(tmp_path / "dense", GATED_DELTANET, tensors, recipe=recipe)
+    words = [str(tmp_path / "dense"), str(tmp_path / "out"), *SMALL]
+    (reason,) = run_distributed(refused_alone, 1, words)
+    assert reason.startswith("model.layers.1.mlp.up_proj.weight holds 1 NaN")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_table_page_and_files_hold_every_number(tmp_path: Path) -> None:
