@@ -67,6 +67,47 @@ def test_delta_rule():
     compare(run(theirs), run(ours), x)
 
 
+@pytest.mark.parametrize("decay", [0.1, 30.0])
+def test_kda(decay: float):
+    from fla.ops.kda import chunk_kda as theirs
+
+    import flame.register  # noqa: F401
+    from kernels.kda import chunk_kda as ours
+
+    bounds = torch.tensor(BOUNDS, device="cuda")
+
+    def run(operator):
+        return lambda x: operator(
+            x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["h"],
+            output_final_state=True, cu_seqlens=bounds,
+        )  # fmt: skip
+
+    compare(run(theirs), run(ours), cuda(decay=decay, channel_decay=True, heads=4))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gated_delta_product(gated: bool):
+    from fla.ops.gated_delta_product import chunk_gated_delta_product as theirs
+
+    import flame.register  # noqa: F401
+    from kernels.gated_delta_product import chunk_gated_delta_product as ours
+
+    bounds = torch.tensor([0, 35, 36, 100], device="cuda")
+    x = cuda()
+    for name in ("q", "g"):
+        x[name] = x[name].detach()[:, : BOUNDS[-1] // 2].contiguous().requires_grad_()
+    if not gated:
+        del x["g"]
+
+    def run(operator):
+        return lambda x: operator(
+            x["q"], x["k"], x["v"], x.get("g"), x["beta"], 2, initial_state=x["h"],
+            output_final_state=True, cu_seqlens=bounds,
+        )  # fmt: skip
+
+    compare(run(theirs), run(ours), x)
+
+
 def test_models_train_on_flas_kernels_and_agree_with_the_cpu():
     """After flame.register CUDA tensors still reach Triton, and both devices agree."""
     from fla.models import GatedDeltaNetConfig
