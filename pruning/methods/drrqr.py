@@ -1,7 +1,8 @@
 """DRRQR: keep the channels on which queries and keys are best conditioned."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float64, Int64
 from torch import Tensor
@@ -26,6 +27,7 @@ class DeltaRuleRRQR:
     name: ClassVar[str] = "drrqr"
     kinds: ClassVar[tuple[Kind, ...]] = ("key",)
     needs: ClassVar[tuple[type[Statistic], ...]] = (QueryKeyGram, QueryKeySample)
+    paper: ClassVar[Mapping[str, Any]] = {"max_swaps": 20, "rows": SAMPLE_ROWS}
 
     f: float = option(1.5, "bound of the strong rank-revealing QR, above 1; lower is tighter")
     max_swaps: int | None = option(

@@ -260,6 +260,16 @@ def test_activations_that_overflow_are_named_on_every_rank(home: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_gradients_that_overflow_are_named_on_every_rank(home: Path, tmp_path: Path) -> None:
+    write_bad_model(home, "steep", "lm_head.weight", 3e38)
+    stats, flags = tmp_path / "stats", ("--methods", "taylor", "--save-every", "8")
+    texts = run_distributed(complaint, 2, run_calibrate, home, "steep", stats, *flags)
+    named = "layer 0, calibration sequences 1 to 2: the gradient of model.layers.0.attn."
+    assert all(named in text and "holds a NaN or an infinity" in text for text in texts), texts
+    # Without a backward pass nothing is wrong with it.
+    run_calibrate(home, "steep", stats, "--methods", "drrqr,wanda,pca,jrnp,activation-norm")
+
+
 def test_weights_that_are_not_finite_are_named_before_the_model_runs(
     home: Path, tmp_path: Path
 ) -> None:
