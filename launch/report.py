@@ -26,9 +26,10 @@ from launch.findings import (
     short,
     verdict,
 )
-from launch.marks import bars, channel_grid
+from launch.marks import bars
 from launch.page_parts import panels, section
 from launch.report_data import KeptChannels, ReportData
+from launch.report_kept import kept_section
 from launch.report_sections import (
     bench_section,
     fidelity_section,
@@ -77,7 +78,7 @@ def page(data: ReportData) -> str:
         bench_section(data),
         *(part for found in data.sweeps for part in sweep_sections(sweep_of(found))),
         plans_section(data),
-        _kept_section(data),
+        kept_section(data),
         _spectra_section(data),
         ranks_section(data),
         _loss_section(data),
@@ -251,22 +252,6 @@ def _stable_ranks(found: Mapping[str, Spectrum]) -> str:
         if math.isfinite(spectrum.stable_rank)
     )
     return f'<p class="ranks">Stable rank: {ranks}</p>' if ranks else ""
-
-
-def _kept_section(data: ReportData) -> str:
-    if not data.kept:
-        return ""
-    drawn = []
-    for layer in data.kept:
-        counts = sorted({len(channels) for channels in layer.kept}) or [0]
-        count = " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
-        title = f"Layer {layer.layer}: {count} of {layer.head_dim} channels a head"
-        drawn.append(f"<h3>{title}</h3>{channel_grid(layer.kept, layer.head_dim, title)}")
-    return section(
-        "Kept key channels",
-        f"A row is a key head, a column one of its channels; {data.method} kept the filled ones.",
-        panels(drawn),
-    )
 
 
 def _time_section(data: ReportData) -> str:

@@ -122,11 +122,14 @@ def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
     except ValueError as error:
         raise UserError(f"plan {plans}: {error}") from error
     shown = [
-        KeptChannels(spaces[name].layer, spaces[name].head_dim, [row.tolist() for row in kept])
-        for name, kept in plan.kept.items()
-        if spaces[name].kind == "key"
+        KeptChannels(space.layer, space.head_dim, _rows_of(plan.kept[name]), space.kind)
+        for name, space in spaces.items()
     ]
     return sorted(shown, key=lambda layer: layer.layer), plan.method
+
+
+def _rows_of(kept: Sequence[Any]) -> list[list[int]]:
+    return [row.tolist() for row in kept]
 
 
 def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,22 +138,32 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     options = method.get("options") or {}
     calibration = plan.get("calibration") or {}
     data = calibration.get("data") or {}
-    spaces = plan.get("spaces", {}).values()
-    widths = [len(row) for rows in spaces for row in rows]
+    spaces = plan.get("spaces", {})
     facts = {
         "method": method.get("name"),
         "hyper-parameters": ", ".join(f"{k} {v}" for k, v in options.items() if v is not None),
         "removed, as asked": budget.get("ratio"),
+        "width, as asked": budget.get("width"),
+        "most bytes of state, as asked": budget.get("state_bytes"),
+        "shared by scores": budget.get("allocate"),
         "kind of space": budget.get("space"),
         "width a multiple of": budget.get("multiple_of"),
         "spaces pruned": len(spaces) or None,
-        "channels kept a head": _range(widths),
+        "channels kept a head": _widths(spaces, "key"),
+        "value channels kept": _widths(spaces, "value"),
+        "heads kept a layer": _widths(spaces, "head"),
         "calibration data": data.get("dataset"),
         "calibration sequences": calibration.get("sequences"),
         "calibration tokens": calibration.get("tokens"),
         "fingerprint of the source": str(plan.get("fingerprint", ""))[:12],
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _widths(spaces: Mapping[str, Any], kind: str) -> str | None:
+    """What the spaces of a kind keep; their names end in it."""
+    of_kind = [rows for name, rows in spaces.items() if name.endswith(f".{kind}")]
+    return _range([len(row) for rows in of_kind for row in rows])
 
 
 def _range(widths: list[int]) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from launch.findings import Row
 from launch.spectra import Spectrum
@@ -13,14 +13,16 @@ Scores = Mapping[str, Mapping[str, float | str | None]]
 
 @dataclass(frozen=True)
 class KeptChannels:
-    """Key channels that one layer kept."""
+    """What one layer kept of its key channels, value channels or heads."""
 
     layer: int
     head_dim: int
-    """Channels a head had before."""
+    """Channels a head, or heads a layer, had before."""
 
     kept: Sequence[Sequence[int]]
-    """For each key head the kept channels, in increasing order."""
+    """For each key head the kept channels, in increasing order; one row for the other kinds."""
+
+    kind: Literal["key", "value", "head"] = "key"
 
 
 @dataclass(frozen=True)

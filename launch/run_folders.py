@@ -123,6 +123,9 @@ def _part(run: RunFolder, runs: Sequence[RunFolder]) -> str:
     return "random" if run.plan.get("method", {}).get("name") == "random" else "pruned"
 
 
+BUDGET_OPTIONS = ("ratio", "width", "state_bytes", "space", "multiple_of", "allocate")
+
+
 def _pruning_words(run: RunFolder, runs: Mapping[str, RunFolder]) -> list[str]:
     assert run.plan is not None
     plan = run.plan
@@ -132,16 +135,24 @@ def _pruning_words(run: RunFolder, runs: Mapping[str, RunFolder]) -> list[str]:
     )
     method, budget = plan.get("method", {}), plan.get("budget", {})
     words = [source, str(run.folder), "--method", str(method.get("name", "?"))]
-    for name in ("ratio", "space", "multiple_of"):
-        if name in budget:
-            words += ["--" + name.replace("_", "-"), str(budget[name])]
-    for name, value in (method.get("options") or {}).items():
-        words += ["--" + name.replace("_", "-"), str(value)] if value is not None else []
     calibration = plan.get("calibration") or {}
-    for name in ("sequences", "seq_len"):
-        if name in calibration:
-            words += ["--" + name.replace("_", "-"), str(calibration[name])]
+    asked = {
+        **{name: budget.get(name) for name in BUDGET_OPTIONS},
+        "pad": plan.get("pad"),
+        **(method.get("options") or {}),
+        **{name: calibration.get(name) for name in ("sequences", "seq_len")},
+    }
+    for name, value in asked.items():
+        words += _option(name, value)
     return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """The words of an option; none for what was not asked for."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag] if value else []
+    return [] if value is None else [flag, str(value)]
 
 
 def load_json(path: Path) -> Any:

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flame.checkpoint.fingerprint import fingerprint
+from flame.checkpoint.fingerprint import fingerprint, is_finite
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
 from flame.models.widths import SHAPES
@@ -205,7 +204,7 @@ def _weight(source: TensorSource, axis: Axis) -> Tensor:
 
 def check_tensor_finite(name: str, tensor: Tensor) -> None:
     """Raise UserError if `tensor` has NaN or infinite values."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise UserError(
             f"{name} holds NaN or infinite values: choose a checkpoint from before training "
             "diverged"
