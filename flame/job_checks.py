@@ -84,6 +84,8 @@ def check_numbers(job: Any) -> None:
             f"lora.rank is {job.lora.rank}: adapters need a base, give --init MODEL (0 for none)"
         )
     check_schedule(job.lr_scheduler, job.training.steps)
+    if job.validation.enable:
+        raise UserError("validation.enable must be false: measure a run by `slimstate eval`")
     if job.training.dtype != "float32":
         raise UserError("training.dtype must be float32: bf16 compute is mixed_precision_param")
     if job.activation_checkpoint.mode not in ("none", "full", "selective"):

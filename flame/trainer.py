@@ -94,7 +94,8 @@ class Trainer(TitanTrainer):
         seed_step(self.job_config.debug.seed or 0, self.step)
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-        tokens = max(self._sum(torch.tensor([float(local_tokens)]))[0], 1.0)
+        # On the CPU: a GPU that works on the last step is not waited for.
+        tokens = max(summed(torch.tensor([local_tokens]))[0], 1)
         losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
         local = torch.stack(losses).sum(dim=0)
         parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
@@ -197,7 +198,7 @@ class Trainer(TitanTrainer):
         """
         asked = float(self.signals.received > 0)
         said = torch.stack([norm.to(losses), torch.tensor(asked).to(losses)])
-        *self.losses, norms, requests = self._sum(torch.cat([losses, said]))
+        *self.losses, norms, requests = summed(torch.cat([losses, said]))
         self.gradient_norm = norms / world_size()
         self.stop_asked = requests > 0
         return all(map(math.isfinite, (*self.losses, norms)))
@@ -219,19 +220,19 @@ class Trainer(TitanTrainer):
         extra |= {f"loss/{name}": value for name, value in parts}
         monitor.log(self.step, total, worst, self.gradient_norm, extra_metrics=extra)
 
-    def _sum(self, values: Tensor) -> list[float]:
-        """`values` summed over all ranks."""
-        values = values.to(self.device)
-        if world_size() > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
     def _tokens_per_step(self) -> int:
         training = self.job_config.training
         return training.global_batch_size * training.seq_len
+
+
+def summed(values: Tensor) -> list[float]:
+    """`values` summed over all ranks. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
 
 
 def without_checkpoints(job: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from flame.errors import UserError
+from tests.flame.jobs import make_job
 
 LR = 0.5
 
@@ -34,9 +36,7 @@ def rates(schedules: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[
     return found
 
 
-def formula(
-    step: int, total: int, warmup: int, decay: int, kind: str, least: float = 0.0
-) -> float:
+def formula(step: int, total: int, warmup: int, decay: int, kind: str, least: float = 0.0) -> float:
     if step < warmup:
         return LR * (step + 1) / warmup
     if step <= total - decay:
@@ -103,3 +103,14 @@ def test_nonsense_is_refused(settings: dict[str, Any], words: str) -> None:
     check_schedule(SimpleNamespace(**defaults), 10)
     with pytest.raises(UserError, match=words):
         check_schedule(SimpleNamespace(**(defaults | settings)), 10)
+
+
+def test_a_job_with_nonsense_is_refused_before_it_starts(assets: Path, tmp_path: Path) -> None:
+    from flame.job_checks import check_job
+
+    with pytest.raises(UserError, match="decay_ratio is 2.0"):
+        check_job(make_job(assets, tmp_path / "run", lr_scheduler__decay_ratio=2.0), 1)
+    with pytest.raises(UserError, match="max_nonfinite_steps is 0"):
+        check_job(make_job(assets, tmp_path / "run", training__max_nonfinite_steps=0), 1)
+    with pytest.raises(UserError, match="slimstate eval"):
+        check_job(make_job(assets, tmp_path / "run", validation__enable=True), 1)

@@ -1,6 +1,7 @@
 """Training jobs on real gloo processes: resume, start, world sizes, LoRA, gradients."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,40 @@ import torch
 
 from flame.errors import UserError
 from tests.distributed import run_distributed
-from tests.flame.jobs import TINY, largest_difference, losses_of, make_job, tensors_of, train_job
+from tests.flame.jobs import (
+    TINY,
+    largest_difference,
+    losses_of,
+    make_job,
+    scalars_of,
+    tensors_of,
+    train_job,
+)
 
 
 def test_training_lowers_the_loss(two_ranks: Path) -> None:
     losses = losses_of(two_ranks)
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_tensorboard_has_a_curve_of_everything(two_ranks: Path) -> None:
+    """Resident memory stands for the GPU's; without a teacher the loss is the cross entropy."""
+    tags = (
+        "loss/cross_entropy", "loss/kl", "loss/hidden", "lr", "grad_norm", "tokens_per_second",
+        "memory/max_reserved(GiB)", "skipped_steps", "n_tokens_seen",
+    )  # fmt: skip
+    curves = {tag: scalars_of(two_ranks, tag) for tag in tags}
+    assert all(sorted(curve) == [1, 2, 3, 4, 5, 6] for curve in curves.values())
+    assert list(curves["loss/cross_entropy"].values()) == losses_of(two_ranks)
+    for tag in ("grad_norm", "tokens_per_second", "memory/max_reserved(GiB)"):
+        assert min(curves[tag].values()) > 0, tag
+    for tag in ("loss/kl", "loss/hidden", "skipped_steps"):
+        assert set(curves[tag].values()) == {0}, tag
+    cosine = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    expected = [3e-3 * factor for factor in (0.5, 1.0, *cosine)]
+    assert list(curves["lr"].values()) == pytest.approx(expected, rel=1e-6)
+    assert curves["n_tokens_seen"][6] == 6 * 8 * 64
 
 
 def test_run_folder_is_complete(two_ranks: Path) -> None:
