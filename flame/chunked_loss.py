@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 IGNORE_INDEX = -100
 """Label of a token that has no loss."""
 
-LOGITS_AT_A_TIME = 2**25
-"""Logits of one chunk, unless the tokens of a chunk are given: 128 MiB in fp32."""
+LOGITS_AT_A_TIME = 2**24
+"""Logits of one chunk, unless the tokens of a chunk are given: 64 MiB in fp32."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Distill:
     """Weight of the distance of the layers' outputs from the teacher's (`flame.objective`)."""
 
     chunk_tokens: int = 0
-    """Tokens whose logits exist together, teacher or not; 0: what makes 2²⁵ logits."""
+    """Tokens whose logits exist together, teacher or not; 0: what makes 2²⁴ logits."""
 
 
 @dataclass
