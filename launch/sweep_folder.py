@@ -57,9 +57,11 @@ class SweepFolder:
             raise UserError(f"output {self.path} holds the model {inside}: choose another")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file: choose a folder")
-        if overwrite or not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or not any(self.path.iterdir()):
             return
         begun = self._settings()
+        if overwrite:
+            return
         for key, value in _plain(settings).items():
             if begun.get(key) != value:
                 raise UserError(
@@ -69,13 +71,13 @@ class SweepFolder:
 
     def begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         """Make the folder ready for the workers. One process does it alone."""
-        if overwrite and self.path.exists():
-            self._settings()
+        if overwrite and (self.path / SETTINGS_FILE).is_file():
             shutil.rmtree(self.path)
-        for name in ("points", "plans", "logs", ".claims"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
+        # First, so that a folder without it is somebody else's.
         if not (self.path / SETTINGS_FILE).is_file():
             _write(self.path / SETTINGS_FILE, {"kind": f"{KIND} settings", **settings})
+        for name in ("points", "plans", "logs", ".claims"):
+            (self.path / name).mkdir(exist_ok=True)
         for failed in (self.path / "points").glob("*.failed"):
             failed.unlink()
 

@@ -82,7 +82,11 @@ class Sweep:
     def own_table(self) -> Table | None:
         """A row for each point with a ratio of its own."""
         rows = [row for row in self.rows if row["own_ratio"]]
-        return rows_table(rows) if rows else None
+        if not rows:
+            return None
+        # Where there is no other table, the control stands in this one.
+        control = {"method": "dense", **self.controls} if len(rows) == len(self.rows) else None
+        return rows_table([control, *rows] if control else rows)
 
     def _control_line(self) -> list[dict[str, Any]]:
         known = {s: f"{v:,.2f}" for s, v in self.controls.items() if v is not None}

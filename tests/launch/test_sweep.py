@@ -178,6 +178,7 @@ def test_places_that_are_taken_are_refused(root: Path, tmp_path: Path) -> None:
     assert "holds the model" in refused(root, *half)
     assert "is a file" in refused(tmp_path / "file", *half)
     assert "is not empty and no sweep" in refused(tmp_path / "full", *half)
+    assert "is not empty and no sweep" in refused(tmp_path / "full", *half, "--overwrite")
 
 
 def test_other_options_in_a_folder_are_refused_and_more_points_are_not(tmp_path: Path) -> None:
@@ -189,6 +190,10 @@ def test_other_options_in_a_folder_are_refused_and_more_points_are_not(tmp_path:
     with pytest.raises(UserError, match=r'begun with calibration \["--sequences", "3"\], not'):
         folder.check(other, False, model)
     folder.check(other, True, model)
+    folder.keep("a", {"name": "a"})
+    folder.begin(other, overwrite=True)
+    assert folder.record("a") is None
+    folder.check(other, False, model)
 
 
 def test_a_point_belongs_to_one_process_and_a_failed_one_is_tried_once(tmp_path: Path) -> None:
