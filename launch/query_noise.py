@@ -111,7 +111,7 @@ def query_noise(
     adapter = ADAPTERS[config["model_type"]]
     with tap_ops(model, adapter, lambda call: records.extend(call_noise(call, asked, length))):
         model(input_ids=tokens, use_cache=False)
-    return records
+    return sorted(records, key=lambda record: (record.layer, record.head))
 
 
 def call_noise(call: OpCall, asked: Int[Tensor, "B n"], length: int) -> list[QueryNoise]:
@@ -131,7 +131,7 @@ def call_noise(call: OpCall, asked: Int[Tensor, "B n"], length: int) -> list[Que
     return [
         QueryNoise(
             layer=call.layer,
-            head=head,
+            head=head if call.heads is None else call.heads[head],
             stable_rank=float(stable[head]),
             utilisation=float(used[head]),
             amplification=float(amplified[head]),

@@ -6,10 +6,11 @@ Sequences are dealt to the ranks in turn, each a batch of its own, so that figur
 the number of processes. On a CPU the states are made in float64 from the activations of the model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -24,8 +25,9 @@ from flame.distributed import (
     world_size,
 )
 from flame.errors import UserError
+from flame.models.widths import LayerWidths
 from flame.progress import progress
-from pruning.adapters import ADAPTERS, Adapter
+from pruning.adapters import ADAPTERS, PRUNED, Adapter
 from pruning.collect import compute_dtype
 from pruning.spaces import Space
 from pruning.state_rank import (
@@ -65,8 +67,11 @@ class Analysis:
 def linear_spaces(config: dict) -> tuple[Adapter, list[Space]]:
     """The adapter of a model and one key space for each layer with a recurrent state.
 
+    A model whose heads differ in width has no spaces.
+
     Raises:
-        UserError: the model has no such layer, or is of a family that has no adapter.
+        UserError: the model has no such layer, is of a family that has no adapter, or its layers
+            differ in their number of heads.
     """
     family = config.get("model_type")
     if family not in ADAPTERS:
@@ -74,6 +79,9 @@ def linear_spaces(config: dict) -> tuple[Adapter, list[Space]]:
             f"{family} is no family with linear-attention layers that this can analyse: "
             f"it knows {', '.join(sorted(ADAPTERS))}"
         )
+    if family in PRUNED:
+        _check_heads(PRUNED[family].widths(config))
+        return PRUNED[family], []
     adapter = ADAPTERS[family]
     spaces = [space for space in adapter.spaces(config) if space.kind == "key"]
     if not spaces:
@@ -81,6 +89,15 @@ def linear_spaces(config: dict) -> tuple[Adapter, list[Space]]:
             "the model has no linear-attention layer: config.json's attn names every layer"
         )
     return adapter, spaces
+
+
+def _check_heads(widths: Mapping[int, LayerWidths]) -> None:
+    counts = sorted({layer.value_heads for layer in widths.values()})
+    if len(counts) > 1:
+        raise UserError(
+            f"the model's layers have {counts[0]} to {counts[-1]} heads, and heads are compared "
+            "between layers: analyse the dense model, or one with as many heads in each layer"
+        )
 
 
 def analyse_states(
@@ -101,7 +118,7 @@ def analyse_states(
         UserError: on every rank: the model has no linear-attention layer, or a state is not finite
             (layer, head and time are named).
     """
-    adapter, spaces = linear_spaces(reference.config)
+    adapter, _ = linear_spaces(reference.config)
     model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
     watch = _Watch(operator_for(adapter), list(times), epsilon)
     peers, own = Peers(), {}
@@ -114,7 +131,7 @@ def analyse_states(
             _forward(model, rows[mine] if mine < len(rows) else rows[0][:, :1])
             peers.agree(watch.complain)
             if mine < len(rows):
-                own[mine] = watch.found
+                own[mine] = {layer: _joined(parts) for layer, parts in watch.found.items()}
     found = {row: seen for part in gather_objects(own) for row, seen in part.items()}
     return _gathered([found[row] for row in range(len(rows))], list(times))
 
@@ -125,6 +142,19 @@ class _Seen:
 
     values: dict[str, Tensor]
     spectrum: Tensor
+    heads: tuple[int, ...] | None = None
+    """Which heads of the layer they are of; None for all."""
+
+
+def _joined(parts: list[_Seen]) -> _Seen:
+    """The heads of a layer that made several calls, in order; narrow spectra end in zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([head for part in parts for head in part.heads or ()]).argsort()
+    values = {name: torch.cat([part.values[name] for part in parts])[order] for name in METRICS}
+    widest = max(part.spectrum.shape[-1] for part in parts)
+    spectra = [F.pad(part.spectrum, (0, widest - part.spectrum.shape[-1])) for part in parts]
+    return _Seen(values, torch.cat(spectra)[order])
 
 
 class _Watch:
@@ -132,7 +162,7 @@ class _Watch:
 
     def __init__(self, operator: Operator, times: list[int], epsilon: float) -> None:
         self.operator, self.times, self.epsilon = operator, times, epsilon
-        self.found: dict[int, _Seen] = {}
+        self.found: dict[int, list[_Seen]] = {}
         self.counting = False
         self.complaint: UserError | None = None
 
@@ -148,13 +178,13 @@ class _Watch:
         if not self.counting or self.complaint is not None:
             return
         try:
-            self.found[call.layer] = self._measure(call)
+            self.found.setdefault(call.layer, []).append(self._measure(call))
         except UserError as error:
             self.complaint = error
 
     def _measure(self, call: OpCall) -> _Seen:
         spectra = [
-            singular_values(_finite(state[0], call.layer, time)).cpu()
+            singular_values(_finite(state[0], call, time)).cpu()
             for time, state in zip(self.times, self._states(call), strict=True)
         ]
         measures = measure(torch.stack(spectra, 1), self.epsilon)
@@ -162,7 +192,7 @@ class _Watch:
         values = {name: getattr(measures, name) for name in MEASURES}
         for name, x in means.items():
             values[name] = segment_means(x[0], self.times).T.cpu()
-        return _Seen(values, spectra[-1])
+        return _Seen(values, spectra[-1], call.heads)
 
     def _states(self, call: OpCall) -> Iterator[Float[Tensor, "1 H K V"]]:
         keys = call.k if call.given_k is None else call.given_k
@@ -174,12 +204,13 @@ class _Watch:
         return states_at(self.operator, self.times, k, v, beta, g, call.normalizes, call.steps)
 
 
-def _finite(state: Float[Tensor, "H K V"], layer: int, time: int) -> Tensor:
+def _finite(state: Float[Tensor, "H K V"], call: OpCall, time: int) -> Tensor:
     bad = (~torch.isfinite(state)).flatten(1).any(1)
     if bool(bad.any()):
         head = int(bad.nonzero()[0])
+        head = head if call.heads is None else call.heads[head]
         raise UserError(
-            f"layer {layer} head {head}: the state after token {time} is not finite: "
+            f"layer {call.layer} head {head}: the state after token {time} is not finite: "
             "check the model's weights"
         )
     return state

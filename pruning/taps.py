@@ -59,6 +59,8 @@ class OpCall:
     """Rows of k for each token."""
     sampled: tuple[Int[Tensor, " nq"], Int[Tensor, " nk"]] | None = None
     """The tokens whose query and whose key belong to a random subset; None for all of them."""
+    heads: tuple[int, ...] | None = None
+    """The value heads of the call in a layer that makes several, one a key width; None for all."""
 
     @property
     def tokens(self) -> int:
@@ -164,9 +166,11 @@ class _Watch:
         self.layer: int | None = None
         self.steps: int | None = None
         self.unnormalised: list[Tensor] = []
+        self.heads: list[tuple[int, ...]] = []
 
     def enter(self, layer: int, mixer: nn.Module) -> None:
         self.layer, self.steps = layer, getattr(mixer, "num_householder", None)
+        self.heads = list(getattr(mixer, "heads_of_calls", ()))
         self.unnormalised.clear()
 
     def leave(self) -> None:
@@ -208,6 +212,9 @@ class _Watch:
             )
             if self.steps is not None:
                 _unroll(call, self.steps)
+        if self.heads:
+            call.heads = self.heads.pop(0)
+        self.unnormalised.clear()
         self.on_call(call)
 
 

@@ -59,6 +59,14 @@ class Mixer(nn.Module):
             self.o_norm = RMSNorm(width, eps=config.norm_eps, dtype=torch.float32)
         self.o_proj = nn.Linear(rows, self.hidden_size, bias=False)
 
+    @property
+    def heads_of_calls(self) -> list[tuple[int, ...]]:
+        """The value heads of each call of the delta rule, in order; empty if one serves all."""
+        if len(self.groups) == 1:
+            return []
+        size = self.widths.group
+        return [tuple(h * size + i for h in group for i in range(size)) for group in self.groups]
+
     def add_convolutions(self, config: Any, rows: Mapping[str, int]) -> None:
         """Make the convolutions of q, k and v, which have so many channels."""
         for name, size in rows.items():

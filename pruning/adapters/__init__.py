@@ -7,17 +7,24 @@ from pruning.adapters.gated_deltanet import GatedDeltaNet
 from pruning.adapters.gated_deltaproduct import GatedDeltaProduct
 from pruning.adapters.interface import Adapter, Config
 from pruning.adapters.kda import Kda
-from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET
+from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET, Ragged
 
-PRUNED: dict[str, Adapter] = {
+PRUNED: dict[str, Ragged] = {
     adapter.model_type: adapter for adapter in (SLIM_DELTA_NET, SLIM_GATED_DELTANET)
 }
 """Families that pruning makes: measured and tapped like any other, but not pruned again."""
 
+_DENSE: tuple[Adapter, ...] = (
+    DeltaNet(),
+    DeltaNet2(),
+    GatedDeltaNet(),
+    GatedDeltaProduct(),
+    Kda(),
+)
+
 ADAPTERS: dict[str, Adapter] = {
-    adapter.model_type: adapter
-    for adapter in (DeltaNet(), DeltaNet2(), GatedDeltaNet(), GatedDeltaProduct(), Kda())
-} | PRUNED
+    adapter.model_type: adapter for adapter in (*_DENSE, *PRUNED.values())
+}
 
 TIED: dict[str, str] = {
     "kimi_linear": "linear_head_dim is both its key and its value width",

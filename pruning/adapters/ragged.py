@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from flame.errors import UserError
-from flame.models.widths import layer_widths
+from flame.models.widths import LayerWidths, layer_widths
 from pruning.adapters import delta_net, gated_deltanet
 from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import FLOAT32_BYTES, with_defaults
@@ -45,8 +45,11 @@ class Ragged:
 
     def state_bytes(self, config: Config) -> int:
         """The states of all heads as wide as they are, in float32."""
-        widths = layer_widths(with_defaults(config, self.defaults))
-        return FLOAT32_BYTES * sum(layer.state_floats for layer in widths.values())
+        return FLOAT32_BYTES * sum(layer.state_floats for layer in self.widths(config).values())
+
+    def widths(self, config: Config) -> dict[int, LayerWidths]:
+        """The widths of each layer with a recurrent state."""
+        return layer_widths(with_defaults(config, self.defaults))
 
     def _refuse(self) -> NoReturn:
         raise UserError(

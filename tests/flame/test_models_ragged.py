@@ -28,22 +28,24 @@ LENGTHS = [100, 12]
 """In evaluation mode fla takes the chunked operator above 64 tokens, the recurrent one below."""
 
 
-def cut(config: dict[str, Any]) -> tuple[dict[str, Any], dict[int, tuple]]:
+def cut(
+    config: dict[str, Any], keys_alone: bool = False
+) -> tuple[dict[str, Any], dict[int, tuple]]:
     """A ragged config, and by layer the heads, key channels by head, value channels that it keeps.
 
-    The first layer loses a head, the last some value channels; key widths are 5, 9 and the full
-    ones, in an order that brings heads of equal width apart.
+    The first layer loses a head, the last some value channels, unless keys alone are cut; key
+    widths are 5, 9 and the full ones, in an order that brings heads of equal width apart.
     """
     dense = build(slim_config(config, {}), device="meta").config.layer_widths()
     kept = {}
     for layer, full in dense.items():
-        heads = list(range(full.heads))[1 if layer == 0 else 0 :]
+        heads = list(range(full.heads))[layer == 0 and not keys_alone :]
         widths = [(5, full.keys[0], 9)[(head + layer) % 3] for head in heads]
         keys = [
             torch.randperm(full.keys[0], generator=torch.Generator().manual_seed(head))[:width]
             for head, width in zip(heads, widths, strict=True)
         ]
-        values = [c for c in range(full.value) if layer != max(dense) or c % 3]
+        values = [c for c in range(full.value) if keys_alone or layer != max(dense) or c % 3]
         kept[layer] = (heads, [sorted(row.tolist()) for row in keys], values, full)
     depth = range(config["num_hidden_layers"])
     lists = {
@@ -106,11 +108,11 @@ def norm_over_kept(dense: nn.Module, kept: dict[int, tuple]) -> None:
         norm.eps *= share
 
 
-def pair(name: str) -> tuple[nn.Module, nn.Module]:
+def pair(name: str, keys_alone: bool = False) -> tuple[nn.Module, nn.Module]:
     """A ragged model and the masked dense model that it must equal."""
     config = tiny_config(name)
     dense = build(config)
-    ragged_config, kept = cut(config)
+    ragged_config, kept = cut(config, keys_alone)
     sliced, masked = sliced_and_masked(dense, kept)
     ragged = build(ragged_config)
     ragged.load_state_dict(sliced)
