@@ -141,15 +141,9 @@ def _chart(
 
 def _notes(sweep: Sweep) -> str:
     """What methods said of their plans."""
-    found: dict[str, list[str]] = {}
-    for row in sweep.rows:
-        for note in row.get("notes") or []:
-            found.setdefault(note, []).append(row["method"])
-    lines = [
-        f"<p><b>{escape(', '.join(dict.fromkeys(methods)))}</b>: {escape(note)}</p>"
-        for note, methods in found.items()
-    ]
-    return section("What the methods say", "", "".join(lines)) if lines else ""
+    found = dict.fromkeys(note for row in sweep.rows for note in row.get("notes") or [])
+    lines = "".join(f"<p>{escape(note)}</p>" for note in found)
+    return section("What the methods say", "", lines) if lines else ""
 
 
 def _record(results: Mapping[str, Any]) -> str:
