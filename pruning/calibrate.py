@@ -154,7 +154,7 @@ def calibrate(
 def warn_of_few_tokens(data: "CalibrationData", spaces: "list[Space]") -> None:
     """Say what it means if there are fewer calibration tokens than key channels in a head."""
     tokens = data.sequences * data.seq_len
-    channels = max(space.head_dim for space in spaces if space.kind == "key")
+    channels = max((space.head_dim for space in spaces if space.kind == "key"), default=0)
     if tokens < channels:
         log.warning(
             "slimstate: warning: %d calibration tokens for %d key channels a head: the Gram "

@@ -5,6 +5,7 @@ gradient and no step is taken. Sums are float64 and sharded like the weights, so
 its rows only.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -53,7 +54,10 @@ class WeightGradients:
             counts: whether this rank's sequence does; it runs in any case, since the ranks reduce
                 together.
         """
-        loss = next_token_loss(model, inputs, labels)
+        with warnings.catch_warnings():
+            # The loss changes nothing in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            loss = next_token_loss(model, inputs, labels)
         (loss if counts else loss * 0).backward()
 
     @torch.no_grad()

@@ -14,10 +14,11 @@ LAYERS = ("kernels", "flame", "pruning", "launch")
 """Our packages: each may import itself and those before it."""
 
 FLAME_FOR_PRUNING = {
-    "checkpoint", "config", "data", "distributed", "errors", "model", "models", "output",
-    "progress", "recipe", "register",
+    "checkpoint", "config", "data", "distributed", "errors", "model", "models", "objective",
+    "output", "progress", "recipe", "register",
 }  # fmt: skip
-"""Modules of flame that pruning may use: what it reads, writes and says, not how flame trains."""
+"""Modules of flame that pruning may use: what it reads, writes and says, and the loss whose
+gradients a calibration sums; not how flame trains."""
 
 MATHEMATICS = ("spaces", "linalg", "statistics", "budgets", "methods", "state_rank")
 """Modules of pruning that import torch and nothing built on it."""

@@ -30,6 +30,7 @@ from pruning.state_rank import (
     states_at,
     times,
 )
+from pruning.state_samples import sampled_states
 from pruning.taps import OpCall, tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import CONFIGS
@@ -208,6 +209,33 @@ def test_states_come_from_one_pass_over_the_tokens(gated: bool) -> None:
         flags = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
         torch.testing.assert_close(state, operator(**part, **flags)[1], rtol=1e-10, atol=1e-12)
     assert seen == [1, 1, 29, 2, 17]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_states_are_sampled_along_each_document_and_at_its_end(packed: bool) -> None:
+    torch.manual_seed(0)
+    rows, length, steps = (1, 100, 1) if packed else (2, 50, 2)
+    k, v = torch.randn(rows, length * steps, 2, 8), torch.randn(rows, length * steps, 4, 6)
+    beta, g = torch.rand(v.shape[:3]), -torch.rand(v.shape[:3])
+    bounds = torch.tensor([0, 32, 32, 33, 100]) if packed else None
+    call = OpCall(0, k[:, ::steps], k, v, beta, g, bounds, steps=steps)
+    documents = [(0, 0, 32), (0, 32, 33), (0, 33, 100)] if packed else [(0, 0, 50), (1, 0, 50)]
+    expected = []
+    for row, start, end in documents:
+        for stop in sorted({*range(start + 16, end, 16), end}):
+            part = {
+                name: x[row : row + 1, start * steps : stop * steps].double()
+                for name, x in {"q": k, "k": k, "v": v, "beta": beta, "g": g}.items()
+            }
+            flags = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+            expected.append(chunk_gated_delta_rule(**part, **flags)[1])
+    found = torch.cat(list(sampled_states(call, chunk_gated_delta_rule, every=16)))
+    assert found.dtype == torch.float64 and len(found) == len(expected)
+    # They come segment by segment, here document by document: compare them as sets.
+    ours, theirs = (
+        x.flatten(1)[x.flatten(1)[:, 0].argsort()] for x in (found, torch.cat(expected))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_threshold_rank_of_a_float32_gram_matrix_is_wrong_and_ours_is_right() -> None:
