@@ -83,6 +83,14 @@ def test_float32_is_as_exact_as_flas_naive():
         assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
 
 
+def test_low_precision_input_is_computed_in_float32():
+    x = {name: tensor.bfloat16() for name, tensor in detached(inputs(65)).items()}
+    o, state = chunks(x)
+    exact, _ = loop({name: tensor.double() for name, tensor in x.items()})
+    assert o.dtype == torch.bfloat16 and state is not None and state.dtype == torch.float32
+    assert_equal(o.double(), exact, "o", 2**-8)
+
+
 def test_packed_documents_equal_each_alone():
     """Empty, one-token and long documents, each with its own initial state."""
     x = inputs(DOCUMENTS[-1], states=len(DOCUMENTS) - 1)
