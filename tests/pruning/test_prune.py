@@ -254,6 +254,40 @@ def test_several_kinds_by_widths_of_their_own(home: Path, tmp_path: Path) -> Non
     assert plan["budget"]["space"] == "key,value,head"
 
 
+def test_projected_tensors_travel_beside_the_plan(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By plan and apply as by prune; the screen and the plan say that they are an approximation."""
+    method = ["--method", "pca", "--ratio", "0.5"]
+    stage("calibrate", home / "model", tmp_path / "stats", "--methods", "pca", *data_of(home))
+    stats = ["--stats", tmp_path / "stats"]
+    plan = tmp_path / "plan.json"
+    stage("plan_command", home / "model", plan, *method, *stats)
+    tensors = tmp_path / "plan.tensors.safetensors"
+    assert "note: pca: the projection is an approximation" in capsys.readouterr().out
+    assert [note for note in read_plan(plan).notes if "approximation" in note]
+    stage("apply", home / "model", plan, tmp_path / "two")
+    assert "note: pca: the projection is an approximation" in capsys.readouterr().out
+    stage("prune", home / "model", tmp_path / "one", *method, *stats)
+    one, two = (tensors_in(resolve(tmp_path / name).source()) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("one", "two"):
+        assert (tmp_path / name / "plan.json").read_bytes() == plan.read_bytes()
+        assert (tmp_path / name / tensors.name).read_bytes() == tensors.read_bytes()
+    with pytest.raises(UserError, match="plan.json exists"):
+        stage("plan_command", home / "model", plan, *method, *stats)
+    plan.unlink()
+    with pytest.raises(UserError, match="plan.tensors.safetensors exists"):
+        stage("plan_command", home / "model", plan, *method, *stats)
+    stage("plan_command", home / "model", plan, *method, *stats, "--overwrite")
+    with pytest.raises(UserError, match="mixes channels, which --pad cannot fill up with zeros"):
+        stage("apply", home / "model", plan, tmp_path / "padded", "--pad")
+    assert not (tmp_path / "padded").exists()
+    tensors.unlink()
+    with pytest.raises(UserError, match="plan.tensors.safetensors, which is missing"):
+        stage("apply", home / "model", plan, tmp_path / "three")
+
+
 def test_models_that_cannot_be_pruned_are_refused(home: Path, tmp_path: Path) -> None:
     def configured(name: str, config: Any) -> str:
         folder = home / name

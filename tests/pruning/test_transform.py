@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flame.checkpoint.checksums import hash_file
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import DcpSource, SafetensorsSource, TensorInfo
+from flame.checkpoint.source import DcpSource, SafetensorsSource
 from flame.checkpoint.steps import save_step, verify_step
 from flame.errors import UserError
 from pruning import apply
@@ -31,6 +31,7 @@ from tests.pruning.models import (
     write_hf,
     write_run,
 )
+from tests.pruning.uneven import uneven_plan
 
 RECIPE = """
 [job]
@@ -91,6 +92,36 @@ def test_a_training_step_is_sliced_with_its_moments_and_nothing_else(
             sliced += 1
         assert torch.equal(after.read(name), expected), name
     assert sliced == 2 * 4 * 3
+
+
+def test_padding_scales_a_norm_s_weight_and_its_moments_and_zeroes_the_rest(
+    tmp_path: Path,
+) -> None:
+    """w becomes c w, so gradients are divided by c, and their squares by c²."""
+    config = FAMILIES["gated_deltanet"]
+    model = write_run(tmp_path / "model", config, weights(config))
+    plan = uneven_plan(resolve(model), ("value",), pad=True)
+    counts = [len(plan.kept[f"layers.{layer}.value"][0]) for layer in (0, 1)]
+    apply_plan(model, plan, tmp_path / "out")
+    before, after = (
+        DcpSource(tmp_path / name / "checkpoint" / "step-7", everything=True)
+        for name in ("model", "out")
+    )
+    less = counts.index(min(counts))
+    kept, most = plan.kept[f"layers.{less}.value"][0], max(counts)
+    factor = (len(kept) / most) ** 0.5
+    name = f"model.layers.{less}.attn.o_norm.weight"
+    for entry, power in (("", 1), (".exp_avg", -1), (".exp_avg_sq", -2)):
+        full = f"optimizer.state.{name}{entry}" if entry else name
+        found = after.read(full)
+        assert found.shape == (most,)
+        assert int((found == 0).sum()) == most - len(kept)
+        expected = before.read(full)[kept] * factor**power
+        torch.testing.assert_close(found[found != 0], expected)
+    for tensor in ("v_proj", "g_proj"):
+        moment = f"optimizer.state.model.layers.{less}.attn.{tensor}.weight.exp_avg"
+        rows = after.read(moment).view(4, most, -1)
+        assert [int((head.abs().sum(1) == 0).sum()) for head in rows] == [most - len(kept)] * 4
 
 
 def test_what_lies_beside_the_weights_goes_along(tmp_path: Path) -> None:
@@ -211,6 +242,29 @@ def test_replaced_tensors_take_the_place_of_sliced_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="new.safetensors, which is missing"):
         apply_plan(model, plan, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_moments_of_replaced_tensors_begin_anew(tmp_path: Path) -> None:
+    """They are of other channels: the optimizer forgets them and counts its steps from zero."""
+    from dataclasses import replace
+
+    model = write_run(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
+    name = "model.layers.0.attn.q_proj.weight"
+    new = torch.rand(2 * 16, 64)
+    (tmp_path / "out").mkdir()
+    plan = replace(plan_for(model), projected={name: new.double()})
+    write_pruned(plan, resolve(model), tmp_path / "out", "dcp", tmp_path / "out")
+    after = DcpSource(tmp_path / "out" / "checkpoint" / "step-7", everything=True)
+    assert torch.equal(after.read(name), new)
+    for entry in ("exp_avg", "exp_avg_sq", "step"):
+        assert not after.read(f"optimizer.state.{name}.{entry}").any()
+        other = f"optimizer.state.model.layers.1.attn.q_proj.weight.{entry}"
+        assert after.read(other).any()
+    written = read_plan(tmp_path / "out" / "plan.json")
+    assert written.replaced is not None
+    tensors = tmp_path / "out" / written.replaced.file
+    assert tensors.name == "plan.tensors.safetensors"
+    assert hash_file(tensors) == written.replaced.hash
 
 
 def test_checkpoints_that_lack_what_the_plan_prunes_are_refused(tmp_path: Path) -> None:
