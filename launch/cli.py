@@ -40,7 +40,7 @@ COMMANDS = {
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),
     "report": Command("launch.report_command", "write one page about runs and their results"),
-    "sweep": Command("launch.sweep", "prune by many methods and ratios, and measure all", 2),
+    "sweep": Command("launch.sweep", "prune by many methods and ratios, and measure all"),
     "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }
 

@@ -1,5 +1,6 @@
 """What can be wrong with a sweep, checked before its first process starts."""
 
+import math
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,12 @@ def check_sweep(options: Options, world_size: int) -> None:
     # The data, the recipe and the disk are looked at once, not by every process.
     if int(os.environ.get("RANK", "0")) > 0:
         return
+    _check_space(options, reference, world_size)
     _check_text(options, reference)
     if options.needing:
         _check_calibration(options, world_size)
     if options.recovery is not None:
         _check_recovery(options)
-    _check_space(options, reference, world_size)
 
 
 def settings(options: Options, reference: "ModelReference") -> dict[str, Any]:
@@ -110,6 +111,8 @@ def _check_space(options: Options, reference: "ModelReference", world_size: int)
     from flame.checkpoint.convert import check_space
     from flame.checkpoint.source import total_bytes
 
-    models = 1 if options.recovery is None else 1 + STATES_OF_TRAINING
+    source = reference.source()
+    parameters = sum(math.prod(source.info(name).shape) for name in source.names())
+    recovered = 0 if options.recovery is None else STATES_OF_TRAINING * 4 * parameters
     at_once = len(options.names) if options.keep else min(world_size, len(options.names))
-    check_space(options.out.path.absolute(), at_once * models * total_bytes(reference.source()))
+    check_space(options.out.path.absolute(), at_once * (total_bytes(source) + recovered))

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flame.errors import UserError
+from flame.recipe import option_name
 from launch.heldout_text import HeldoutOptions
 from launch.perplexity import DTYPES
 from launch.sweep_folder import SweepFolder
 from launch.sweep_points import SYNTAX, Point, listed, numbers, points
 from launch.sweep_work import CONTINUED, DENSE, Recovery
 
+SET_BY_SWEEP = ("job.config_file", "job.dump_folder", "model.init", "model.config")
 SAVE_EVERY = 16
 """Calibration sequences between resume points."""
 
@@ -121,6 +123,9 @@ def _options(
     if values.recover is None and (overrides or values.dense_continued):
         given = overrides[0] if overrides else "--dense-continued"
         raise UserError(f"{given} is for a recovery: give --recover RECIPE.toml")
+    for name in map(option_name, overrides):
+        if name in SET_BY_SWEEP:
+            raise UserError(f"--{name} is the sweep's to set for each point: leave it out")
     found = points(methods, ratios, space, seeds)
     return Options(
         model=values.model,

@@ -141,6 +141,7 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
         ("--methods l1@key+head=0.5", "give a ratio to every kind, or to none"),
         ("--methods random --ratios 0.5 --seeds 1,x", "--seeds: x is not a whole number"),
         ("--methods l1 --ratios 0.5 --training.steps 3", "--training.steps is for a recovery"),
+        ("--methods l1 --ratios 0.5 --recover R --model.init M", "--model.init is the sweep's to"),
         ("--methods l1 --ratios 0.5 --dense-continued", "--dense-continued is for a recovery"),
         ("--methods l1 --ratios 0.5,1.5", "l1@key=1.5: ratio 1.5 is not between 0 and 1"),
         ("--methods l1 --ratios 0.5,half", "l1@key=half: ratio 'half' is not a number"),
@@ -179,6 +180,22 @@ def test_places_that_are_taken_are_refused(root: Path, tmp_path: Path) -> None:
     assert "is a file" in refused(tmp_path / "file", *half)
     assert "is not empty and no sweep" in refused(tmp_path / "full", *half)
     assert "is not empty and no sweep" in refused(tmp_path / "full", *half, "--overwrite")
+
+
+def test_room_is_asked_for_before_work(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(*words: str) -> float:
+        with pytest.raises(UserError, match=r"GB, .* free") as error:
+            line = [str(root / "dense"), str(tmp_path / "out"), "--methods", "l1,l2", *words]
+            sweep.check(sweep.parse([*line, "--ratios", "0.5", "--max-sequences", "1"]), 2)
+        return float(re.findall(r"needs (\S+) GB", str(error.value))[0])
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("flame.checkpoint.source.total_bytes", lambda source: 10**9)
+    # Two processes hold a model each; kept are the two pruned models and the dense one's place.
+    assert needed() == 2 and needed("--keep") == 3
 
 
 def test_other_options_in_a_folder_are_refused_and_more_points_are_not(tmp_path: Path) -> None:
@@ -232,6 +249,10 @@ def test_sweep_on_two_processes_is_the_one_on_one(root: Path, tmp_path: Path) ->
     drawn = [row for row in two if row["method"] == "random"]
     assert all(len(set(row["before_all"])) == 2 and row["before_spread"] > 0 for row in drawn)
     assert not list((tmp_path / "two" / "models").iterdir())
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("points/*")}
+    run_distributed(run_alone, 2, [words[0], str(tmp_path / "two"), *words[1:]])
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert rows(tmp_path / "two") == one
     again = _measured_alone(root, tmp_path / "two" / "plans" / "drrqr@key=0.5", tmp_path / "half")
     assert again == next(r["before"] for r in two if (r["method"], r["ratio"]) == ("drrqr", "0.5"))
 
