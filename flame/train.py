@@ -18,7 +18,11 @@ from flame.recipe import read_tables, recipe_path
 STOP_SECONDS = 600
 """Time that a launcher gives this stage after a signal, for a step and its checkpoint."""
 
-SHORTHANDS = {"--config": "--job.config_file", "--init": "--model.init"}
+SHORTHANDS = {
+    "--config": "--job.config_file",
+    "--init": "--model.init",
+    "--merge": "--lora.merge",
+}
 """Options of the command line for torchtitan's dotted ones."""
 
 USAGE = """usage: slimstate train --config RECIPE.toml [--init MODEL] [--section.key VALUE …]
@@ -28,11 +32,14 @@ Train a causal language model from a TOML recipe with torchtitan's sections. A r
 
   --config RECIPE.toml   the recipe (or the recipe.toml of a run folder)
   --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
+  --merge                end a LoRA run by writing it merged, as the run folder merged/ in it
+                         (the default; --lora.no-merge leaves it out)
   --section.key VALUE    override a key of the recipe, e.g. --training.steps 200
   --estimate             print the memory that each GPU of --nnodes x --nproc will need, and stop
 
 SIGTERM, as a scheduler sends it, and Ctrl-C end the job after the step in hand, which is saved; the
-exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends it at once."""
+exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends it at once. Plain
+torchrun kills after 30 s: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the time of a step and a save."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """How many processes run a stage, and where they meet: the options, and what is wrong with them."""
 
 import argparse
+import os
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from flame.errors import UserError
+
+STORE_SECONDS = 5.0
+"""Time that a node which came before has to answer at the rendezvous endpoint."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Topology:
         # Of several nodes without ranks, the one that finds the port free becomes the host.
         hosts = self.nnodes == 1 or self.node_rank == 0
         _check_port(host.strip("[]"), int(port), must_be_free=hosts)
+        if not hosts and _is_taken(host.strip("[]"), int(port)):
+            _check_store(host.strip("[]"), int(port))
 
 
 def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
@@ -151,6 +159,41 @@ def _check_port(host: str, port: int, must_be_free: bool) -> None:
                 f"--rdzv-endpoint {host}:{port} cannot be opened here ({error.strerror}): "
                 "choose a free port of this node"
             ) from error
+
+
+def _is_taken(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), STORE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _check_store(host: str, port: int) -> None:
+    """Refuse a port where something else answers than a node that came before this one."""
+    answers: list[bool] = []
+    # The client's own time limit does not hold while it waits for a first word: a thread waits.
+    worker = threading.Thread(target=lambda: answers.append(_is_store(host, port)), daemon=True)
+    worker.start()
+    worker.join(STORE_SECONDS)
+    if not (answers and answers[0]):
+        raise UserError(
+            f"--rdzv-endpoint {host}:{port} is taken by something that is no torchrun job: "
+            "choose a free port"
+        )
+
+
+def _is_store(host: str, port: int) -> bool:
+    # Of what is no store torch's sockets complain at length.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=STORE_SECONDS)
+    try:
+        dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+    except RuntimeError:
+        return False
+    return True
 
 
 def device_count(nproc: int) -> int:

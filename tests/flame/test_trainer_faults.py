@@ -157,6 +157,7 @@ def long_job(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", ["slimstate", "torchrun"])
 def test_a_stopped_command_goes_on(
@@ -169,7 +170,7 @@ def test_a_stopped_command_goes_on(
     )
     wait_for(process, "step: 10 ")
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert "stopped after step" in out
     # torchrun ends with a status and words of its own.
     if command == "slimstate":
@@ -183,6 +184,7 @@ def test_a_stopped_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_one_stopped_process_says_so_by_its_status(assets: Path, tmp_path: Path) -> None:
     job = make_job(assets, tmp_path / "run", training__steps=400, lr_scheduler__total_steps=400)
     words = command_line("slimstate", job, nproc=1)
@@ -191,7 +193,7 @@ def test_one_stopped_process_says_so_by_its_status(assets: Path, tmp_path: Path)
     )
     wait_for(process, "step: 1 ")
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert "stopped after step" in out
     assert (process.returncode, err) == (143, "")
 

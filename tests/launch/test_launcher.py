@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,8 +226,19 @@ def test_taken_port_is_refused() -> None:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UserError, match=r"cannot be opened here \(Address already in use\)"):
             Topology(nproc=2, rdzv_endpoint=endpoint).check()
-        # Another node may be the host.
-        Topology(nnodes=2, node_rank=1, rdzv_endpoint=endpoint).check()
+
+
+def test_port_of_something_else_is_refused_by_the_nodes_that_join() -> None:
+    """torchrun would wait there for ever; where a job's first node answers, the others go on."""
+    import torch.distributed as dist
+
+    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        for topology in (Topology(nnodes=2, node_rank=1), Topology(nnodes=2)):
+            replace(topology, rdzv_endpoint=f"127.0.0.1:{first.port}").check()
+            with pytest.raises(UserError, match="taken by something that is no torchrun job"):
+                replace(topology, rdzv_endpoint=endpoint).check()
 
 
 def test_cause_precedes_its_consequences(tmp_path: Path) -> None:

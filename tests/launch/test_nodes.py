@@ -41,6 +41,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_nodes_do_what_one_does(assets: Path, tmp_path: Path) -> None:
     """Pretrain under torchrun, prune and recover by our launcher, 2 x 2 processes against 4."""
     from pruning import prune
@@ -63,6 +64,7 @@ def test_two_nodes_do_what_one_does(assets: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_lost_node_does_not_end_an_elastic_job(assets: Path, tmp_path: Path) -> None:
     """The other node goes on alone from the last whole step, over the same tokens."""
     options: dict[str, Any] = {
@@ -94,6 +96,7 @@ def test_a_lost_node_does_not_end_an_elastic_job(assets: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_stopped_process_is_named_within_the_timeout(assets: Path, tmp_path: Path) -> None:
     options = {
         "training__steps": 4000, "lr_scheduler__total_steps": 4000, "checkpoint__interval": 5,
@@ -106,7 +109,7 @@ def test_a_stopped_process_is_named_within_the_timeout(assets: Path, tmp_path: P
         _wait_until(lambda: any(tmp_path.glob("run/checkpoint/step-5")))
         (worker,) = [pid for pid in _children(node.pid) if _environment(pid).get("RANK") == "1"]
         os.kill(worker, signal.SIGSTOP)
-        out, err = node.communicate(timeout=120)
+        out, err = node.communicate(timeout=600)
     finally:
         node.kill()
     assert node.returncode == 1
