@@ -7,7 +7,7 @@ from flame.errors import UserError
 from flame.models.widths import LayerWidths, layer_widths
 from pruning.adapters import delta_net, gated_deltanet
 from pruning.adapters.interface import Config, Site
-from pruning.adapters.projections import FLOAT32_BYTES, with_defaults
+from pruning.adapters.projections import FLOAT32_BYTES, positive_integer, with_defaults
 from pruning.spaces import Space
 
 
@@ -48,8 +48,14 @@ class Ragged:
         return FLOAT32_BYTES * sum(layer.state_floats for layer in self.widths(config).values())
 
     def widths(self, config: Config) -> dict[int, LayerWidths]:
-        """The widths of each layer with a recurrent state."""
-        return layer_widths(with_defaults(config, self.defaults))
+        """The widths of each layer with a recurrent state; UserError for a config without sense."""
+        full = with_defaults(config, self.defaults)
+        for key in ("num_heads", "hidden_size", "num_hidden_layers"):
+            positive_integer(full, key)
+        try:
+            return layer_widths({**full, "model_type": self.model_type})
+        except ValueError as error:
+            raise UserError(f"config: {error}") from error
 
     def _refuse(self) -> NoReturn:
         raise UserError(

@@ -13,7 +13,7 @@ from flame.errors import UserError
 from flame.models.widths import slim_config
 from launch.query_noise import query_noise
 from pruning.adapters import ADAPTERS, PRUNED, adapter_for
-from pruning.state_analysis import Analysis, analyse_states
+from pruning.state_analysis import Analysis, analyse_states, linear_spaces
 from pruning.taps import OpCall, tap_ops
 from tests.flame.test_models_ragged import pair, same_scale
 from tests.pruning.families import tiny_config, tokens
@@ -88,12 +88,18 @@ def test_query_noise_is_of_every_head_once() -> None:
         assert ours.stable_rank == pytest.approx(theirs.stable_rank, rel=1e-4)
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused() -> None:
     config = slim_config(tiny_config("gated_deltanet"), {"heads": [1, 2, 2]})
-    from pruning.state_analysis import linear_spaces
-
     with pytest.raises(UserError, match="layers have 1 to 2 heads"):
         linear_spaces(config)
+
+
+def test_a_config_without_sense_is_named() -> None:
+    config = slim_config(tiny_config("gated_deltanet"), {"heads": [1, 2]})
+    with pytest.raises(UserError, match=r"config: widths.heads is \[1, 2\]: .* 3 layers"):
+        PRUNED["slim_gated_deltanet"].state_bytes(config)
+    with pytest.raises(UserError, match="num_heads is 0"):
+        PRUNED["slim_gated_deltanet"].state_bytes({**config, "num_heads": 0})
 
 
 @pytest.mark.parametrize("family", PRUNED)
