@@ -75,9 +75,14 @@ def kernel_lines(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+DELTA_OPERATORS = ("delta_rule", "delta_product", "kda")
+"""What the names of operators and kernels of the delta rule have in them."""
+
+
 def delta_kernels(names: list[str]) -> str:
     """The operators of the delta rule among `names`, and whose they are."""
-    found = [name for name in names if "delta_rule" in name.rpartition(".")[2]]
+    bare = {name: name.rpartition(".")[2] for name in names}
+    found = [name for name in names if any(word in bare[name] for word in DELTA_OPERATORS)]
     if not found:
         return "no delta-rule operator"
     compiled = [name for name in found if name.startswith("triton: ")]

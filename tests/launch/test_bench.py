@@ -160,6 +160,8 @@ def test_operators_are_those_that_other_code_calls() -> None:
     triton = ["triton: l2norm_fwd_kernel", "triton: chunk_gated_delta_rule_fwd_kernel_h"]
     assert delta_kernels(triton) == "fla's Triton kernels (chunk_gated_delta_rule_fwd_kernel_h)"
     assert delta_kernels([]) == "no delta-rule operator"
+    own = ["norms.l2norm_fwd", "kda.chunk_kda", "gated_delta_product.chunk_gated_delta_product"]
+    assert delta_kernels(own) == f"this project's PyTorch operators ({', '.join(own[1:])})"
 
 
 def test_models_are_named_by_what_tells_them_apart() -> None:
