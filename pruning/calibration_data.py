@@ -99,7 +99,7 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
         UserError: the tokenizer is not the model's, the data is not there or too short, or the
             processes do not divide its virtual shards.
     """
-    from flame.data.loader import TooShort, check_enough, check_order, check_vocabulary
+    from flame.data.loader import TooShortError, check_enough, check_order, check_vocabulary
     from flame.data.tokenizer import load_tokenizer
 
     check_order(data.config.virtual_shards, world_size)
@@ -108,7 +108,7 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
     documents = data.documents()
     try:
         check_enough(documents, tokenizer, data.config, data.seq_len, data.sequences)
-    except TooShort as error:
+    except TooShortError as error:
         raise UserError(data.too_short(error.found)) from error
 
 

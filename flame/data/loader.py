@@ -298,7 +298,7 @@ def _check_rows(
             raise _too_short(documents, text, len(sequences), seq_len)
 
 
-class TooShort(UserError):
+class TooShortError(UserError):
     """The data has fewer sequences than are asked for; `found` says how many."""
 
     def __init__(self, message: str, found: str) -> None:
@@ -306,8 +306,8 @@ class TooShort(UserError):
         self.found = found
 
 
-def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> TooShort:
-    return TooShort(
+def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> TooShortError:
+    return TooShortError(
         f"{documents.name} is shorter than one global batch of {batch} sequences of {seq_len} "
         f"tokens: {found}; give more text, or a smaller batch or seq_len",
         f"in {documents.name} {found}",
