@@ -1,6 +1,8 @@
 """Contract of every registered adapter, against the stock models themselves."""
 
 import copy
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -276,6 +278,41 @@ def test_delta_net_knobs_round_trip_for_every_width() -> None:
             resized = adapter.resize(config, widths(spaces, k))
             assert int(hidden * resized["expand_k"]) == heads * k
             assert adapter.spaces(resized)[0].head_dim == k
+
+
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+def test_sizes_of_several_kinds_round_trip_through_the_knobs(family: str) -> None:
+    """As the stock layers compute them, with their demand that products be whole numbers."""
+    adapter, checked = ADAPTERS[family], 0
+    for hidden, heads, d_k, d_v in ((1000, 10, 100, 50), (1536, 12, 98, 128), (720, 6, 120, 77)):
+        config: dict[str, Any] = {"model_type": family, "hidden_size": hidden, "num_heads": heads}
+        if family == "delta_net":
+            config |= {"expand_k": heads * d_k / hidden, "expand_v": heads * d_v / hidden}
+        else:
+            config |= {"num_v_heads": 3 * heads, "head_dim": d_k, "expand_v": d_v / d_k}
+        spaces = adapter.spaces(config)
+        sizes = {space.kind: space.head_dim for space in spaces}
+        for k, v, h in itertools.product(
+            range(1, sizes["key"], 7), range(1, sizes["value"], 5), (1, heads - 1, heads)
+        ):
+            of = {"key": (k,) * h, "value": (v,), "head": (h,)}
+            resized = adapter.resize(config, {space.name: of[space.kind] for space in spaces})
+            assert sizes_of(resized) == (h, k, v)
+            checked += 1
+    assert checked > 1000
+
+
+def sizes_of(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads, key width and value width as fla's layers compute them."""
+    heads = config["num_heads"]
+    if config["model_type"] == "delta_net":
+        rows = [config["hidden_size"] * config[knob] for knob in ("expand_k", "expand_v")]
+        assert all(math.isclose(row, round(row)) and round(row) % heads == 0 for row in rows)
+        return heads, round(rows[0]) // heads, round(rows[1]) // heads
+    value_width = config["head_dim"] * config["expand_v"]
+    assert math.isclose(value_width, int(value_width), rel_tol=1e-5)
+    assert config["num_v_heads"] == 3 * heads
+    return heads, config["head_dim"], int(value_width)
 
 
 def test_gated_deltanet_keeps_its_value_width() -> None:

@@ -94,6 +94,23 @@ def test_a_training_step_is_sliced_with_its_moments_and_nothing_else(
     assert sliced == 2 * 4 * 3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_are_sliced_like_their_parameters(family: str, tmp_path: Path) -> None:
+    """In every dimension that one space or several cut: here moments equal to the parameters."""
+    tensors = weights(FAMILIES[family])
+    moments = {f"optimizer.state.{name}.exp_avg": tensor for name, tensor in tensors.items()}
+    model = write_run(tmp_path / "model", FAMILIES[family], tensors)
+    save_step({**tensors, **moments}, model / "checkpoint", 7, alone=True)
+    reference = resolve(model)
+    budget = Budget(width={"key": 16, "value": 8, "head": 1}, multiple_of=8, space="key,value,head")
+    plan = choose(reference.config, reference.source(), METHODS["l1"](), budget)
+    apply_plan(model, plan, tmp_path / "out")
+    after = DcpSource(tmp_path / "out" / "checkpoint" / "step-7", everything=True)
+    assert after.info("model.layers.0.attn.q_proj.weight").shape[0] == 16
+    for name in tensors:
+        assert torch.equal(after.read(f"optimizer.state.{name}.exp_avg"), after.read(name)), name
+
+
 def test_padding_scales_a_norm_s_weight_and_its_moments_and_zeroes_the_rest(
     tmp_path: Path,
 ) -> None:
