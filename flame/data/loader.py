@@ -310,7 +310,7 @@ def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> To
     return TooShortError(
         f"{documents.name} is shorter than one global batch of {batch} sequences of {seq_len} "
         f"tokens: {found}; give more text, or a smaller batch or seq_len",
-        f"in {documents.name} {found}",
+        f"in {documents.name}, {found}",
     )
 
 
