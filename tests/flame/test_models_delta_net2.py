@@ -1,5 +1,6 @@
 """DeltaNet2: its convolutions by their definition, its modes by each other, and its rotations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.flame.test_models_ragged import difference, logits, same_scale
 from tests.pruning.families import build, tiny_config, tokens
 
 NAME = "delta_net2, a kernel a head"
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"conv_sharing": "head", "qk_activation": "identity"},
@@ -154,6 +156,17 @@ def test_beams_follow_the_cache() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         stock_config(variant(options))
+
+
+def test_the_recipe_names_a_model_that_pca_prunes_exactly() -> None:
+    from flame.config import job_from_tables
+    from flame.recipe import read_tables
+
+    job = job_from_tables(read_tables(RECIPES / "delta_net2.toml"))
+    config = json.loads((RECIPES.parents[1] / job.model.config).read_text())
+    assert meta_model(config).config.model_type == "delta_net2"
+    assert ADAPTERS["delta_net2"].spaces(config)[0].head_dim == 32
+    assert "is exact" in PCA().notes(config, ["key"])[0]
 
 
 # Rotations ------------------------------------------------------------------------------------
