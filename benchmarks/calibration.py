@@ -4,14 +4,12 @@
 
 A random `delta_net` under FSDP2 on one process, a sequence a pass, as in a calibration. In every
 round each set of statistics runs once, in turn, the plain pass among them, so that all meet the
-same load. Ratios are of CPU time, which other processes lengthen little, and of wall time: of each
-the median over the rounds of the ratio to the plain pass of the same round. `taylor` needs a
-backward pass.
+same load; the best round of each counts. CPU time is given beside wall time, since other processes
+lengthen it less. `taylor` needs a backward pass.
 """
 
 import argparse
 import os
-import statistics as stats
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,13 +152,12 @@ def _measure(passes: dict[str, Callable[[], None]], rounds: int) -> list[dict[st
             run()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             taken[name].append(torch.tensor([cpu, wall]))
-    plain = torch.stack(taken["none"])
-    return [_row(name, torch.stack(times), plain) for name, times in taken.items()]
+    least = {name: torch.stack(times).amin(0) for name, times in taken.items()}
+    return [_row(name, times, least["none"]) for name, times in least.items()]
 
 
-def _row(name: str, times: Tensor, plain: Tensor) -> dict[str, object]:
-    (cpu, wall), ratios = times.median(0).values.tolist(), times / plain
-    ratio, wall_ratio = (stats.median(column) for column in ratios.T.tolist())
+def _row(name: str, least: Tensor, plain: Tensor) -> dict[str, object]:
+    (cpu, wall), (ratio, wall_ratio) = least.tolist(), (least / plain).tolist()
     return {"name": name, "cpu": cpu, "ratio": ratio, "wall": wall, "wall_ratio": wall_ratio}
 
 

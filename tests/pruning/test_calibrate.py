@@ -270,6 +270,21 @@ def test_gradients_that_overflow_are_named_on_every_rank(home: Path, tmp_path: P
     run_calibrate(home, "steep", stats, "--methods", "drrqr,wanda,pca,jrnp,activation-norm")
 
 
+def test_states_that_overflow_are_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pruning import feeding
+
+    def overflowing(*_: Any) -> list[Tensor]:
+        return [torch.full((1, 4, 32, 24), torch.inf)]
+
+    monkeypatch.setattr(feeding, "sampled_states", overflowing)
+    flags = ("--methods", "jrnp")
+    text = complaint(run_calibrate, home, "gated_deltanet", tmp_path / "stats", *flags)
+    assert "layer 0, calibration sequence 1: a recurrent state holds a NaN or an inf" in text
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_not_finite_are_named_before_the_model_runs(
     home: Path, tmp_path: Path
 ) -> None:
