@@ -47,8 +47,9 @@ def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def forward(states: Tensor) -> Tensor:
-        seen.append(states)
-        return states
+        # FSDP2 hangs its hooks on what the model returns, and warns of views: they can lose them.
+        seen.append(states.clone() if states._is_view() else states)
+        return seen[-1]
 
     head.forward = forward  # type: ignore[method-assign]
     try:

@@ -297,6 +297,12 @@ def test_adapters_of_another_shape_are_not_started_from(tmp_path: Path) -> None:
             load_adapters(model, _InMemory(tensors))
 
 
+def test_merge_is_an_option_of_the_command() -> None:
+    from flame.train import parse
+
+    assert "--lora.merge" in parse(["--config", "recipe.toml", "--merge"]).arguments
+
+
 def test_only_adapters_become_a_peft_folder(two_ranks: Path, tmp_path: Path) -> None:
     from flame.checkpoint.convert import convert
 

@@ -168,6 +168,24 @@ def test_models_have_the_plain_loss_and_gradients(config: dict[str, Any]) -> Non
     assert "forward" not in vars(chunked.get_output_embeddings())
 
 
+def test_compiled_and_recomputed_layers_have_the_same_gradients() -> None:
+    from flame.model import layers
+
+    tokens = torch.arange(33)[None]
+    gradients = []
+    for compiled in (False, True):
+        model = build(GATED_DELTANET).train()
+        if compiled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in layers(model):
+                layer.compile(backend="eager")
+        next_token_loss(model, {"input": tokens[:, :-1]}, tokens[:, 1:]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(gradients[0]) == len(gradients[1])
+    for (_, plain), (_, other) in zip(*(g.items() for g in gradients), strict=True):
+        torch.testing.assert_close(other, plain)
+
+
 def test_logits_that_are_scaled_afterwards_are_refused() -> None:
     config = LLAMA | {"model_type": "granite", "logits_scaling": 8.0}
     with pytest.raises(UserError, match="GraniteForCausalLM changes its logits"):
