@@ -1,4 +1,4 @@
-"""DCP <-> Hugging Face, bit for bit; in memory is one tensor (DCP) or one file (safetensors).
+"""DCP <-> Hugging Face, bit for bit; in memory is one tensor.
 
 Config, generation config and tokenizer go along. A LoRA run comes out merged with its base.
 """
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flame.checkpoint.peft_folder import check_adapters, write_adapters
@@ -24,6 +23,7 @@ from flame.checkpoint.reference import (
     check_destination,
     resolve,
 )
+from flame.checkpoint.safetensors_file import write_safetensors
 from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo, total_bytes
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
@@ -98,7 +98,7 @@ def write_hf(
 
     Args:
         infos: shape and dtype of every tensor that `read` gives.
-        read: a tensor by its name; called once for each, memory holds the tensors of one file.
+        read: a tensor by its name; called once for each, memory holds one.
     """
     check_ties(config, infos, read)
     promises = {name: _promise(infos[name]) for name in own_names(config, sorted(infos))}
@@ -106,10 +106,8 @@ def write_hf(
     write_loading_note(folder, str(config.get("model_type")))
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
     for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
-        tensors = {name: read(name).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read, whatever the umask.
-        shutil.copymode(folder / CONFIG_FILE, folder / file)
+        own = {name: (infos[name].shape, infos[name].dtype) for name in names}
+        write_safetensors(folder / file, own, read)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / SAFETENSORS_INDEX, index)

@@ -26,7 +26,8 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o666)
         self._blocks: list[mmap.mmap] = []
         self._pending: list[Future[None] | None] = [None, None]
         self._current, self._filled = 0, 0

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -22,27 +21,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from flame.checkpoint.safe import Check, SafeReader, load_bytes
-from flame.errors import UserError, first_line
+from flame.checkpoint.safetensors_file import DTYPES, SafetensorsFile, open_safetensors
+from flame.errors import UserError
 
 TRAINING_PREFIXES = ("optimizer.", "lr_scheduler.", "train_state.", "dataloader.")
 """Beginnings of the names in a step that are not the model's."""
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -162,40 +148,30 @@ class SafetensorsSource:
     def __init__(self, folder: Path, file: str = SAFETENSORS_FILE) -> None:
         self._files = _weight_files(Path(folder), file)
         self._folder = Path(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile] = {}
 
     def names(self) -> list[str]:
         return sorted(self._files)
 
     def info(self, name: str) -> TensorInfo:
-        view = self._view(name)
-        code = view.get_dtype()
-        if code not in _DTYPES:
-            raise UserError(f"{name} in {self._files[name]} is of dtype {code}: not supported")
-        return TensorInfo(tuple(view.get_shape()), _DTYPES[code])
+        entry, path = self._file(name).entries[name], self._files[name]
+        if entry.code not in DTYPES:
+            raise UserError(f"{name} in {path} is of dtype {entry.code}: not supported")
+        return TensorInfo(entry.shape, DTYPES[entry.code])
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        info, path = self.info(name), self._files[name]
-        start, stop = _bounds(name, info, rows)
-        try:
-            if rows is None or not info.shape:
-                return self._handle(path).get_tensor(name)
-            return self._view(name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {name} of {path}: {first_line(error)}") from error
+        start, stop = _bounds(name, self.info(name), rows)
+        return self._file(name).read(name, start, stop)
 
-    def _view(self, name: str) -> Any:
+    def _file(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor."""
         if name not in self._files:
             raise UserError(f"{self._folder} has no tensor {name}")
         path = self._files[name]
-        try:
-            return self._handle(path).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{path} lacks {name}, which its index promises") from error
-
-    def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            self._open[path] = open_safetensors(path)
+            self._open[path] = SafetensorsFile(path)
+        if name not in self._open[path].entries:
+            raise UserError(f"{path} lacks {name}, which its index promises")
         return self._open[path]
 
 
@@ -207,16 +183,6 @@ def is_model_name(name: str) -> bool:
 def total_bytes(source: TensorSource) -> int:
     """Bytes that all tensors of `source` take."""
     return sum(source.info(name).nbytes for name in source.names())
-
-
-def open_safetensors(path: Path) -> Any:
-    """An open handle of a safetensors file; `UserError` if it is missing or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy the model again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): copy the model again") from error
 
 
 class _Into(DefaultLoadPlanner):
