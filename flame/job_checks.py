@@ -13,6 +13,8 @@ from flame.output import check_output
 BYTES_PER_PARAMETER = 12
 """fp32 weight and two fp32 moments in a checkpoint."""
 
+ASYNC_MODES = ("disabled", "async")
+
 LOG_SUFFIXES = (".err", ".log", ".out")
 
 UNSUPPORTED_DEGREES = (
@@ -109,8 +111,11 @@ def _check_batch(job: Any, world_size: int) -> None:
 
 
 def _check_checkpoint(job: Any) -> None:
-    if job.checkpoint.async_mode != "disabled":
-        raise UserError("checkpoint.async_mode must be disabled: saving is synchronous")
+    if job.checkpoint.async_mode not in ASYNC_MODES:
+        raise UserError(
+            f"checkpoint.async_mode is {job.checkpoint.async_mode!r}: choose from "
+            f"{', '.join(ASYNC_MODES)}"
+        )
     if job.checkpoint.last_save_model_only or job.checkpoint.last_save_in_hf:
         raise UserError("the last step is saved in full: convert it with `slimstate convert`")
     if not job.checkpoint.enable:

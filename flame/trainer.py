@@ -73,6 +73,7 @@ class Trainer(TitanTrainer):
             interval=job.checkpoint.interval,
             keep=job.checkpoint.keep_latest_k,
             first_step=job.checkpoint.enable_first_step_checkpoint,
+            background=job.checkpoint.async_mode == "async",
             tensors=trained_tensors if job.lora.rank > 0 else get_model_state_dict,
         )
 

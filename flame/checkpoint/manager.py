@@ -1,9 +1,9 @@
 """Saving and resuming a training run: what torchtitan's checkpointer does, without its data loss.
 
 Differences to torchtitan 0.2.2: a step is written under a temporary name with a hash for each file
-and renamed when whole; purging counts whole steps only, so keeping one is safe; the last step is
-saved in full; the loader's state is JSON and resumes at another world size. The layout of a step
-is torchtitan's, plus `checksums.json` and `dataloader.json`.
+and renamed when whole, in the background if asked for; purging counts whole steps only, so keeping
+one is safe; the last step is saved in full; the loader's state is JSON and resumes at another world
+size. The layout of a step is torchtitan's, plus `checksums.json` and `dataloader.json`.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from flame.checkpoint.background import BackgroundSaver
 from flame.checkpoint.steps import (
     latest_whole_step,
     load_step,
@@ -41,6 +42,8 @@ class CheckpointManager:
         loader: the data loader, with JSON-able `state_dict()`, and `merge_states`.
         interval: steps between checkpoints.
         keep: whole steps to keep, 0 for all.
+        background: save while training goes on, but for the last step; at most one save is in
+            flight, and what goes wrong with it is raised when the next begins.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class CheckpointManager:
         keep: int,
         first_step: bool = False,
         tensors: Callable[[nn.Module], dict[str, Any]] = get_model_state_dict,
+        background: bool = False,
     ) -> None:
         self.folder = folder
         self.model = model
@@ -63,19 +67,29 @@ class CheckpointManager:
         self.keep = keep
         self.first_step = first_step
         self.tensors = tensors
+        self.background = BackgroundSaver() if background else None
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save step `curr_step` if it is due or the last. Collective."""
         due = curr_step % self.interval == 0 or (curr_step == 1 and self.first_step)
-        if not (due or last_step) or latest(self.folder) == curr_step:
+        if not (due or last_step):
+            return
+        if self.background is not None:
+            self.background.wait()
+        if latest(self.folder) == curr_step:
             return
         begin = time.monotonic()
-        save_step(self._state_dict(), self.folder, curr_step, {LOADER_FILE: self._loader_state()})
-        if self.keep > 0 and rank() == 0:
-            purge(self.folder, self.keep)
-        barrier()
-        log.info("saved step %d in %.2f s", curr_step, time.monotonic() - begin)
+        files = {LOADER_FILE: self._loader_state()}
+        if self.background is None or last_step:
+            save_step(self._state_dict(), self.folder, curr_step, files)
+            self._purge()
+            barrier()
+            log.info("saved step %d in %.2f s", curr_step, time.monotonic() - begin)
+            return
+        state = self._state_dict()
+        self.background.start(state, self.folder, curr_step, files, self._purge)
+        log.info("copied step %d in %.2f s, to be saved", curr_step, time.monotonic() - begin)
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
@@ -97,10 +111,16 @@ class CheckpointManager:
         return True
 
     def maybe_wait_for_staging(self) -> None:
-        """Nothing is staged: saving is synchronous."""
+        """The copy is made before `save` returns: there is nothing to wait for."""
 
     def close(self) -> None:
-        """Nothing is held open between saves."""
+        """Let a step in flight be written to its end."""
+        if self.background is not None:
+            self.background.close()
+
+    def _purge(self) -> None:
+        if self.keep > 0 and rank() == 0:
+            purge(self.folder, self.keep)
 
     def _state_dict(self) -> dict[str, Any]:
         return {**self.tensors(self.model), **self.states}

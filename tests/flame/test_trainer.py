@@ -257,7 +257,7 @@ def test_lora_checkpoint_holds_what_was_trained_in_pefts_names(lora_run: Path) -
 def test_merged_model_equals_base_plus_adapters(
     lora_run: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
-    """Logits of the merged run, exported, in the stock class against peft on the base, step for step."""
+    """Logits of the merged run, exported, in the stock class against peft on the base."""
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM
 
@@ -308,7 +308,7 @@ def test_lora_resumes_bit_for_bit(
         ({"lora__rank": 4}, 1, "--init"),
         ({"training__steps": 0}, 1, "training.steps"),
         ({"model__config": "/no/such/file"}, 1, "model.config"),
-        ({"checkpoint__async_mode": "async"}, 1, "async_mode"),
+        ({"checkpoint__async_mode": "sometimes"}, 1, "async_mode"),
     ],
 )
 def test_bad_jobs_are_refused(

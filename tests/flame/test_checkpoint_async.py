@@ -1,0 +1,106 @@
+"""Steps saved while training goes on: the same as others, whole or not there, one at a time."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flame.checkpoint import background
+from flame.checkpoint.checksums import read_checksums
+from flame.checkpoint.manager import CheckpointManager
+from flame.checkpoint.steps import load_step, verify_step, whole_steps
+from flame.errors import UserError
+from tests.distributed import run_distributed
+from tests.flame.jobs import losses_of, train_job
+
+
+class _Loader:
+    def state_dict(self) -> dict[str, int]:
+        return {"next": 1}
+
+    def merge_states(self, states: list[dict[str, int]]) -> dict[str, int]:
+        return states[0]
+
+
+def _manager(folder: Path, model: nn.Module, keep: int = 0) -> CheckpointManager:
+    options: dict[str, Any] = {"interval": 1, "keep": keep, "background": True}
+    return CheckpointManager(folder, model, {"counts": {"seen": 5}}, _Loader(), **options)
+
+
+def _weight(step: Path) -> float:
+    loaded = {"weight": torch.zeros(1, 2)}
+    load_step(loaded, step, alone=True)
+    return float(loaded["weight"][0, 0])
+
+
+class _Gate:
+    """Holds `save_step` until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.error = threading.Event(), None
+        self.real = background.save_step
+        monkeypatch.setattr(background, "save_step", self)
+
+    def __call__(self, *arguments: Any) -> Path:
+        assert self.opened.wait(60)
+        if self.error is not None:
+            raise self.error
+        return self.real(*arguments)
+
+
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, model = _Gate(monkeypatch), nn.Linear(2, 1)
+    manager = _manager(tmp_path, model, keep=1)
+    nn.init.constant_(model.weight, 1.0)
+    manager.save(1)
+    nn.init.constant_(model.weight, 2.0)
+    assert os.listdir(tmp_path) == []
+    gate.opened.set()
+    manager.save(2)
+    assert _weight(tmp_path / "step-1") == 1.0 or whole_steps(tmp_path) == [2]
+    nn.init.constant_(model.weight, 3.0)
+    manager.save(3, last_step=True)
+    assert os.listdir(tmp_path) == ["step-3"] and _weight(tmp_path / "step-3") == 3.0
+    manager.close()
+
+
+def test_what_went_wrong_is_said_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, manager = _Gate(monkeypatch), _manager(tmp_path, nn.Linear(2, 1))
+    gate.error = UserError("cannot write: No space left on device")
+    gate.opened.set()
+    manager.save(1)
+    with pytest.raises(UserError, match="No space left"):
+        manager.save(2)
+    assert whole_steps(tmp_path) == []
+    gate.error = None
+    manager.save(3)
+    manager.close()
+    assert whole_steps(tmp_path) == [3]
+
+
+def test_a_run_saved_in_the_background_is_that_of_any_other(
+    assets: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Of two processes, stopped after three steps and resumed."""
+    asked = {"checkpoint__async_mode": "async", "checkpoint__interval": 1}
+    run_distributed(train_job, 2, assets, tmp_path / "run", training__steps=4, **asked)
+    run_distributed(train_job, 2, assets, tmp_path / "run", **asked)
+    checkpoints = tmp_path / "run" / "checkpoint"
+    assert whole_steps(checkpoints) == [1, 2, 3, 4, 5, 6]
+    for step in (3, 6):
+        name = f"step-{step}"
+        verify_step(checkpoints / name)
+        ours, theirs = (
+            {file: value for file, value in read_checksums(folder / name).items() if file[0] != "."}
+            for folder in (checkpoints, two_ranks / "checkpoint")
+        )
+        assert ours == theirs
+    assert losses_of(tmp_path / "run") == losses_of(two_ranks)
