@@ -21,6 +21,9 @@ resolved: a squared residual below `d eps max(diag G)` counts as zero, and two t
 count as equal.
 """
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
@@ -67,12 +70,30 @@ def strong_rrqr(
     d = gram.shape[-1]
     flat = gram.reshape(-1, d, d)
     kept = gram.new_empty((len(flat), k), dtype=torch.int64)
-    at_once = max(_CACHE_NUMBERS // d**2, 1)
-    for first in range(0, len(flat), at_once):
+    threads = torch.get_num_threads() if gram.device.type == "cpu" else 1
+    at_once = max(min(_CACHE_NUMBERS // d**2, -(-len(flat) // threads)), 1)
+
+    def select(first: int) -> None:
         part = flat[first : first + at_once]
         _check_matrices(part, first, gram.shape[:-2])
         kept[first : first + at_once] = _indices(_select(_normalised(part), k, f, max_swaps), k)
+
+    _share(select, range(0, len(flat), at_once), threads)
     return kept.reshape(*gram.shape[:-2], k)
+
+
+def _share(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """Do `work` for each item, on so many threads whose own operations use one thread each."""
+    if threads == 1 or len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_arguments(gram: Tensor, k: int, f: float, max_swaps: int | None) -> None:
