@@ -1,4 +1,4 @@
-"""KDA and gated delta product from training to a stock model of half the state."""
+"""KDA and gated delta product from training to a stock model of less state, and training on."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from pruning import prune
 from pruning.adapters import adapter_for
 from tests.distributed import run_distributed
 from tests.flame.jobs import losses_of, tensors_of, train_job, write_assets
+from tests.flame.test_trainer import continue_pruned
 from tests.pruning.families import tokens
 
 COMMON: dict[str, Any] = {
@@ -70,18 +71,19 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_training_to_a_smaller_stock_model(family: str, assets: Path, tmp_path: Path) -> None:
     config = {"model_type": family, **FAMILIES[family]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = {"model__config": str(tmp_path / "config.json"), "training__steps": 3}
+    training = {"model__config": str(tmp_path / "config.json"), "training__steps": 3}
     for world_size in (1, 2):
-        run_distributed(train_job, world_size, assets, tmp_path / f"run{world_size}", **options)
+        run_distributed(train_job, world_size, assets, tmp_path / f"run{world_size}", **training)
     one, two = (losses_of(tmp_path / f"run{n}") for n in (1, 2))
     assert len(two) == 3 and two[-1] < two[0]
     torch.testing.assert_close(two, one, rtol=2e-5, atol=2e-5)
     check_replicated_parameters(tmp_path)
-    out, run = tmp_path / "out", tmp_path / "run2"
-    command = [str(run), str(out), "--method", "l1", "--ratio", "0.5", "--to", "hf"]
-    prune_options = prune.parse([*command, "--space", SPACES[family]])
-    prune.check(prune_options)
-    prune.run(prune_options)
+    for form in ("hf", "dcp"):
+        command = [str(tmp_path / "run2"), str(tmp_path / form), "--method", "l1", "--to", form]
+        options = prune.parse([*command, "--ratio", "0.5", "--space", SPACES[family]])
+        prune.check(options)
+        prune.run(options)
+    out = tmp_path / "hf"
     small, adapter = json.loads((out / "config.json").read_text()), adapter_for(config)
     parts = 2 ** len(SPACES[family].split(","))
     assert adapter.state_bytes(small) * parts == adapter.state_bytes(config)
@@ -94,6 +96,10 @@ def test_from_training_to_a_smaller_stock_model(family: str, assets: Path, tmp_p
     with torch.no_grad():
         expected = load_model(resolve(out)).eval()(ids).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
+    run_distributed(continue_pruned, 2, tmp_path / "dcp", 5)
+    assert losses_of(tmp_path / "dcp")[-1] < two[0]
+    step = tensors_of(tmp_path / "dcp" / "checkpoint" / "step-5")
+    assert float(step["optimizer.state.model.layers.0.attn.k_proj.weight.step"]) == 5
 
 
 def check_replicated_parameters(folder: Path) -> None:
