@@ -78,7 +78,18 @@ def test_a_query_along_the_leading_direction_gains() -> None:
     assert float(amplification(state, last)) == pytest.approx(stable_rank / KEY_DIM * 100)
 
 
-@pytest.mark.parametrize("config", [GATED_DELTANET, DELTA_NET], ids=lambda c: c["model_type"])
+KDA = {**GATED_DELTANET, "model_type": "kda"}
+PRODUCT = {
+    **DELTA_NET,
+    "model_type": "gated_deltaproduct",
+    "head_dim": 16,
+    "num_householder": 2,
+    "use_forget_gate": True,
+}
+CONFIGS = [GATED_DELTANET, DELTA_NET, KDA, PRODUCT]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["model_type"])
 def test_a_models_heads_as_from_a_rollout(config: dict) -> None:
     model = build(config, seed=0).eval()
     tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -110,11 +121,12 @@ def rollout(
     for call in calls:
         share = call.v.shape[2] // call.k.shape[2]
         q, k = (x.double().repeat_interleave(share, 2) for x in (call.q, call.k))
+        g = torch.zeros_like(call.beta) if call.g is None else call.g
         k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         state = torch.zeros(*k.shape[:1], *k.shape[2:], call.v.shape[-1], dtype=torch.float64)
-        for t in range(length):
-            decay = torch.ones_like(call.beta[:, t]) if call.g is None else call.g[:, t].exp()
-            state = state * decay.double()[..., None, None]
+        for t in range(length * call.steps):
+            decay = g[:, t].double().exp()
+            state = state * (decay[..., None, None] if decay.ndim == 2 else decay.unsqueeze(-1))
             seen = (k[:, t, :, :, None] * state).sum(-2)
             write = call.beta[:, t].double()[..., None] * (call.v[:, t].double() - seen)
             state = state + k[:, t, :, :, None] * write[..., None, :]
