@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flame.checkpoint.fingerprint import fingerprint, is_finite
@@ -79,12 +80,15 @@ def choose(
     uniform = check_budget(budget, config, method)
     spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
     chooser = _Chooser(source, method, statistics or {})
-    widths = chooser.widths(spaces, uniform, budget)
     kept: dict[str, Kept] = {}
     projected: Projected = {}
-    for space in progress(spaces, f"choose ({method.name})", len(spaces)):
-        kept[space.name], new = chooser.choose(space, widths[space.name])
-        projected |= new
+    # Heads first: channels are then shared out among those that stay.
+    first = [space for space in spaces if space.kind == "head"]
+    for part in (first, [space for space in spaces if space.kind != "head"]):
+        widths = chooser.widths(part, uniform, budget, _staying(first, kept))
+        for space in progress(part, f"choose ({method.name})", len(part)):
+            kept[space.name], new = chooser.choose(space, widths[space.name])
+            projected |= new
     return Plan(
         method=method.name,
         options=options_of(method),
@@ -110,17 +114,31 @@ class _Chooser:
     statistics: SpaceStatistics
 
     def widths(
-        self, spaces: list[Space], uniform: Mapping[Kind, int], budget: Budget
+        self,
+        spaces: list[Space],
+        uniform: Mapping[Kind, int],
+        budget: Budget,
+        staying: Mapping[int, Tensor],
     ) -> dict[str, tuple[int, ...]]:
-        """What each head of each space keeps."""
+        """What each head of each space keeps; heads that go as a whole take no part in sharing.
+
+        Args:
+            spaces, uniform, budget: as in `choose`.
+            staying: the heads that stay, by layer, where some go.
+        """
         if budget.allocate == "uniform":
             return {space.name: (uniform[space.kind],) * space.num_heads for space in spaces}
         found: dict[str, tuple[int, ...]] = {}
         for group in groups(spaces, budget.allocate):
             kind = group[0].kind
             multiple = 1 if kind == "head" else budget.multiple_of
-            scores = {space.name: self._scores(space) for space in group}
-            found |= shared_widths(scores, uniform[kind], multiple)
+            taking_part = {space.name: _taking_part(space, staying) for space in group}
+            scores = {space.name: self._scores(space)[taking_part[space.name]] for space in group}
+            shares = shared_widths(scores, uniform[kind], multiple)
+            for space in group:
+                widths = torch.full((space.num_heads,), uniform[kind])
+                widths[taking_part[space.name]] = torch.tensor(shares[space.name])
+                found[space.name] = tuple(widths.tolist())
         return found
 
     def choose(self, space: Space, widths: tuple[int, ...]) -> tuple[Kept, Projected]:
@@ -143,6 +161,17 @@ class _Chooser:
     def _seen(self, space: Space) -> tuple[dict[str, Tensor], Mapping[type[Statistic], Statistic]]:
         weights = {axis.fqn: _weight(self.source, axis) for axis in space.axes}
         return weights, self.statistics.get(space.name, {})
+
+
+def _staying(spaces: list[Space], kept: Mapping[str, Kept]) -> dict[int, Tensor]:
+    """The heads that stay, by layer, of the head spaces that have been chosen from."""
+    return {space.layer: kept[space.name][0] for space in spaces if space.name in kept}
+
+
+def _taking_part(space: Space, staying: Mapping[int, Tensor]) -> Tensor:
+    if space.kind == "key" and space.layer in staying:
+        return staying[space.layer]
+    return torch.arange(space.num_heads)
 
 
 @contextmanager

@@ -242,6 +242,18 @@ def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
         assert json.loads((tmp_path / name / "plan.json").read_text())["pad"] is True
 
 
+def test_channels_are_shared_out_among_the_heads_that_stay(home: Path, tmp_path: Path) -> None:
+    kinds = ["--space", "key,head", "--ratio", "0.5", "--allocate", "model", "--paper"]
+    stage("plan_command", home / "model", tmp_path / "plan.json", "--method", "l1", *kinds)
+    plan = read_plan(tmp_path / "plan.json")
+    total = heads = 0
+    for layer in (0, 1):
+        for head in plan.kept[f"layers.{layer}.head"][0].tolist():
+            total += plan.widths[f"layers.{layer}.key"][head]
+            heads += 1
+    assert (heads, total) == (2, 2 * 16)
+
+
 def test_several_kinds_by_widths_of_their_own(home: Path, tmp_path: Path) -> None:
     widths = ["--space", "head,value,key", "--width", "key=16,value=8,head=1"]
     flags = ["--method", "l1", "--multiple-of", "8", *widths]
