@@ -128,14 +128,13 @@ def _row(
     key: tuple[str, str, str, bool], found: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
 ) -> dict[str, Any]:
     method, space, ratio, own_ratio = key
-    low, high = (fold(r["widths"][i] for r in found) for i, fold in enumerate((min, max)))
     state = found[0]["before"]["state_bytes"]
     row: dict[str, Any] = {
         "method": method,
         "space": space,
         "ratio": ratio,
         "own_ratio": own_ratio,
-        "width": str(low) if low == high else f"{low}–{high}",
+        "width": _width(found[0]["widths"]),
         "state_bytes": state,
         "removed": None if not state or not dense.get("state_bytes") else _removed(state, dense),
         "parameters": found[0]["before"]["parameters"],
@@ -147,6 +146,16 @@ def _row(
         row |= {stage: fmean(values), f"{stage}_all": values} if values else {}
         row |= {f"{stage}_spread": stdev(values)} if len(values) > 1 else {}
     return row
+
+
+def _width(widths: Mapping[str, Sequence[int]]) -> str:
+    """`16`, `8–24` where heads differ, and `24 key, 3 head` of several kinds."""
+    texts = {
+        kind: f"{low}" if low == high else f"{low}–{high}" for kind, (low, high) in widths.items()
+    }
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} {kind}" for kind, text in texts.items())
 
 
 def _removed(state: float, dense: Mapping[str, Any]) -> float:

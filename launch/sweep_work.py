@@ -124,8 +124,7 @@ class Work:
         prune.check(options)
         prune.run(options)
         plan = self.folder.keep_plan(point.file_name, Path(out))
-        rows = [len(row) for kept in plan["spaces"].values() for row in kept]
-        return {"widths": [min(rows), max(rows)], "notes": plan.get("notes") or []}
+        return {"widths": _widths(plan["spaces"]), "notes": plan.get("notes") or []}
 
     def _measured(self, model: str, name: str) -> Record:
         from flame.checkpoint.reference import resolve
@@ -178,6 +177,16 @@ def alone() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _widths(spaces: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[int]]:
+    """By kind of space, the fewest and the most channels that a head keeps."""
+    found: dict[str, list[int]] = {}
+    for name, kept in spaces.items():
+        kind, rows = name.rpartition(".")[2], [len(row) for row in kept]
+        low, high = found.get(kind, rows[:1] * 2)
+        found[kind] = [min(low, *rows), max(high, *rows)]
+    return found
 
 
 def _train(words: Sequence[str]) -> None:
