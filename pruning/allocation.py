@@ -1,12 +1,12 @@
 """Allocation: one threshold on the scores of many heads shares out what a uniform budget keeps.
 
 The total of a kind stays that of the uniform budget, among the heads that stay; of one kind alone,
-key or value channels or heads, so does the state. In each head the channels are
-taken in the order of their scores, in steps of one multiple. A step is worth the sum of its
-channels' scores, so the steps of a head are worth less and less; every head gets its first step,
-and the most valuable of all other steps are taken until the total is reached. What is kept is
-therefore, up to the granularity of the steps, what lies above one threshold, and no other shares of
-the same total would keep a larger sum of scores.
+key or value channels or heads, so does the state. In each head the channels are taken in the order
+of their scores, in steps of one multiple. A step is worth the sum of its channels' scores, so the
+steps of a head are worth less and less; every head gets its first step, and the most valuable of
+all other steps are taken until the total is reached. What is kept is therefore, up to the
+granularity of the steps, what lies above one threshold, and no other shares of the same total would
+keep a larger sum of scores.
 """
 
 from collections.abc import Mapping, Sequence
