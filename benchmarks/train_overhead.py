@@ -73,16 +73,19 @@ def main() -> None:
     if "RANK" in os.environ:
         measure(options)
         return
-    rows = [started(processes) for processes in options.nproc]
+    rows = [started(processes, options) for processes in options.nproc]
     print(Table(COLUMNS, rows).text())
 
 
-def started(processes: int) -> dict[str, Any]:
+def started(processes: int, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one number of processes, from a job of its own."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         environment = {"OMP_NUM_THREADS": "1", **os.environ, FOLDER: folder}
-        words = [sys.executable, *command, "-m", "benchmarks.train_overhead", *sys.argv[1:]]
+        # torchrun takes --nproc for its own, wherever it stands.
+        settings = {key: value for key, value in vars(options).items() if key != "nproc"}
+        own = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+        words = [sys.executable, *command, "-m", "benchmarks.train_overhead", *own]
         subprocess.run(words, check=True, env=environment)
         return json.loads(Path(folder, "row.json").read_text())
 

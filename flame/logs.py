@@ -6,7 +6,7 @@ import sys
 import warnings
 
 _OURS = ("flame", "pruning", "kernels", "launch")
-_TITAN = ("step:", "validate step:", "Training starts", "Model ")
+_TITAN = ("step:", "Model ")
 """How the lines of torchtitan begin that a user asks for; it logs to the root logger."""
 
 _EXPECTED = ("torch.distributed is already initialized",)
