@@ -407,5 +407,5 @@ def test_failed_point_is_named_and_the_others_go_on(root: Path, tmp_path: Path) 
 
 
 def _runs(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
