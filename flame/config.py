@@ -118,6 +118,9 @@ class Checkpoint(titan.Checkpoint):
     keep_latest_k: int = 2
     """Whole checkpoints to keep; 0 keeps all. 1 is safe: the old goes after the new is whole."""
 
+    fallback: bool = False
+    """Where the newest step is damaged, go on from the whole step before; else it is refused."""
+
     last_save_model_only: bool = False
     """Refused if set: the last step is saved in full."""
 

@@ -21,6 +21,7 @@ STOP_SECONDS = 600
 SHORTHANDS = {
     "--config": "--job.config_file",
     "--init": "--model.init",
+    "--fallback": "--checkpoint.fallback",
     "--merge": "--lora.merge",
 }
 """Options of the command line for torchtitan's dotted ones."""
@@ -34,6 +35,7 @@ Train a causal language model from a TOML recipe with torchtitan's sections. A r
   --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
   --merge                end a LoRA run by writing it merged, as the run folder merged/ in it
                          (the default; --lora.no-merge leaves it out)
+  --fallback             where the newest step is damaged, go on from the one before
   --section.key VALUE    override a key of the recipe, e.g. --training.steps 200
   --estimate             print the memory that each GPU of --nnodes x --nproc will need, and stop
 

@@ -82,6 +82,15 @@ def purge(folder: Path, keep: int) -> None:
         _delete(step_folder(folder, step))
 
 
+def set_aside(step: Path, name: Path) -> None:
+    """Rename a step folder to what is none, so that it is neither counted nor deleted."""
+    try:
+        shutil.rmtree(name, ignore_errors=True)
+        os.rename(step, name)
+    except OSError as error:
+        raise UserError(f"cannot rename {step}: {error.strerror}") from error
+
+
 def save_step(
     state_dict: Mapping[str, Any],
     folder: Path,

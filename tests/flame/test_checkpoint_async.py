@@ -26,8 +26,11 @@ class _Loader:
         return states[0]
 
 
-def _manager(folder: Path, model: nn.Module, keep: int = 0) -> CheckpointManager:
-    options: dict[str, Any] = {"interval": 1, "keep": keep, "background": True}
+def manager_of(
+    folder: Path, model: nn.Module, keep: int = 0, background: bool = True
+) -> CheckpointManager:
+    """A manager that saves every step of `model`."""
+    options: dict[str, Any] = {"interval": 1, "keep": keep, "background": background}
     return CheckpointManager(folder, model, {"counts": {"seen": 5}}, _Loader(), **options)
 
 
@@ -56,7 +59,7 @@ def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, model = _Gate(monkeypatch), nn.Linear(2, 1)
-    manager = _manager(tmp_path, model, keep=1)
+    manager = manager_of(tmp_path, model, keep=1)
     nn.init.constant_(model.weight, 1.0)
     manager.save(1)
     nn.init.constant_(model.weight, 2.0)
@@ -73,7 +76,7 @@ def test_training_goes_on_while_a_copy_is_written(
 def test_what_went_wrong_is_said_at_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, manager = _Gate(monkeypatch), _manager(tmp_path, nn.Linear(2, 1))
+    gate, manager = _Gate(monkeypatch), manager_of(tmp_path, nn.Linear(2, 1))
     gate.error = UserError("cannot write: No space left on device")
     gate.opened.set()
     manager.save(1)
