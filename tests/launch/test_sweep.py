@@ -367,6 +367,7 @@ def slimstate(*words: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_killed_sweep_goes_on_to_the_same_table(root: Path, tmp_path: Path) -> None:
     """Three methods at two ratios with recovery on two processes; killed early on."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
