@@ -4,6 +4,7 @@ The ranks share the reading, and what one of them finds is raised on all.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _undamaged_step(job: Any, peers: Peers) -> Path | None:
         if step is None:
             return None
         try:
-            peers.agree(lambda found=step: verify_step(found, rank(), world_size()))
+            peers.agree(partial(verify_step, step, rank(), world_size()))
             return step
         except UserError as error:
             before = peers.from_first(_whole_step_before(step) if rank() == 0 else None)

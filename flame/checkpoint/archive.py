@@ -178,7 +178,8 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 def _is_plain(tensor: _Description, entry: zipfile.ZipInfo) -> bool:
     """Whether the tensor is its storage's numbers in order, and they are all in the archive."""
-    step, strides = 1, []
+    step = 1
+    strides: list[int] = []
     for size in reversed(tensor.shape):
         strides.insert(0, step)
         step *= size

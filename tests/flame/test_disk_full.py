@@ -1,4 +1,4 @@
-"""A disk that fills up while a step is saved: one line, nothing half-written, the last step kept."""
+"""A disk that fills up while a step is saved: one line, nothing half-written, the last kept."""
 
 import os
 import subprocess
