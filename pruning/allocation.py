@@ -1,12 +1,13 @@
 """Allocation: one threshold on the scores of many heads shares out what a uniform budget keeps.
 
 The total of a kind stays that of the uniform budget, among the heads that stay; of one kind alone,
-key or value channels or heads, so does the state. In each head the channels are taken in the order
-of their scores, in steps of one multiple. A step is worth the sum of its channels' scores, so the
-steps of a head are worth less and less; every head gets its first step, and the most valuable of
-all other steps are taken until the total is reached. What is kept is therefore, up to the
-granularity of the steps, what lies above one threshold, and no other shares of the same total would
-keep a larger sum of scores.
+key or value channels, so does the state. For whole heads shared over the model a ratio counts on
+the heads of all layers, so that it is met more closely than layer by layer. In each head the
+channels are taken in the order of their scores, in steps of one multiple. A step is worth the sum
+of its channels' scores, so the steps of a head are worth less and less; every head gets its first
+step, and the most valuable of all other steps are taken until the total is reached. What is kept
+is therefore, up to the granularity of the steps, what lies above one threshold, and no other shares
+of the same total would keep a larger sum of scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,15 @@ from pruning.spaces import Space
 
 
 def shared_widths(
-    scores: Mapping[str, Float64[Tensor, "H d"]], uniform: int, multiple: int
+    scores: Mapping[str, Float64[Tensor, "H d"]], total: int, multiple: int
 ) -> dict[str, tuple[int, ...]]:
-    """Kept channels of each head of each space, `uniform` of them on average.
+    """Kept channels of each head of each space, `total` of them together.
 
     Ties go to the earlier space, head and step.
 
     Args:
         scores: of the spaces that share one total, by name; larger for what matters more.
-        uniform: channels a head of the uniform budget, a multiple of `multiple`.
+        total: channels of all heads together, a multiple of `multiple`.
         multiple: all widths are multiples of this.
 
     Raises:
@@ -37,7 +38,7 @@ def shared_widths(
         if not bool(of_space.isfinite().all()):
             raise ValueError(f"{name}: the scores hold a NaN or an infinity")
     steps = [_steps(row, multiple) for of_space in scores.values() for row in of_space.cpu()]
-    counts = _counts(steps, len(steps) * (uniform // multiple))
+    counts = _counts(steps, total // multiple)
     widths = iter(count * multiple for count in counts)
     return {name: tuple(next(widths) for _ in of_space) for name, of_space in scores.items()}
 

@@ -144,6 +144,12 @@ def width(
     return kept
 
 
+def kept_heads(budget: Budget, heads: int) -> int:
+    """How many of `heads` heads, those of all layers, the ratio of `budget` leaves."""
+    ratio = _of_kinds(budget.ratio, dict.fromkeys(budget.kinds, heads), "--ratio")["head"]
+    return width(heads, ratio, 1, _noun("head"))
+
+
 def check_ratio(ratio: float) -> None:
     """Raise UserError unless 0 < ratio < 1; NaN is refused."""
     if not 0 < ratio < 1:

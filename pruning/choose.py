@@ -17,7 +17,7 @@ from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.allocation import groups, shared_widths
 from pruning.applicable import why_not
-from pruning.budgets import Budget, uniform_widths
+from pruning.budgets import Budget, kept_heads, uniform_widths
 from pruning.methods import METHODS, Method
 from pruning.plan import Plan, options_of, pruned_config, spaces_of_kinds, versions
 from pruning.spaces import Axis, Kept, Kind, Space
@@ -134,7 +134,10 @@ class _Chooser:
             multiple = 1 if kind == "head" else budget.multiple_of
             taking_part = {space.name: _taking_part(space, staying) for space in group}
             scores = {space.name: self._scores(space)[taking_part[space.name]] for space in group}
-            shares = shared_widths(scores, uniform[kind], multiple)
+            total = sum(map(len, scores.values())) * uniform[kind]
+            if kind == "head" and budget.ratio is not None:
+                total = kept_heads(budget, sum(space.head_dim for space in group))
+            shares = shared_widths(scores, max(total, len(group)), multiple)
             for space in group:
                 widths = torch.full((space.num_heads,), uniform[kind])
                 widths[taking_part[space.name]] = torch.tensor(shares[space.name])

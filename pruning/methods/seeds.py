@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.spaces import Space
@@ -11,7 +11,20 @@ from pruning.spaces import Space
 
 def permutations(space: Space, seed: int) -> Int64[Tensor, "H d"]:
     """A random order of the channels of each head, from the seed and the space's name alone."""
-    digest = hashlib.sha256(f"{seed}:{space.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = _generator(f"{seed}:{space.name}")
     orders = [torch.randperm(space.head_dim, generator=generator) for _ in range(space.num_heads)]
     return torch.stack(orders)
+
+
+def uniform_scores(space: Space, seed: int) -> Float64[Tensor, "H d"]:
+    """Independent numbers, uniform in [0, 1), that fall along each head's `permutations`."""
+    generator = _generator(f"{seed}:{space.name}:scores")
+    shape = (space.num_heads, space.head_dim)
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
+    falling = numbers.sort(dim=-1, descending=True).values
+    return torch.empty_like(falling).scatter_(1, permutations(space, seed), falling)
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

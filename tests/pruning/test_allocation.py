@@ -25,7 +25,7 @@ def worth(row: torch.Tensor, k: int) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_shares_are_the_best_of_all_with_their_total(seed: int, multiple: int) -> None:
     given = scores(seed=seed, heads=2)
-    found = shared_widths(given, 2, multiple)
+    found = shared_widths(given, 8, multiple)
     flat = [k for of_space in found.values() for k in of_space]
     assert sum(flat) == 4 * 2 and all(k % multiple == 0 for k in flat)
     rows = [row for of_space in given.values() for row in of_space]
@@ -41,7 +41,7 @@ def test_the_shares_are_the_best_of_all_with_their_total(seed: int, multiple: in
 
 def test_with_steps_of_one_channel_what_is_kept_lies_above_one_threshold() -> None:
     given = scores(heads=4, dim=16)
-    found = shared_widths(given, 8, 1)
+    found = shared_widths(given, 64, 1)
     kept, dropped = [], []
     for name, of_space in given.items():
         for row, k in zip(of_space, found[name], strict=True):
@@ -54,23 +54,23 @@ def test_with_steps_of_one_channel_what_is_kept_lies_above_one_threshold() -> No
 
 def test_every_head_keeps_one_step_and_none_more_than_it_has() -> None:
     given = {"layers.0.key": torch.tensor([[9.0] * 6, [1.0] * 6, [0.0] * 6]).double()}
-    assert shared_widths(given, 2, 1) == {"layers.0.key": (4, 1, 1)}
-    assert shared_widths(given, 2, 2) == {"layers.0.key": (2, 2, 2)}
-    assert shared_widths(given, 4, 2) == {"layers.0.key": (6, 4, 2)}
+    assert shared_widths(given, 6, 1) == {"layers.0.key": (4, 1, 1)}
+    assert shared_widths(given, 6, 2) == {"layers.0.key": (2, 2, 2)}
+    assert shared_widths(given, 12, 2) == {"layers.0.key": (6, 4, 2)}
     # 6 is no multiple of 4, so 4 is the most.
-    assert shared_widths(given, 4, 4) == {"layers.0.key": (4, 4, 4)}
+    assert shared_widths(given, 12, 4) == {"layers.0.key": (4, 4, 4)}
 
 
 def test_ties_go_to_the_earlier_head() -> None:
     given = {name: torch.ones(2, 4).double() for name in ("layers.0.key", "layers.1.key")}
-    assert shared_widths(given, 2, 1) == {"layers.0.key": (4, 2), "layers.1.key": (1, 1)}
+    assert shared_widths(given, 8, 1) == {"layers.0.key": (4, 2), "layers.1.key": (1, 1)}
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     given = scores()
     given["layers.1.key"][1, 2] = float("nan")
     with pytest.raises(ValueError, match="layers.1.key: the scores hold a NaN"):
-        shared_widths(given, 2, 1)
+        shared_widths(given, 8, 1)
 
 
 def test_layers_and_kinds_do_not_share_unless_asked() -> None:

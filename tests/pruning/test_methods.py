@@ -429,6 +429,16 @@ def test_random_keeps_subsets_of_what_it_keeps_more_of() -> None:
         assert set(few[head].tolist()) < set(many[head].tolist())
 
 
+def test_randoms_scores_are_uniform_and_fall_as_it_chooses() -> None:
+    scores = torch.stack([Random(seed).scores(SPACE, {}, {}) for seed in range(100)])
+    kept = Random(3).select(SPACE, 5, {}, {})
+    assert torch.equal(scores[3].topk(5, dim=-1).indices.sort(dim=-1).values, kept)
+    assert scores.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert scores.var().item() == pytest.approx(1 / 12, rel=0.05)
+    # Heads differ in what lies above one threshold, as shared budgets need.
+    assert (scores[3] > 0.5).sum(-1).unique().numel() > 1 or HEADS == 1
+
+
 def test_random_chooses_uniformly() -> None:
     counts = torch.zeros(DIM)
     for seed in range(300):

@@ -200,10 +200,20 @@ def test_budgets_that_make_no_sense_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_ratio_of_heads_shared_over_the_model_counts_on_those_of_all_layers(
+    home: Path, tmp_path: Path
+) -> None:
+    words = ["--method", "random", "--space", "head", "--ratio", "0.2", "--allocate", "model"]
+    stage("plan_command", home / "model", tmp_path / "plan.json", *words)
+    kept = read_plan(tmp_path / "plan.json").kept
+    heads = tiny_config("gated_deltanet")["num_heads"] * len(kept)
+    assert sum(len(rows[0]) for rows in kept.values()) == int(heads * 0.8)
+
+
 def test_sharing_needs_scores_and_a_class(home: Path, tmp_path: Path) -> None:
     share = ["--ratio", "0.5", "--paper", "--allocate", "model"]
-    with pytest.raises(UserError, match="shares channels by scores, which random has none of: use"):
-        stage("plan_command", home / "model", tmp_path / "p", "--method", "random", *share)
+    with pytest.raises(UserError, match="shares channels by scores, which drrqr has none of: use"):
+        stage("plan_command", home / "model", tmp_path / "p", "--method", "drrqr", *share)
     kda = tiny_config("kda")
     write_hf(tmp_path / "kda", kda, weights(kda))
     with pytest.raises(UserError, match="pca mixes key channels, and .*f_proj.1.weight acts on"):
