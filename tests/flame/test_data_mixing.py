@@ -13,6 +13,8 @@ from flame.data.loader import PackedLoader, check_enough, merge_states
 from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.data.sources import IndexedDocuments, ListedTexts, StreamedDocuments, build_documents
 from flame.errors import UserError
+from tests.distributed import run_distributed
+from tests.flame.jobs import train_job
 from tests.flame.text import tiny_tokenizer
 
 SHARDS = 4
@@ -225,3 +227,20 @@ def test_a_source_that_is_too_short_is_named(tokenizer: Any) -> None:
     config = make_config(repeat=False)
     with pytest.raises(UserError, match=r"^b is shorter than one global batch"):
         check_enough(mixture(config, streamed=False), tokenizer, config, SEQ_LEN, 120)
+
+
+def test_a_run_and_its_calibration_draw_on_all_sources(assets: Path, tmp_path: Path) -> None:
+    from flame.checkpoint.reference import resolve
+    from pruning.calibration_data import calibration_data
+    from pruning.options import DataOptions
+
+    text = assets / "text.jsonl"
+    sources = [str(text), f"{text}?max_documents=40"]
+    options = {"data__dataset": "", "data__sources": sources, "data__weights": [3.0, 1.0]}
+    run_distributed(train_job, 2, assets, tmp_path / "run", training__steps=2, **options)
+    state = json.loads((tmp_path / "run/checkpoint/step-2/dataloader.json").read_text())
+    assert state["weights"] == [0.75, 0.25]
+    assert all(len(cursors) == 2 for cursors in state["shards"].values())
+    data = calibration_data(resolve(str(tmp_path / "run")), DataOptions(sequences=8, seq_len=64))
+    assert [part.size for part in data.documents().parts] == [400, 40]
+    assert data.record()["sources"] == sources
