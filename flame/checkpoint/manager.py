@@ -119,7 +119,7 @@ class CheckpointManager:
             self.background.close()
 
     def _purge(self) -> None:
-        if self.keep > 0 and rank() == 0:
+        if rank() == 0:
             purge(self.folder, self.keep)
 
     def _state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""SIGKILL at random moments: of one rank or the whole job, in every stage that writes.
+
+After a kill no step looks whole that is not, nothing outside of the output has changed, and the
+same command, started again, ends with the undisturbed result, bit for bit, and without leftovers.
+
+A round's moment comes from its seed, which a failure names; to repeat one:
+
+    pytest -m slow "tests/faults/test_kills.py::test_a_killed_job_is_run_again[train-3]"
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flame.checkpoint.checksums import read_checksums
+from flame.checkpoint.steps import (
+    broken_steps,
+    latest_whole_step,
+    step_folder,
+    verify_step,
+    whole_steps,
+)
+from tests.faults.moments import Moment, Work, draw
+from tests.faults.nursery import Job, Nursery, Outcome
+from tests.faults.tasks import STEPS, TASKS, make_inputs, run_task
+
+ROUNDS = {
+    "train": 14,
+    "train in the background": 14,
+    "calibrate": 8,
+    "apply to dcp": 3,
+    "apply to hf": 2,
+    "convert to dcp": 2,
+    "convert to hf": 2,
+    "merge": 5,
+}
+"""Fifty in the slow part; the fast part has the first of some."""
+
+FEW = ("train", "train in the background", "apply to dcp", "convert to hf")
+TRIES = 5
+"""A moment near the end may come too late; then another is drawn."""
+
+TWICE = 0.3
+"""Part of the rounds in which the second start is killed too, if its moment comes in time."""
+
+TRAINED = ("train", "train in the background")
+
+
+class Bench:
+    """What the rounds share: a nursery, inputs, and undisturbed results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.nursery, self.folder = Nursery(), folder
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir()
+        self._work: dict[str, tuple[Work, ...]] = {}
+        self._make(make_inputs)
+
+    def undisturbed(self, task: str) -> tuple[Path, tuple[Work, ...]]:
+        """A place where `task` was not disturbed, and what its ranks did; made once."""
+        place, make = self.folder / f"undisturbed {task}", TASKS[task].make
+        if task not in self._work:
+            if make is not None:
+                self._make(make)
+            outcome = self.run(task, place)
+            assert set(outcome.statuses) == {0}, outcome.words
+            self._work[task] = tuple(work for work in outcome.work if work is not None)
+        return place, self._work[task]
+
+    def run(self, task: str, place: Path, moment: Moment | None = None) -> Outcome:
+        """Start `task` in `place`, again if it was there before."""
+        prepare = TASKS[task].prepare
+        if not place.exists():
+            place.mkdir()
+            if prepare is not None:
+                prepare(self.inputs, place)
+        arguments, size = (task, self.inputs, place), TASKS[task].world_size
+        return self.nursery.run(
+            Job(run_task, arguments, size, place, moment, self._work.get(task, ()))
+        )
+
+    def _make(self, make: Callable[[Path], None]) -> None:
+        outcome = self.nursery.run(Job(make, (self.inputs,), 1, self.folder / "making"))
+        assert outcome.statuses == (0,), outcome.words
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    made = Bench(tmp_path_factory.mktemp("faults"))
+    yield made
+    made.nursery.close()
+
+
+@pytest.mark.parametrize("task", FEW)
+def test_a_job_killed_at_some_moment_is_run_again(bench: Bench, task: str) -> None:
+    check_round(bench, task, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("task", "seed"), [(task, n) for task, rounds in ROUNDS.items() for n in range(1, rounds + 1)]
+)
+def test_a_killed_job_is_run_again(bench: Bench, task: str, seed: int) -> None:
+    check_round(bench, task, seed)
+
+
+def check_round(bench: Bench, task: str, seed: int) -> None:
+    """Kill a job at the moments of a seed, look at what it left, run it again, compare."""
+    reference, work = bench.undisturbed(task)
+    before = digests(bench.inputs)
+    generator = random.Random(f"{task} {seed}")
+    case, place = _kill(bench, task, seed, generator)
+    latest = check_left(task, place, reference, case)
+    if generator.random() < TWICE:
+        moment = draw(generator, len(work))
+        case += f", then {moment}"
+        bench.run(task, place, moment)
+        latest = check_left(task, place, reference, case)
+    print(case)
+    again = bench.run(task, place)
+    assert set(again.statuses) == {0}, f"{case}\n{again.words}"
+    if task in TRAINED:
+        check_resumed(again.words, latest, case)
+        check_losses(place, reference, case)
+    assert digests(place / "work") == digests(reference / "work"), case
+    assert os.listdir(place / "tmp") == [], case
+    assert digests(bench.inputs) == before, case
+    shutil.rmtree(place)
+
+
+def _kill(bench: Bench, task: str, seed: int, generator: random.Random) -> tuple[str, Path]:
+    """Draw moments until one comes in time; what it was in words, and the killed job's place."""
+    _, work = bench.undisturbed(task)
+    for number in range(TRIES):
+        place = bench.folder / f"{task} {seed} {number}"
+        moment = draw(generator, len(work))
+        outcome = bench.run(task, place, moment)
+        case = f"{task}, seed {seed}: {moment} of {work[moment.rank]}"
+        assert not outcome.hung, f"{case}\nranks that were left hang:\n{outcome.words}"
+        if outcome.statuses[moment.rank] == -signal.SIGKILL:
+            return case, place
+        assert set(outcome.statuses) == {0}, f"{case}\n{outcome.words}"
+        shutil.rmtree(place)
+    raise AssertionError(f"{task}, seed {seed}: none of {TRIES} moments came in time")
+
+
+def check_left(task: str, place: Path, reference: Path, case: str) -> int | None:
+    """What a killed job left is whole, or does not look so; returns the latest whole step."""
+    output = TASKS[task].output
+    left, expected = place / "work" / output, reference / "work" / output
+    assert len(leftovers(place / "work")) <= 3, f"{case}\n{leftovers(place / 'work')}"
+    if task in TRAINED:
+        checkpoints = left / "checkpoint"
+        assert broken_steps(checkpoints) == [], case
+        for step in whole_steps(checkpoints):
+            verify_step(step_folder(checkpoints, step))
+        return latest_whole_step(checkpoints)
+    if task != "calibrate" and left.exists():
+        assert digests(left, place / "work") == digests(expected, reference / "work"), case
+    return None
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files and folders with the names that are given while writing."""
+    return [*folder.rglob(".*.tmp"), *folder.rglob(".*.old"), *folder.rglob("tmp-*")]
+
+
+def check_resumed(words: str, latest: int | None, case: str) -> None:
+    """The job went on from the step that it had to."""
+    if latest is None:
+        assert "training starts at step 1" in words, f"{case}\n{words}"
+    else:
+        assert f"/step-{latest}\n" in words, f"{case}\n{words}"
+        assert latest == STEPS or f"training starts at step {latest + 1}" in words, case
+
+
+def check_losses(place: Path, reference: Path, case: str) -> None:
+    """Every loss that was written is the undisturbed run's."""
+    from tests.flame.jobs import scalars_of
+
+    tag = "loss_metrics/global_avg_loss"
+    ours, theirs = (scalars_of(at / "work/run", tag) for at in (place, reference))
+    assert ours == {step: theirs[step] for step in ours}, case
+
+
+def digests(folder: Path, home: Path | None = None) -> dict[str, str]:
+    """A hash for each file below `folder`, as it would be were `home` elsewhere.
+
+    Left out are TensorBoard's files, one for each start, and the index of a step, which holds a
+    random number; its other files are hashed, and their hashes in `checksums.json` checked.
+    """
+    home = folder if home is None else home
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name] = "folder"
+        elif path.name == "checksums.json":
+            verify_step(path.parent)
+            hashes = {n: h for n, h in read_checksums(path.parent).items() if n != ".metadata"}
+            found[name] = str(sorted(hashes.items()))
+        elif path.name != ".metadata":
+            content = path.read_bytes().replace(str(home).encode(), b"")
+            found[name] = hashlib.sha256(content).hexdigest()
+    return {name: value for name, value in found.items() if "/tb/" not in f"/{name}"}
