@@ -235,6 +235,25 @@ def test_tensors_that_are_not_finite_are_named_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.json"]
 
 
+@pytest.mark.parametrize("to", ["dcp", "hf"])
+def test_a_damaged_file_is_named_though_it_is_hashed_while_it_is_read(
+    to: str, tmp_path: Path
+) -> None:
+    model = write_run(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
+    plan = plan_for(model)
+    shard = model / "checkpoint" / "step-7" / "__0_0.distcp"
+    whole = shard.read_bytes()
+    for place in (len(whole) // 3, len(whole) // 2, len(whole) - 700):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"__0_0\.distcp is damaged"):
+            apply_plan(model, plan, tmp_path / "out", "--to", to)
+        assert not (tmp_path / "out").exists()
+    shard.write_bytes(whole)
+    apply_plan(model, plan, tmp_path / "out", "--to", to)
+
+
 def test_replaced_tensors_take_the_place_of_sliced_ones(tmp_path: Path) -> None:
     from dataclasses import replace
 
