@@ -191,7 +191,7 @@ def test_one_stopped_process_says_so_by_its_status(assets: Path, tmp_path: Path)
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(process, "step: 1 ")
+    wait_for(process, "step: 10 ")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=600)
     assert "stopped after step" in out
