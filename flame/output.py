@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from flame.errors import UserError
+from flame.exchange import exchange
 
 
 def check_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
@@ -154,9 +155,15 @@ def _says_disk_is_full(error: BaseException) -> bool:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; an old `path` is kept aside until the new one is in place."""
+    """Rename `temporary` to `path`, and remove the old `path`.
+
+    At every moment one of them is there, but on systems that cannot swap names: the old one is kept
+    aside there, for `_restore_old`, until the new one is in place.
+    """
     old = path.parent / f".{path.name}.old"
     _remove(old)
+    if path.exists() and exchange(temporary, path):
+        return _remove(temporary)
     if path.exists():
         os.rename(path, old)
     os.rename(temporary, path)

@@ -7,7 +7,6 @@ first, so at any moment `step-N` is a whole step or is not there.
 Nothing at the top of this module imports torch: the checks before work start use it.
 """
 
-import ctypes
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.checksums import CHECKSUMS, METADATA, check_file, read_checksums
 from flame.errors import UserError
+from flame.exchange import exchange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,7 @@ def _publish(temporary: Path, final: Path) -> None:
         _sync_folder(temporary)
         if not final.exists():
             os.rename(temporary, final)
-        elif _exchange(temporary, final):
+        elif exchange(temporary, final):
             shutil.rmtree(temporary)
         else:
             _delete(final)
@@ -183,17 +183,6 @@ def _delete(step: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(step, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically by renameat2(2); False where the system cannot."""
-    at_working_directory, exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    return renameat2(at_working_directory, names[0], at_working_directory, names[1], exchange) == 0
 
 
 def _sync_folder(folder: Path) -> None:

@@ -102,7 +102,7 @@ def _warm_up() -> None:
     import flame.lora
     import flame.register
     import flame.start
-    import flame.trainer
+    import flame.trainer  # noqa: F401
     import pruning.apply
     import pruning.calibrate
     import pruning.collect
@@ -158,9 +158,9 @@ def _be(job: Job, rank: int, port: int) -> None:
         status = 0
     except UserError as error:
         print(f"slimstate: error: {error}", file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if status and sys.exc_info()[1] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -8,17 +8,14 @@ A round's moment comes from its seed, which a failure names; to repeat one:
     pytest -m slow "tests/faults/test_kills.py::test_a_killed_job_is_run_again[train-3]"
 """
 
-import hashlib
 import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from flame.checkpoint.checksums import read_checksums
 from flame.checkpoint.steps import (
     broken_steps,
     latest_whole_step,
@@ -26,9 +23,9 @@ from flame.checkpoint.steps import (
     verify_step,
     whole_steps,
 )
-from tests.faults.moments import Moment, Work, draw
-from tests.faults.nursery import Job, Nursery, Outcome
-from tests.faults.tasks import STEPS, TASKS, make_inputs, run_task
+from tests.faults.bench import Bench, digests
+from tests.faults.moments import draw
+from tests.faults.tasks import STEPS, TASKS
 
 ROUNDS = {
     "train": 14,
@@ -50,51 +47,6 @@ TWICE = 0.3
 """Part of the rounds in which the second start is killed too, if its moment comes in time."""
 
 TRAINED = ("train", "train in the background")
-
-
-class Bench:
-    """What the rounds share: a nursery, inputs, and undisturbed results."""
-
-    def __init__(self, folder: Path) -> None:
-        self.nursery, self.folder = Nursery(), folder
-        self.inputs = folder / "inputs"
-        self.inputs.mkdir()
-        self._work: dict[str, tuple[Work, ...]] = {}
-        self._make(make_inputs)
-
-    def undisturbed(self, task: str) -> tuple[Path, tuple[Work, ...]]:
-        """A place where `task` was not disturbed, and what its ranks did; made once."""
-        place, make = self.folder / f"undisturbed {task}", TASKS[task].make
-        if task not in self._work:
-            if make is not None:
-                self._make(make)
-            outcome = self.run(task, place)
-            assert set(outcome.statuses) == {0}, outcome.words
-            self._work[task] = tuple(work for work in outcome.work if work is not None)
-        return place, self._work[task]
-
-    def run(self, task: str, place: Path, moment: Moment | None = None) -> Outcome:
-        """Start `task` in `place`, again if it was there before."""
-        prepare = TASKS[task].prepare
-        if not place.exists():
-            place.mkdir()
-            if prepare is not None:
-                prepare(self.inputs, place)
-        arguments, size = (task, self.inputs, place), TASKS[task].world_size
-        return self.nursery.run(
-            Job(run_task, arguments, size, place, moment, self._work.get(task, ()))
-        )
-
-    def _make(self, make: Callable[[Path], None]) -> None:
-        outcome = self.nursery.run(Job(make, (self.inputs,), 1, self.folder / "making"))
-        assert outcome.statuses == (0,), outcome.words
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("faults"))
-    yield made
-    made.nursery.close()
 
 
 @pytest.mark.parametrize("task", FEW)
@@ -188,25 +140,3 @@ def check_losses(place: Path, reference: Path, case: str) -> None:
     tag = "loss_metrics/global_avg_loss"
     ours, theirs = (scalars_of(at / "work/run", tag) for at in (place, reference))
     assert ours == {step: theirs[step] for step in ours}, case
-
-
-def digests(folder: Path, home: Path | None = None) -> dict[str, str]:
-    """A hash for each file below `folder`, as it would be were `home` elsewhere.
-
-    Left out are TensorBoard's files, one for each start, and the index of a step, which holds a
-    random number; its other files are hashed, and their hashes in `checksums.json` checked.
-    """
-    home = folder if home is None else home
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir():
-            found[name] = "folder"
-        elif path.name == "checksums.json":
-            verify_step(path.parent)
-            hashes = {n: h for n, h in read_checksums(path.parent).items() if n != ".metadata"}
-            found[name] = str(sorted(hashes.items()))
-        elif path.name != ".metadata":
-            content = path.read_bytes().replace(str(home).encode(), b"")
-            found[name] = hashlib.sha256(content).hexdigest()
-    return {name: value for name, value in found.items() if "/tb/" not in f"/{name}"}

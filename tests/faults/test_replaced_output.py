@@ -1,0 +1,47 @@
+"""An output that is replaced is there at every moment: the old one or the new one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.faults.bench import Bench
+from tests.faults.moments import Moment, Work
+from tests.faults.nursery import Job
+
+
+def replace(out: Path, can_swap: bool) -> None:
+    """Write a folder in the place of another."""
+    from flame import output
+
+    if not can_swap:
+        output.exchange = lambda one, other: False  # type: ignore[assignment]
+    with output.replacing_folder(out, overwrite=True) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text("new")
+
+
+@pytest.mark.parametrize("can_swap", [True, False])
+def test_an_output_killed_while_it_is_replaced(
+    bench: Bench, tmp_path: Path, can_swap: bool
+) -> None:
+    """On systems that cannot swap two names, the next writer puts the old one back."""
+    for number in range(100):
+        place = tmp_path / str(number)
+        out = place / "work" / "out"
+        out.mkdir(parents=True)
+        (out / "a").write_text("old")
+        moment, work = Moment("files", number / 100, 0, whole=True), (Work(100, 0, 0),)
+        outcome = bench.nursery.run(Job(replace, (out, can_swap), 1, place, moment, work))
+        if can_swap:
+            assert contents(out) in ({"a": "old"}, {"a": "new", "b": "new"})
+        again = bench.nursery.run(Job(replace, (out, can_swap), 1, place))
+        assert again.statuses == (0,), again.words
+        assert contents(out) == {"a": "new", "b": "new"} and os.listdir(out.parent) == ["out"]
+        if outcome.statuses == (0,):
+            break
+    assert 8 < number < 99
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
