@@ -74,10 +74,12 @@ def run(options: Options) -> None:
 
 def _calibrate(options: Options) -> None:
     """Make the statistics, or finish them, unless they are there. Collective."""
+    from flame.checkpoint.peers import on_first
     from flame.distributed import from_rank_zero
     from pruning import calibrate
 
-    how = from_rank_zero(_how_to_calibrate(options))
+    # One process looks: a complaint of some alone would leave the others in the broadcast.
+    how = from_rank_zero(on_first(lambda: _how_to_calibrate(options)))
     if how is not None:
         calibrate.run(calibrate.parse([*calibration_words(options), *how]))
 

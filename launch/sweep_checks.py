@@ -79,7 +79,9 @@ def _widths(options: Options, point: Point, reference: "ModelReference") -> Any:
     words = [options.model, str(options.out.path), *options.budget_words, *point.words]
     pruning = prune.parse(words)
     widths = check_budget(pruning.budget, reference.config, pruning.method)
-    return tuple(sorted(widths.items()))
+    # Heads of all layers together are a finer measure than those of one.
+    shared = pruning.budget.allocate == "model" and "head" in widths
+    return tuple(sorted(widths.items())), point.ratio if shared else None
 
 
 def _check_text(options: Options, reference: "ModelReference") -> None:

@@ -21,6 +21,16 @@ from flame.errors import UserError
 WORD = re.compile(r"(?P<method>[^:@=]+)(?P<options>(:[^:@]+)*)(@(?P<spaces>[^:@]+))?")
 SYNTAX = "METHOD[:option=value…][@KIND[=RATIO]…]"
 
+DATA_OPTIONS = ("data", "subset", "split", "text-key", "tokenizer", "sequences", "seq-len")
+SET_BY_SWEEP = {
+    "method": "the word's first part",
+    "ratio": "@KIND=RATIO or --ratios",
+    "space": "@KIND or --space",
+    **dict.fromkeys(("stats", "to", "overwrite"), "the sweep itself"),
+    **dict.fromkeys(DATA_OPTIONS, "an option of the sweep, for its one calibration"),
+}
+"""Options of `slimstate prune` that no word may have, with what says them instead."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -109,9 +119,12 @@ def _taken_apart(text: str, space: str) -> _Word:
     match = WORD.fullmatch(text.strip())
     if match is None:
         raise UserError(f"cannot read {text!r} in --methods: write {SYNTAX}")
-    options = (_pair(part) for part in match["options"].split(":") if part)
+    options = tuple(_pair(part) for part in match["options"].split(":") if part)
+    for name, _ in options:
+        if name in SET_BY_SWEEP:
+            raise UserError(f"{text}: {name} is set by {SET_BY_SWEEP[name]}, leave it out")
     kinds = re.split(r"[+,]", match["spaces"] or space)
-    return _Word(match["method"], tuple(options), tuple(_pair(kind) for kind in kinds))
+    return _Word(match["method"], options, tuple(_pair(kind) for kind in kinds))
 
 
 def _pair(text: str) -> tuple[str, str | None]:

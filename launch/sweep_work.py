@@ -25,9 +25,9 @@ from launch.sweep_points import Point
 DENSE, CONTINUED = "dense", "dense-continued"
 """Names of the controls among the points: the model itself, and trained on as a point recovers."""
 
-FAILURES = (UserError, RuntimeError, OSError, ArithmeticError)
+FAILURES = (UserError, RuntimeError, OSError, ArithmeticError, MemoryError, ValueError)
 """What ends a point and not the sweep: a person's mistake, and what libraries raise when memory or
-the disk is full, or a computation has no answer."""
+the disk is full, a computation has no answer, or a kernel does not take a width."""
 
 MEASURED = ("perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

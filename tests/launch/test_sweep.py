@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from launch import sweep
 from launch.sweep_chart import log_ticks
+from launch.sweep_checks import _check_points
 from launch.sweep_folder import SweepFolder
 from launch.sweep_page import page, write_files
 from launch.sweep_points import points
@@ -139,6 +141,8 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
         ("--methods l1,l1@key --ratios 0.5", "l1@key=0.5 is in the sweep twice"),
         ("--methods l1@ --ratios 0.5", "cannot read 'l1@' in --methods: write METHOD"),
         ("--methods l1@key+head=0.5", "give a ratio to every kind, or to none"),
+        ("--methods l1:ratio=0.3 --ratios 0.5", "l1:ratio=0.3: ratio is set by @KIND=RATIO or"),
+        ("--methods drrqr:sequences=9 --ratios 0.5", "sequences is set by an option of the sweep"),
         ("--methods random --ratios 0.5 --seeds 1,x", "--seeds: x is not a whole number"),
         ("--methods l1 --ratios 0.5 --training.steps 3", "--training.steps is for a recovery"),
         ("--methods l1 --ratios 0.5 --recover R --model.init M", "--model.init is the sweep's to"),
@@ -162,6 +166,17 @@ def test_one_line_says_what_is_wrong(root: Path, tmp_path: Path, words: str, mes
         sweep.check(sweep.parse([str(root / "dense"), str(out), *shlex.split(words)]), 1)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ratios_of_heads_of_all_layers_may_agree_in_each_layer(root: Path) -> None:
+    """Of two heads a layer one stays at both ratios, of the four of two layers three and two."""
+    words = ["--methods", "random@head", "--ratios", "0.2,0.4", "--allocate", "model"]
+    options = sweep.parse([str(root / "dense"), "out", *words])
+    reference = resolve(root / "dense")
+    _check_points(options, reference)
+    uniform = sweep.parse([str(root / "dense"), "out", *words[:4]])
+    with pytest.raises(UserError, match="keep as many channels and are the same model"):
+        _check_points(uniform, reference)
 
 
 def test_places_that_are_taken_are_refused(root: Path, tmp_path: Path) -> None:
