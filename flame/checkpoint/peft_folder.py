@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from flame.checkpoint.reference import (
     ADAPTER_FILE,
     ADAPTER_WEIGHTS,
@@ -28,6 +26,8 @@ def write_adapters(folder: Path, reference: ModelReference) -> None:
     `PeftModel.from_pretrained(base, folder)` loads it. The base is named by its absolute path, or
     as it was where it is a hub name; `base.json`, which is ours, adds its fingerprint.
     """
+    from safetensors.torch import save_file
+
     config = read_json(reference.folder / ADAPTER_FILE)
     named = config.get("base_model_name_or_path")
     beside = reference.folder / str(named)
