@@ -95,9 +95,12 @@ class CheckpointManager:
     def load(self, step: int = -1) -> bool:
         """Load `step`, or the latest whole one; `False` if there is none. Collective.
 
-        Step 0 holds a model alone: training starts there with a fresh optimizer, schedule and data.
+        With the latest, what a killed job had no time to purge is deleted. Step 0 holds a model
+        alone: training starts there with a fresh optimizer, schedule and data.
         """
-        step = latest(self.folder) if step == -1 else step
+        if step == -1:
+            self._purge()
+            step = latest(self.folder)
         if step < 0:
             return False
         source = step_folder(self.folder, step)

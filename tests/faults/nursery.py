@@ -24,8 +24,9 @@ from flame.errors import UserError
 from tests.distributed import _free_port
 from tests.faults.moments import Counter, Moment, Work, kill, processor_time
 
-PATIENCE = 120.0
-"""Seconds in which the ranks that were left must end by themselves, on a busy machine too."""
+PATIENCE = 20.0
+"""Seconds after which the ranks that were left are told to end, as a launcher tells them at once,
+and again those after which one that has not is killed."""
 
 LIMIT = 600.0
 """Seconds for a whole job."""
@@ -54,9 +55,11 @@ class Outcome:
     work: tuple[Work | None, ...]
     """Of the ranks that came to their end."""
     hung: bool
-    """Ranks that were left did not end by themselves."""
+    """Ranks that were left did not end by themselves, nor when they were told to."""
     words: str
-    """What the ranks wrote."""
+    """What the ranks wrote, in their order."""
+    said: str
+    """What rank 0 wrote: under a launcher, what a person reads."""
 
 
 class Nursery:
@@ -113,12 +116,14 @@ def _run(job: Job) -> Outcome:
     log = job.place / "log"
     shutil.rmtree(log, ignore_errors=True)
     log.mkdir(parents=True)
+    for name in ("tmp", "work"):
+        (job.place / name).mkdir(exist_ok=True)
     ranks = _fork(job)
     statuses, hung = _watch(job, ranks)
     numbers = range(job.world_size)
-    words = "\n".join((log / str(rank)).read_text(errors="replace") for rank in numbers)
+    words = [(log / str(rank)).read_text(errors="replace") for rank in numbers]
     work = tuple(_read_work(log / f"work-{rank}") for rank in numbers)
-    return Outcome(statuses, work, hung, words)
+    return Outcome(statuses, work, hung, "\n".join(words), words[0])
 
 
 def _fork(job: Job) -> list[int]:
@@ -149,7 +154,6 @@ def _be(job: Job, rank: int, port: int) -> None:
         os.environ.update({name: str(value) for name, value in (ranks | sizes).items()})
         os.environ.update(MASTER_ADDR="127.0.0.1")
         tempfile.tempdir = str(job.place / "tmp")
-        (job.place / "tmp").mkdir(exist_ok=True)
         own = job.moment if job.moment is not None and job.moment.rank == rank else None
         counter = Counter(job.place / "work", own, job.work[rank] if job.work else None)
         counter.start()
@@ -175,7 +179,7 @@ def _redirect_output(file: Path) -> None:
 def _watch(job: Job, ranks: list[int]) -> tuple[tuple[int, ...], bool]:
     """Kill at the job's moment, if it is one of time, and wait for all ranks to end."""
     statuses: dict[int, int] = {}
-    limit, end, hung = _time_limit(job), time.monotonic() + LIMIT, False
+    limit, ends = _time_limit(job), _Ends(ranks, statuses)
     while len(statuses) < len(ranks):
         time.sleep(POLL)
         _reap(ranks, statuses)
@@ -183,13 +187,29 @@ def _watch(job: Job, ranks: list[int]) -> tuple[tuple[int, ...], bool]:
         if victim not in statuses and limit is not None and processor_time(victim) > limit:
             kill(victim, job.moment is not None and job.moment.whole)
             limit = None
-        if any(statuses.values()) and not hung:
-            end = min(end, time.monotonic() + PATIENCE)
-        if time.monotonic() > end:
-            hung = True
-            for process in set(ranks) - set(statuses):
-                os.kill(process, signal.SIGKILL)
-    return tuple(statuses[process] for process in ranks), hung
+        ends.enforce()
+    return tuple(statuses[process] for process in ranks), ends.hung
+
+
+class _Ends:
+    """Ends the ranks that are left after one has failed, or when the job takes too long."""
+
+    def __init__(self, ranks: list[int], statuses: dict[int, int]) -> None:
+        self.hung = False
+        self._ranks, self._statuses = ranks, statuses
+        self._next, self._told = time.monotonic() + LIMIT, False
+        self._failed = False
+
+    def enforce(self) -> None:
+        now = time.monotonic()
+        if any(self._statuses.values()) and not self._failed:
+            self._failed, self._next = True, now + PATIENCE
+        if now < self._next:
+            return
+        self.hung = self.hung or self._told
+        for process in set(self._ranks) - set(self._statuses):
+            os.kill(process, signal.SIGKILL if self._told else signal.SIGTERM)
+        self._told, self._next = True, now + PATIENCE
 
 
 def _reap(ranks: list[int], statuses: dict[int, int]) -> None:

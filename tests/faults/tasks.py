@@ -149,7 +149,6 @@ TASKS = {
 
 def run_task(name: str, inputs: Path, place: Path) -> None:
     """What a job's ranks run."""
-    (place / "work").mkdir(exist_ok=True)
     with contextlib.chdir(place / "tmp"):
         TASKS[name].run(inputs, place)
 

@@ -73,14 +73,15 @@ def check_round(bench: Bench, task: str, seed: int) -> None:
     if generator.random() < TWICE:
         moment = draw(generator, len(work))
         case += f", then {moment}"
-        bench.run(task, place, moment)
+        outcome = bench.run(task, place, moment)
+        assert not outcome.hung, f"{case}\nranks that were left hang:\n{outcome.words}"
         latest = check_left(task, place, reference, case)
     print(case)
     again = bench.run(task, place)
     assert set(again.statuses) == {0}, f"{case}\n{again.words}"
     if task in TRAINED:
         check_resumed(again.words, latest, case)
-        check_losses(place, reference, case)
+        check_losses(place, reference, latest, case)
     assert digests(place / "work") == digests(reference / "work"), case
     assert os.listdir(place / "tmp") == [], case
     assert digests(bench.inputs) == before, case
@@ -133,10 +134,22 @@ def check_resumed(words: str, latest: int | None, case: str) -> None:
         assert latest == STEPS or f"training starts at step {latest + 1}" in words, case
 
 
-def check_losses(place: Path, reference: Path, case: str) -> None:
+def check_losses(place: Path, reference: Path, latest: int | None, case: str) -> None:
     """Every loss that was written is the undisturbed run's."""
-    from tests.flame.jobs import scalars_of
-
-    tag = "loss_metrics/global_avg_loss"
-    ours, theirs = (scalars_of(at / "work/run", tag) for at in (place, reference))
+    ours, theirs = losses(place / "work/run"), losses(reference / "work/run")
+    assert sorted(theirs) == list(range(1, STEPS + 1))
     assert ours == {step: theirs[step] for step in ours}, case
+    assert set(ours) >= set(range((latest or 0) + 1, STEPS + 1)), case
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss by step, of all starts; a killed one may have none in its file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tag, values = "loss_metrics/global_avg_loss", {}
+    for folder in sorted((run / "tb").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(tag)}
+    return values

@@ -1,0 +1,71 @@
+"""A killed rank under `--max-restarts`: the job goes on from the last whole step by itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame.checkpoint.steps import latest_whole_step
+from tests.faults.bench import Bench, digests
+from tests.faults.nursery import Job
+from tests.faults.tasks import RECIPE
+from tests.flame.jobs import make_job, train_job
+from tests.launch.test_nodes import ROOT, WAIT, _children, _environment
+
+STEPS = 12
+OPTIONS: dict[str, Any] = {
+    **RECIPE,
+    "training__steps": STEPS,
+    "lr_scheduler__total_steps": STEPS,
+    "checkpoint__interval": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again(bench: Bench, tmp_path: Path, rank: int) -> None:
+    assets, run, whole = bench.inputs / "assets", tmp_path / "run", tmp_path / "whole"
+    undisturbed = bench.nursery.run(Job(train, (assets, whole), 2, tmp_path / "place"))
+    assert undisturbed.statuses == (0, 0), undisturbed.words
+    job = start(assets, run)
+    try:
+        while latest_whole_step(run / "checkpoint") is None:
+            assert job.poll() is None
+            time.sleep(0.01)
+        os.kill(worker(job, rank), signal.SIGKILL)
+        out, err = job.communicate(timeout=WAIT)
+    finally:
+        job.kill()
+    assert (job.returncode, err) == (0, "")
+    assert out.count("training starts at step 1\n") == 1
+    assert out.count("training starts at step ") == 2 and "loaded " in out
+    assert digests(run, run) == digests(whole, whole)
+
+
+def train(assets: Path, run: Path) -> None:
+    train_job(assets, run, **OPTIONS)
+
+
+def start(assets: Path, run: Path) -> subprocess.Popen[str]:
+    from flame.config import recipe_text
+
+    recipe = run.with_suffix(".toml")
+    recipe.write_text(recipe_text(make_job(assets, run, **OPTIONS)))
+    command = ["train", "--nproc", "2", "--max-restarts", "1", "--config", str(recipe)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command],
+        cwd=ROOT, env=environment, text=True, **pipes,
+    )  # fmt: skip
+
+
+def worker(job: subprocess.Popen[str], rank: int) -> int:
+    ranks = {_environment(process).get("RANK"): process for process in _children(job.pid)}
+    return ranks[str(rank)]
