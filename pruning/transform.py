@@ -118,6 +118,13 @@ class SlicedSource:
     def _check_names(self) -> None:
         for name in sorted({*self._cuts, *self._new} - self._names):
             raise UserError(f"the checkpoint lacks {name}, which the plan prunes")
+        kernels = [name for name in self._cuts if name.endswith("_conv1d.weight")]
+        biases = {name.removesuffix("weight") + "bias" for name in kernels}
+        for bias in sorted(biases & self._names):
+            raise UserError(
+                f"{bias}: a convolution makes silu(bias) of a channel of zeros, so that removing "
+                "one changes the model: only convolutions without bias can be pruned"
+            )
         for name, cuts in self._cuts.items():
             shape = self._source.info(name).shape
             if any(cut.dim >= len(shape) or shape[cut.dim] != cut.size for cut in cuts):

@@ -6,7 +6,7 @@ from flame.errors import UserError
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     Mixer,
-    check_exact,
+    check_layers,
     linear_layers,
     mixer_spaces,
     positive_integer,
@@ -45,7 +45,7 @@ class DeltaNet:
     def check(self, config: Config) -> None:
         """Raise UserError if zeroing a key channel is not the same as removing it."""
         config = with_defaults(config, DEFAULTS)
-        check_exact(config)
+        check_layers(config)
         if config["qk_activation"] == "elu":
             raise UserError(
                 "config: qk_activation is 'elu', which maps a zeroed key channel to 1, so removing "

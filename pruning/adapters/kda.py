@@ -10,7 +10,7 @@ from pruning.adapters.head_dim import check_sizes, knobs, value_heads, value_wid
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     Mixer,
-    check_exact,
+    check_layers,
     linear_layers,
     mixer_spaces,
     with_defaults,
@@ -74,7 +74,7 @@ class Kda:
     def check(self, config: Config) -> None:
         """Raise UserError if zeroing a key channel is not the same as removing it."""
         config = with_defaults(config, DEFAULTS)
-        check_exact(config)
+        check_layers(config)
         check_sizes(config)
 
     def spaces(self, config: Config) -> list[Space]:

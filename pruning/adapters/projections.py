@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from flame.errors import UserError
 from pruning.adapters.interface import Config
-from pruning.adapters.widths import expansion
 from pruning.spaces import Axis, Blocks, HeadMajor, Kind, Layout, Role, SharedHeads, Space
-
-__all__ = ["FLOAT32_BYTES", "Mixer", "check_exact", "expansion", "linear_layers", "mixer_spaces"]
 
 FLOAT32_BYTES = 4
 
@@ -135,16 +132,12 @@ def linear_layers(config: Config) -> list[int]:
     return [layer for layer in range(config["num_hidden_layers"]) if layer not in softmax]
 
 
-def check_exact(config: Config) -> None:
-    """Raise UserError if there is nothing to prune, or removing a channel is not zeroing it.
+def check_layers(config: Config) -> None:
+    """Raise UserError if there is nothing to prune.
 
-    A convolution with a bias turns a zeroed channel into silu(bias).
+    fla's models make convolutions without a bias whatever the config's `conv_bias` is; that the
+    checkpoint has none is looked at when it is sliced.
     """
     positive_integer(config, "num_hidden_layers")
     if not linear_layers(config):
         raise UserError("config: attn names every layer, so there is no linear-attention layer")
-    if config["use_short_conv"] and config.get("conv_bias"):
-        raise UserError(
-            "config: conv_bias is true, so removing a key channel is not the same as zeroing it "
-            "and the pruned model would differ: only models without conv bias can be pruned"
-        )

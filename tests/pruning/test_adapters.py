@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS, adapter_for
-from pruning.adapters.projections import expansion
+from pruning.adapters.widths import expansion
 from pruning.cuts import cuts_of_spaces
 from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
@@ -330,8 +330,6 @@ def test_gated_deltanet_keeps_its_value_width() -> None:
     ("changes", "message"),
     [
         ({"model_type": "delta_net", "qk_activation": "elu"}, "qk_activation is 'elu'"),
-        ({"model_type": "delta_net", "conv_bias": True}, "conv_bias is true"),
-        ({"model_type": "gated_deltanet", "conv_bias": True}, "conv_bias is true"),
         ({"model_type": "delta_net", "num_heads": 7}, "not a multiple of num_heads 7"),
         ({"model_type": "gated_deltanet", "num_heads": 4, "num_v_heads": 6}, "num_v_heads 6"),
         ({"model_type": "gated_deltanet", "head_dim": "wide"}, "head_dim is 'wide'"),

@@ -25,12 +25,18 @@ from tests.pruning.uneven import uneven_plan
 # A hybrid's softmax layers run on a GPU only; without one they would hide nothing else.
 NAMES = [name for name in CONFIGS if "hybrid" not in name]
 CASES = {name: tiny_config(name) for name in NAMES} | {
-    "delta_net, gated": tiny_config("delta_net", use_gate=True, num_heads=4),
+    # Its model has no bias in its convolutions, whatever its config says.
+    "delta_net, gated": tiny_config("delta_net", use_gate=True, num_heads=4, conv_bias=True),
     "gated_deltanet with grouped values": tiny_config(
         "gated_deltanet", num_v_heads=4, head_dim=24, expand_v=0.75
     ),
     "gated_deltanet grouped three to one": tiny_config(
-        "gated_deltanet", num_heads=3, num_v_heads=9, head_dim=8, allow_neg_eigval=True
+        "gated_deltanet",
+        num_heads=3,
+        num_v_heads=9,
+        head_dim=8,
+        allow_neg_eigval=True,
+        conv_bias=True,
     ),
     "gated_deltaproduct, three steps": tiny_config(
         "gated_deltaproduct hybrid, three steps, no decay, no gate", attn=None

@@ -325,8 +325,6 @@ def test_models_that_cannot_be_pruned_are_refused(home: Path, tmp_path: Path) ->
     assert "is not JSON" in configured("broken", "{")
     assert "no adapter for model family 'llama'" in configured("llama", {"model_type": "llama"})
     assert "is both its key and its value width" in configured("tied", {"model_type": "rwkv7"})
-    biased = {**GATED_DELTANET, "conv_bias": True}
-    assert "conv_bias is true" in configured("biased", biased)
 
 
 def test_outputs_that_must_not_be_written_are_refused(home: Path, tmp_path: Path) -> None:

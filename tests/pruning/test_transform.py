@@ -314,6 +314,10 @@ def test_checkpoints_that_lack_what_the_plan_prunes_are_refused(tmp_path: Path) 
     del short[name]
     with pytest.raises(UserError, match=f"lacks {name}, which the plan prunes"):
         SlicedSource(SafetensorsSource(write_hf(tmp_path / "gone", DELTA_NET, short)), cuts)
+    bias = "model.layers.1.attn.k_conv1d.bias"
+    biased = write_hf(tmp_path / "biased", DELTA_NET, {**tensors, bias: torch.ones(64)})
+    with pytest.raises(UserError, match=f"^{bias}: a convolution makes silu.bias. of a channel"):
+        SlicedSource(SafetensorsSource(biased), cuts)
 
 
 def test_a_lora_run_is_pruned_as_the_merged_model(
