@@ -118,15 +118,15 @@ def _check_same_shape(teacher: Mapping[str, Any], student: Mapping[str, Any]) ->
             )
 
 
-def record_teacher(name: str, folder: Path) -> None:
-    """Note the teacher in the run folder; refuse another one than was noted before."""
+def record_teacher(name: str, folder: Path, into: Path) -> None:
+    """Note the teacher of the run `folder` in folder `into`; refuse another than it has noted."""
     reference = resolve(name)
     mark = fingerprint(reference.config, reference.source())
-    path = folder / TEACHER_FILE
-    if path.is_file() and (recorded := read_json(path)).get("fingerprint") != mark:
+    noted = folder / TEACHER_FILE
+    if noted.is_file() and (recorded := read_json(noted)).get("fingerprint") != mark:
         raise UserError(
             f"{name} is not the teacher that {folder} learnt from ({recorded.get('reference')}): "
             "give that one, or another job.dump_folder"
         )
     record = {"reference": str(reference.weights), "fingerprint": mark}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    (into / TEACHER_FILE).write_text(json.dumps(record, indent=2) + "\n")

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -46,11 +46,15 @@ def check_file_output(path: Path, overwrite: bool = False, inside: Path | None =
 
 
 @contextmanager
-def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `path` when the block ends without an error."""
+def replacing_folder(path: Path, overwrite: bool = False, locked: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
+
+    Args:
+        locked: the caller holds `writer_lock(path)`, for several writes or for what comes before.
+    """
     path = Path(path).absolute()
     check_output(path, overwrite)
-    with writer_lock(path):
+    with nullcontext() if locked else writer_lock(path):
         _restore_old(path)
         check_output(path, overwrite)
         temporary = path.parent / f".{path.name}.tmp"
@@ -90,6 +94,27 @@ def made_folder(path: Path) -> Iterator[None]:
         if new:
             _remove(path)
         raise
+
+
+@contextmanager
+def replacing_files(folder: Path, first: str) -> Iterator[Path]:
+    """Yield a folder for new files; when the block ends without an error they move into `folder`.
+
+    Each takes the place of its older namesake in one instant, `first` before the others. Call it
+    under a lock: what a killed caller left behind is removed.
+    """
+    new = Path(folder) / ".new"
+    _remove(new)
+    new.mkdir()
+    try:
+        yield new
+        for path in sorted(new.iterdir(), key=lambda path: (path.name != first, path.name)):
+            target = Path(folder) / path.name
+            if path.is_dir():
+                _remove(target)
+            os.replace(path, target)
+    finally:
+        _remove(new)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command, run_stage
-from flame.output import made_folder, writer_lock
+from flame.output import made_folder, replacing_files, writer_lock
 from flame.recipe import read_tables, recipe_path
 
 STOP_SECONDS = 600
@@ -143,7 +143,10 @@ def merge(run_folder: Path) -> None:
 
 
 def prepare_run_folder(job: Any) -> None:
-    """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base."""
+    """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base.
+
+    A folder that is refused, or whose writer is killed, keeps the files that it had.
+    """
     from flame.checkpoint.reference import RECIPE_FILE
     from flame.config import recipe_text
     from flame.distill import record_teacher
@@ -151,17 +154,18 @@ def prepare_run_folder(job: Any) -> None:
 
     folder = Path(job.job.dump_folder)
     config, tokenizer = model_config(job), tokenizer_of(job)
-    with made_folder(folder):
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        tokenizer.save_pretrained(folder)
-        (folder / RECIPE_FILE).write_text(recipe_text(job))
+    # The recipe marks a folder as a run that may be gone on with.
+    with made_folder(folder), replacing_files(folder, first=RECIPE_FILE) as new:
+        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tokenizer.save_pretrained(new)
+        (new / RECIPE_FILE).write_text(recipe_text(job))
         if job.lora.rank > 0:
-            _write_base(job, folder, config)
+            _write_base(job, folder, new, config)
         if job.distill.teacher:
-            record_teacher(job.distill.teacher, folder)
+            record_teacher(job.distill.teacher, folder, new)
 
 
-def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
+def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> None:
     from flame.checkpoint.fingerprint import fingerprint
     from flame.checkpoint.reference import BASE_FILE, read_json, resolve
     from flame.lora import write_adapter_files
@@ -178,7 +182,7 @@ def _write_base(job: Any, folder: Path, config: dict[str, Any]) -> None:
     name = (
         os.path.relpath(base.weights, folder) if Path(job.model.init).exists() else job.model.init
     )
-    write_adapter_files(folder, job.lora, name, mark, config)
+    write_adapter_files(new, job.lora, name, mark, config)
 
 
 def _only_writer(folder: Path) -> Any:

@@ -210,11 +210,32 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
 def test_a_run_remembers_its_teacher(teacher: Path, two_ranks: Path, tmp_path: Path) -> None:
     from flame.distill import TEACHER_FILE, record_teacher
 
-    record_teacher(str(teacher), tmp_path)
-    record_teacher(str(teacher), tmp_path)
+    record_teacher(str(teacher), tmp_path, tmp_path)
+    record_teacher(str(teacher), tmp_path, tmp_path)
     assert json.loads((tmp_path / TEACHER_FILE).read_text())["reference"] == str(teacher)
     with pytest.raises(UserError, match="not the teacher that .* learnt from"):
-        record_teacher(str(two_ranks), tmp_path)
+        record_teacher(str(two_ranks), tmp_path, tmp_path)
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(
+    assets: Path, teacher: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    from flame.job_checks import check_job
+    from flame.train import prepare_run_folder
+
+    run = tmp_path / "run"
+    # As a job leaves it that was killed while it wrote these files for the first time.
+    (run / ".new").mkdir(parents=True)
+    (run / ".new/recipe.toml").write_text("[job")
+    first = make_job(assets, run, distill__teacher=str(teacher))
+    check_job(first, 1)
+    prepare_run_folder(first)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert {"config.json", "recipe.toml", "teacher.json", "tokenizer.json"} <= set(before)
+    other = make_job(assets, run, distill__teacher=str(two_ranks), training__steps=99)
+    with pytest.raises(UserError, match="not the teacher"):
+        prepare_run_folder(other)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 NARROW = TINY | {"hidden_size": 16}
