@@ -139,6 +139,10 @@ class Comm(titan.Comm):
     trace_buf_size: int = 0
     """Entries of the NCCL flight recorder; 0 switches it off."""
 
+    train_timeout_seconds: int = 600
+    """How long a rank waits for another after the first step: in a step, or because the other
+    writes its part of a checkpoint for so much longer. Then the job ends and names who hangs."""
+
 
 @dataclass
 class ActivationCheckpoint(titan.ActivationCheckpoint):

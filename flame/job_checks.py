@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,37 @@ BYTES_PER_PARAMETER = 12
 """fp32 weight and two fp32 moments in a checkpoint."""
 
 ASYNC_MODES = ("disabled", "async")
+
+IGNORED = (
+    "training.dataset",
+    "training.dataset_path",
+    "training.enable_cpu_offload",
+    "training.mixed_precision_reduce",
+    "checkpoint.initial_load_path",
+    "checkpoint.initial_load_in_hf",
+    "checkpoint.exclude_from_loading",
+    "checkpoint.create_seed_checkpoint",
+    "checkpoint.load_only",
+    "checkpoint.export_dtype",
+    "activation_checkpoint.memory_budget",
+    "activation_checkpoint.early_stop",
+    "activation_checkpoint.preserve_rng_state",
+    "fault_tolerance.enable",
+    "memory_estimation.enable",
+    "model.converters",
+    "comm.mode",
+    "job.custom_config_module",
+    "experimental.custom_import",
+    "experimental.custom_args_module",
+)
+"""torchtitan's options that this trainer does not look at: set to something, they are refused."""
+
+INSTEAD = {
+    "training.dataset": "name the text in data.dataset",
+    "training.dataset_path": "name the text in data.dataset",
+    "checkpoint.initial_load_path": "give it as --init",
+    "memory_estimation.enable": "run `slimstate train --estimate`",
+}
 
 LOG_SUFFIXES = (".err", ".log", ".out")
 
@@ -35,6 +67,7 @@ def check_job(job: Any, world_size: int) -> None:
     """
     check_size(job, world_size)
     check_numbers(job)
+    _check_ignored(job)
     _check_checkpoint(job)
     _check_folder(job)
     _check_model_and_data(job, world_size)
@@ -110,6 +143,15 @@ def _check_batch(job: Any, world_size: int) -> None:
     check_order(job.data.virtual_shards, world_size, batch, local)
 
 
+def _check_ignored(job: Any) -> None:
+    default = type(job)()
+    for name in IGNORED:
+        given = attrgetter(name)(job)
+        if given != attrgetter(name)(default):
+            instead = INSTEAD.get(name, "leave it out")
+            raise UserError(f"{name} is {given!r}, and nothing here reads it: {instead}")
+
+
 def _check_checkpoint(job: Any) -> None:
     if job.checkpoint.async_mode not in ASYNC_MODES:
         raise UserError(
@@ -144,10 +186,14 @@ def _check_folder(job: Any) -> None:
 
 
 def _may_hold_run(folder: Path, checkpoints: Path) -> bool:
-    """Whether `folder` is a run to go on with, or has nothing in it but logs of a scheduler."""
+    """Whether `folder` is a run to go on with, or has nothing in it but logs of a scheduler.
+
+    Hidden files are of no account: a job that was killed as it began may have left some.
+    """
     if not folder.exists() or checkpoints.is_dir() or (folder / RECIPE_FILE).is_file():
         return True
-    return all(path.is_file() and path.suffix in LOG_SUFFIXES for path in folder.iterdir())
+    seen = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return all(path.is_file() and path.suffix in LOG_SUFFIXES for path in seen)
 
 
 def _check_model_and_data(job: Any, world_size: int) -> None:

@@ -19,7 +19,11 @@ ROLL_CALL_SECONDS = 3.0
 
 @contextmanager
 def naming_silent_ranks(step: int) -> Iterator[None]:
-    """Turn a timeout in a collective of step `step` into a `UserError` that names who is silent."""
+    """Turn a timeout in a collective of step `step` into a `UserError` that names who is silent.
+
+    Raises:
+        UserError: instead of the `RuntimeError`; what else is raised inside passes.
+    """
     begin = time.monotonic()
     try:
         yield

@@ -159,13 +159,17 @@ class Trainer(TitanTrainer):
                 break
             if not self.nonfinite.in_a_row:
                 # What a run of such steps stands on may be what spoilt them.
-                self.checkpointer.save(self.step)
+                self._save()
             for profiler in profilers:
                 profiler.step()
             if self.step == first:
                 self._shorten_timeouts()
         if self.step >= first:
-            self.checkpointer.save(self.step, last_step=True)
+            self._save(last_step=True)
+
+    def _save(self, last_step: bool = False) -> None:
+        with naming_silent_ranks(self.step):
+            self.checkpointer.save(self.step, last_step)
 
     def _shorten_timeouts(self) -> None:
         """After the first step nothing is built or compiled any more: a long wait is a fault."""

@@ -309,6 +309,8 @@ def test_lora_resumes_bit_for_bit(
         ({"training__steps": 0}, 1, "training.steps"),
         ({"model__config": "/no/such/file"}, 1, "model.config"),
         ({"checkpoint__async_mode": "sometimes"}, 1, "async_mode"),
+        ({"training__dataset": "c4"}, 1, "nothing here reads it: name the text in data.dataset"),
+        ({"training__enable_cpu_offload": True}, 1, "enable_cpu_offload is True, and nothing here"),
     ],
 )
 def test_bad_jobs_are_refused(
