@@ -55,7 +55,7 @@ def write_model(folder: Path) -> None:
 
     torch.manual_seed(0)
     GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**CONFIG)).save_pretrained(folder)
-    train_tokenizer(stdlib_texts("heldout"), CONFIG["vocab_size"], folder)
+    train_tokenizer(stdlib_texts("heldout"), int(CONFIG["vocab_size"]), folder)
 
 
 def timed(folder: Path, sequences: int, nproc: int) -> dict[str, float]:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh in the repository root: `set_up` makes .venv once.
 #
 #   SLIMSTATE_PYTHON   the Python to use (default: the first of python3, python3.13 … that will do)

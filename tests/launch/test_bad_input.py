@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from launch import cli, launcher
+from pruning.methods import METHODS
 from tests.launch import bad_models as bad
 
 ROOT = Path(__file__).parents[2]
@@ -274,7 +275,7 @@ def test_unknown_method(refused: Run, no_worker: Any, command: str) -> None:
     no_worker()
     for nproc in (1, 2):
         line = refused(f"{command} --nproc {nproc}")
-        assert line == "unknown method 'magic': choose from drrqr, l1, random"
+        assert line == f"unknown method 'magic': choose from {', '.join(METHODS)}"
 
 
 def _first_head(change: Callable[[list[int]], Any]) -> Callable[[dict[str, Any]], Any]:
