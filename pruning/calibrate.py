@@ -5,6 +5,7 @@ same arguments.
 """
 
 import logging
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from flame.checkpoint.reference import ModelReference
@@ -97,18 +99,29 @@ def run(options: Options) -> None:
     from pruning.calibration_data import calibration_data
     from pruning.stats_file import save_statistics
 
-    with process_group():
+    with process_group(), ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_claimed(options)))
         reference = resolve(options.model)
         data = calibration_data(reference, options.data)
         collected, meta = calibrate(reference, kinds_of(options.methods), data, options)
-        overwrite = options.overwrite or options.resume or options.save_every > 0
 
         def save() -> None:
-            save_statistics(options.stats, collected, meta, overwrite)
+            save_statistics(options.stats, collected, meta, overwrite=True, locked=True)
             names = ", ".join(meta.statistics)
             print(f"{options.stats}: {names} over {meta.tokens:,} tokens", flush=True)
 
         on_first(save)
+
+
+@contextmanager
+def _claimed(options: Options) -> "Iterator[None]":
+    """Hold the output for this job, from its first sequence to its last."""
+    from flame.output import check_output, writer_lock
+
+    with writer_lock(options.stats):
+        # Another job may have ended since `check`.
+        check_output(options.stats, options.overwrite or options.resume)
+        yield
 
 
 def calibrate(
@@ -227,7 +240,7 @@ def _points(options: Options | None) -> "ResumePoints | None":
         return None
 
     def write(collected: "Collected", meta: "Meta") -> "AbstractContextManager[AddGradient]":
-        return writing_statistics(options.stats, collected, meta, overwrite=True)
+        return writing_statistics(options.stats, collected, meta, overwrite=True, locked=True)
 
     return ResumePoints(options.save_every, write)
 

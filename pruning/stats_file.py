@@ -97,18 +97,24 @@ def zeros(
     }
 
 
-def save_statistics(path: Path, collected: Collected, meta: Meta, overwrite: bool = False) -> None:
-    """Write a statistics folder, whole or not at all. One process does it alone."""
-    with writing_statistics(path, collected, meta, overwrite):
+def save_statistics(
+    path: Path, collected: Collected, meta: Meta, overwrite: bool = False, locked: bool = False
+) -> None:
+    """Write a statistics folder, whole or not at all. One process does it alone.
+
+    Args:
+        locked: this process holds the folder's `writer_lock`.
+    """
+    with writing_statistics(path, collected, meta, overwrite, locked):
         pass
 
 
 @contextmanager
 def writing_statistics(
-    path: Path, collected: Collected, meta: Meta, overwrite: bool = False
+    path: Path, collected: Collected, meta: Meta, overwrite: bool = False, locked: bool = False
 ) -> Iterator[AddGradient]:
     """As `save_statistics`, with the gradients so far that the body adds one by one."""
-    with replacing_folder(path, overwrite) as folder:
+    with replacing_folder(path, overwrite, locked) as folder:
         files: dict[str, list[str]] = {}
 
         def add(name: str, gradient: Tensor) -> None:

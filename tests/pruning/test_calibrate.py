@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
+from flame.output import writer_lock
 from pruning import calibrate, plan_command
 from pruning.calibration_data import CalibrationData, calibration_data
 from pruning.methods import METHODS
@@ -318,6 +319,17 @@ def test_what_cannot_be_calibrated_is_refused(
     text = complaint(run_calibrate, home, "delta_net", tmp_path / "stats", *flags, **changes)
     assert message in text
     assert "\n" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_job_on_one_output_is_refused_before_it_works(home: Path, tmp_path: Path) -> None:
+    def another(stats: Path, *flags: str) -> str:
+        with writer_lock(stats):
+            return complaint(run_calibrate, home, "delta_net", stats, *flags)
+
+    stats = tmp_path / "stats"
+    assert "another job is writing" in another(stats)
+    assert "another job is writing" in another(stats, "--save-every", "8", "--overwrite")
     assert not list(tmp_path.iterdir())
 
 
