@@ -91,14 +91,20 @@ def _asked(plan: "Plan", options: Options) -> "Plan":
     """The plan, padded if that was asked for; UserError if it cannot be."""
     from pruning.plan import with_padding
 
-    if not options.pad:
+    if not options.pad or plan.pad:
         return plan
     if plan.replaced is not None:
         raise UserError(
             f"plan {options.plan} mixes channels, which --pad cannot fill up with zeros: leave it "
             "out"
         )
-    return with_padding(plan)
+    found = with_padding(plan)
+    if found.config_after == plan.config_after and "allocate" not in plan.budget:
+        raise UserError(
+            f"plan {options.plan} keeps as many channels in all heads, so --pad has nothing to "
+            "fill up: leave it out"
+        )
+    return found
 
 
 def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":

@@ -6,11 +6,11 @@ data, and takes a model without a tokenizer.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import run_command
+from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -76,9 +76,24 @@ def check(options: Options, world_size: int = 1) -> None:
     check_budget(options.budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
-    else:
+    if options.stats is not None:
+        _check_no_data(options)
+    elif options.method.needs:
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
+
+
+def _check_no_data(options: Options) -> None:
+    """Refuse options about calibration data beside saved statistics, which have their own."""
+    from pruning.options import DataOptions
+
+    for field in fields(DataOptions):
+        if field.name == "seed" or getattr(options.data, field.name) == field.default:
+            continue
+        raise UserError(
+            f"--{field.name.replace('_', '-')} is for a calibration, which --stats "
+            f"{options.stats} stands in for: leave one out"
+        )
 
 
 def run(options: Options) -> None:

@@ -69,6 +69,10 @@ def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
         other = tensors_in(resolve(tmp_path / out).source())
         assert all(torch.equal(other[name], one[name]) for name in one)
     assert read_plan(tmp_path / "plan.json").options["f"] == 1.2
+    with pytest.raises(UserError, match="--data is for a calibration, which --stats .*stats stand"):
+        stage("prune", home / "model", tmp_path / "four", *method, *stats, *data_of(home))
+    with pytest.raises(UserError, match="--pad has nothing to fill up: leave it out"):
+        stage("apply", home / "model", tmp_path / "plan.json", tmp_path / "four", "--pad")
     assert sorted(os.listdir(tmp_path)) == ["one", "plan.json", "stats", "three", "two"]
 
 
@@ -231,7 +235,7 @@ def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
     home: Path, tmp_path: Path
 ) -> None:
     """In state bytes; and a plan that is padded later is the plan that was padded at once."""
-    flags = ["--method", "l1", "--ratio", "0.5", "--multiple-of", "4"]
+    flags = ["--method", "random", "--seed", "44", "--ratio", "0.5", "--multiple-of", "2"]
     sizes = set()
     for allocate in ("uniform", "layer", "model"):
         plan = tmp_path / f"{allocate}.json"
@@ -241,6 +245,8 @@ def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
         sizes.add(ADAPTERS[config["model_type"]].state_bytes(config))
         budget = json.loads(plan.read_text())["budget"]
         assert budget.get("allocate", "uniform") == allocate
+        widths = {width for row in read_plan(plan).widths.values() for width in row}
+        assert (len(widths) > 1) == (allocate != "uniform")
     assert sizes == {24576 // 2}
     stage("apply", home / "model", tmp_path / "model.json", tmp_path / "later", "--pad")
     stage("prune", home / "model", tmp_path / "once", *flags, "--allocate", "model", "--pad")
