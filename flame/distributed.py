@@ -51,7 +51,8 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
         _check_local_devices()
         torch.cuda.set_device(local_device())
         backend = "cuda:nccl,cpu:gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    store, number, size = _store(timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
     try:
         yield
     finally:
@@ -114,6 +115,21 @@ def _fill_environment() -> None:
         "MASTER_PORT": str(free_port()),
     }
     os.environ.update(defaults)
+
+
+def _store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Where the processes meet, this one's rank, and their number.
+
+    torchrun keeps its store when it starts the processes again, and with it the addresses of the
+    dead, where the living would wait for them; so each start on one node has its own keys. Several
+    nodes count their starts differently: there the launcher asks torchrun for fresh stores.
+    """
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)
+    return store, number, size
 
 
 def _check_local_devices() -> None:

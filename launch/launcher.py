@@ -29,6 +29,10 @@ STOP_SECONDS = 15
 """Time that the agent gives its workers after a signal; they leave earlier (launch/worker.py). A
 stage that saves its work first says with a `STOP_SECONDS` of its own how long it may take."""
 
+FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Makes torchrun meet in a new store at each start: in the old one lie the addresses of the dead,
+where the living would wait for them (flame/distributed.py does it for one node)."""
+
 STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Where torchrun looks for that time, in seconds."""
 
@@ -90,6 +94,8 @@ class Job:
             worker = ["-m", "launch.worker", reports, self.stage.__name__, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
             defaults = _worker_defaults(self.topology.nproc) | self._stop_time()
+            if self.topology.starts_again:
+                defaults |= FRESH_STORES
             with _environment(defaults), _own_signals(), _no_logs():
                 _run_agent([*self.topology.torchrun_options(), *log, *worker], Path(reports))
 

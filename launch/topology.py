@@ -32,6 +32,11 @@ class Topology:
     def world_size(self) -> int:
         return self.nproc * self.nnodes
 
+    @property
+    def starts_again(self) -> bool:
+        """Whether nodes that agree on their ranks start again after a loss."""
+        return self.nnodes > 1 and self.node_rank is None and self.max_restarts > 0
+
     def check(self) -> None:
         """Refuse nodes that cannot meet, and a port that is taken."""
         self._check_elastic()

@@ -121,7 +121,7 @@ def _run(job: Job) -> Outcome:
     ranks = _fork(job)
     statuses, hung = _watch(job, ranks)
     numbers = range(job.world_size)
-    words = [(log / str(rank)).read_text(errors="replace") for rank in numbers]
+    words = [_read(log / str(rank)) for rank in numbers]
     work = tuple(_read_work(log / f"work-{rank}") for rank in numbers)
     return Outcome(statuses, work, hung, "\n".join(words), words[0])
 
@@ -228,3 +228,8 @@ def _time_limit(job: Job) -> float | None:
 
 def _read_work(file: Path) -> Work | None:
     return Work(**json.loads(file.read_text())) if file.exists() else None
+
+
+def _read(file: Path) -> str:
+    """What a rank wrote; nothing if it was killed before it could."""
+    return file.read_text(errors="replace") if file.exists() else ""

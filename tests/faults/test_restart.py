@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flame.checkpoint.steps import latest_whole_step
 from tests.faults.bench import Bench, digests
@@ -24,6 +26,24 @@ OPTIONS: dict[str, Any] = {
     "lr_scheduler__total_steps": STEPS,
     "checkpoint__interval": 2,
 }
+
+
+def test_processes_started_again_do_not_wait_for_the_dead(bench: Bench, tmp_path: Path) -> None:
+    """torchrun keeps its store, and in it the addresses of those who were there before."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for start in range(3):
+        outcome = bench.nursery.run(Job(meet, (store.port, start), 2, tmp_path / str(start)))
+        assert outcome.statuses == (0, 0), outcome.words
+
+
+def meet(port: int, start: int) -> None:
+    from flame.distributed import barrier, process_group
+
+    torchrun = {"USE_AGENT_STORE": True, "RESTART_COUNT": start}
+    os.environ.update({f"TORCHELASTIC_{name}": str(value) for name, value in torchrun.items()})
+    os.environ.update(MASTER_PORT=str(port), GROUP_WORLD_SIZE="1")
+    with process_group(timedelta(seconds=30)):
+        barrier()
 
 
 @pytest.mark.slow
