@@ -107,6 +107,8 @@ def run(options: Options) -> None:
 
         def save() -> None:
             save_statistics(options.stats, collected, meta, overwrite=True, locked=True)
+            # Here and not at the end, so that a job which is killed from now on leaves nothing.
+            stack.close()
             names = ", ".join(meta.statistics)
             print(f"{options.stats}: {names} over {meta.tokens:,} tokens", flush=True)
 
