@@ -135,12 +135,14 @@ def summary(plan: "Plan") -> str:
     """What a plan does, in a few words."""
     from pruning.adapters import ADAPTERS, adapter_for
     from pruning.plan import planned_spaces
+    from pruning.spaces import widths_of
 
     before = adapter_for(plan.config_before)
     after = ADAPTERS[plan.config_after["model_type"]]
     spaces = planned_spaces(plan, plan.config_before)
     kinds = dict.fromkeys(space.kind for space in spaces)
-    kept = ", ".join(_kept([s for s in spaces if s.kind == kind], plan) for kind in kinds)
+    widths = widths_of(spaces, plan.kept)
+    kept = ", ".join(_kept([s for s in spaces if s.kind == kind], widths) for kind in kinds)
     sizes = before.state_bytes(plan.config_before), after.state_bytes(plan.config_after)
     padded = " (filled up with zeros to the widest)" if plan.pad else ""
     return (
@@ -149,10 +151,10 @@ def summary(plan: "Plan") -> str:
     )
 
 
-def _kept(spaces: "list[Space]", plan: "Plan") -> str:
+def _kept(spaces: "list[Space]", widths: "dict[str, tuple[int, ...]]") -> str:
     """What spaces of one kind keep: `16 to 64 of 128 key channels a head`."""
-    widths = sorted({width for space in spaces for width in plan.widths[space.name]})
-    some = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+    found = sorted({width for space in spaces for width in widths[space.name]})
+    some = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
     first = spaces[0]
     return f"{some} of {first.head_dim} {first.noun}{'' if first.kind == 'head' else ' a head'}"
 

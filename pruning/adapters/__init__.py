@@ -8,6 +8,7 @@ from pruning.adapters.gated_deltaproduct import GatedDeltaProduct
 from pruning.adapters.interface import Adapter, Config
 from pruning.adapters.kda import Kda
 from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET, Ragged
+from pruning.spaces import Kind
 
 PRUNED: dict[str, Ragged] = {
     adapter.model_type: adapter for adapter in (SLIM_DELTA_NET, SLIM_GATED_DELTANET)
@@ -34,7 +35,7 @@ TIED: dict[str, str] = {
 }
 """Families with a matrix state whose config has no key width of its own, with the reason."""
 
-TIED_KINDS: dict[tuple[str, str], str] = {
+TIED_KINDS: dict[tuple[str, Kind], str] = {
     ("kda", "value"): "its value width is also the rank of its decay's and its gate's projections",
 }
 """Spaces, by family and kind, that the family's config cannot resize alone, with the reason."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pruning.adapters.delta_net import DEFAULTS, DeltaNet
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import with_defaults
-from pruning.adapters.widths import refuse_ragged, widths_by_kind
+from pruning.adapters.widths import only_sizes, widths_by_kind
 from pruning.spaces import Axis, Blocks, Space
 
 _STOCK = DeltaNet()
@@ -38,7 +38,7 @@ class DeltaNet2:
 
     def resize(self, config: Config, widths: Widths) -> Config:
         """A copy of the config with `num_heads`, `expand_k` and `expand_v` rewritten."""
-        refuse_ragged(self.model_type, widths_by_kind(self.spaces(config), widths))
+        only_sizes(self.model_type, widths_by_kind(self.spaces(config), widths))
         return _STOCK.resize(config, widths)
 
     def state_bytes(self, config: Config) -> int:

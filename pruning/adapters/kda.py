@@ -15,7 +15,7 @@ from pruning.adapters.projections import (
     mixer_spaces,
     with_defaults,
 )
-from pruning.adapters.widths import refuse_ragged, uniform_sizes, widths_by_kind
+from pruning.adapters.widths import only_sizes, widths_by_kind
 from pruning.spaces import Axis, Blocks, Layout, Role, Space
 
 DEFAULTS = {
@@ -89,11 +89,7 @@ class Kda:
 
     def resize(self, config: Config, widths: Widths) -> Config:
         """A copy with `head_dim`, `expand_v`, `num_heads` and `num_v_heads` rewritten."""
-        planned = widths_by_kind(self.spaces(config), widths)
-        sizes = uniform_sizes(planned)
-        if sizes is None:
-            refuse_ragged(self.model_type, planned)
-        assert sizes is not None
+        sizes = only_sizes(self.model_type, widths_by_kind(self.spaces(config), widths))
         full = with_defaults(config, DEFAULTS)
         return {**config, **knobs(full, _mixer(full), sizes)}
 

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from flame.errors import UserError
 from pruning.methods.interface import Statistics, Weights, option
 from pruning.spaces import Axis, Kind, Space, check_count, positions
 from pruning.statistics import NormalisedGrams, Statistic
@@ -75,16 +74,7 @@ class PCA:
         }
 
     def notes(self, config: dict[str, Any], kinds: Iterable[str]) -> list[str]:
-        """Whether the projection is exact in a model of this config, but for what it leaves out.
-
-        Raises:
-            UserError: keys of this family have a decay for each channel, so nothing can be mixed.
-        """
-        if config.get("model_type") == "kda":
-            raise UserError(
-                "pca mixes key channels, and a kda model has a decay for each: choose another "
-                "method"
-            )
+        """Whether the projection is exact in a model of this config, but for what it leaves out."""
         reason = approximate_because(config)
         if reason is None:
             return ["pca: the projection is exact, but for the components that it leaves out"]

@@ -10,7 +10,6 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from flame.errors import UserError
 from pruning.linalg import strong_rrqr
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
@@ -356,8 +355,6 @@ def test_pca_says_whether_it_is_exact(config: dict, exact: str | None) -> None:
     [note] = PCA().notes(config, ("key",))
     assert ("the projection is exact" in note) == (exact is None)
     assert (exact or "") in note
-    with pytest.raises(UserError, match="a kda model has a decay for each: choose another"):
-        PCA().notes({"model_type": "kda"}, ("key",))
 
 
 def test_jrnp_mixes_rank_and_norm_and_removes_either_end() -> None:
