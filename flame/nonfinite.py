@@ -1,6 +1,7 @@
 """Steps whose loss or gradient norm is not finite: counted, and too many in a row end the job."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from flame.checkpoint.steps import step_folder, whole_steps
@@ -15,11 +16,15 @@ class NonfiniteSteps:
     Args:
         limit: so many in a row are an error (`training.max_nonfinite_steps`).
         checkpoints: the run's checkpoint folder, to name the last step from before them.
+        settle: waits until no step is being written into it.
     """
 
-    def __init__(self, limit: int, checkpoints: Path) -> None:
+    def __init__(
+        self, limit: int, checkpoints: Path, settle: Callable[[], None] = lambda: None
+    ) -> None:
         self.limit = limit
         self.checkpoints = checkpoints
+        self.settle = settle
         self.total = 0
         self.in_a_row = 0
 
@@ -43,6 +48,7 @@ class NonfiniteSteps:
             raise UserError(self._complaint(step))
 
     def _complaint(self, step: int) -> str:
+        self.settle()
         first = step - self.in_a_row + 1
         good = [known for known in whole_steps(self.checkpoints) if known < first]
         last = step_folder(self.checkpoints, good[-1]) if good else "none"

@@ -58,7 +58,6 @@ class Trainer(TitanTrainer):
         dtype = flame.spec.compute_dtype(job.training.mixed_precision_param)
         self.objective = build_objective(job, model, dtype)
         checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
-        self.nonfinite = NonfiniteSteps(job.training.max_nonfinite_steps, checkpoints)
         self.signals = StopSignals()
         self.stop_asked = False
         self.checkpointer = CheckpointManager(
@@ -74,7 +73,11 @@ class Trainer(TitanTrainer):
             keep=job.checkpoint.keep_latest_k,
             first_step=job.checkpoint.enable_first_step_checkpoint,
             background=job.checkpoint.async_mode == "async",
+            patience=timedelta(seconds=job.comm.train_timeout_seconds),
             tensors=trained_tensors if job.lora.rank > 0 else get_model_state_dict,
+        )
+        self.nonfinite = NonfiniteSteps(
+            job.training.max_nonfinite_steps, checkpoints, self.checkpointer.settle
         )
 
     def forward_backward_step(

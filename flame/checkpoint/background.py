@@ -4,7 +4,7 @@ The thread's collectives run on a group of its own over gloo: they never meet th
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from flame.checkpoint.steps import save_step
 
-PATIENCE = timedelta(hours=1)
-"""Ranks write at different speeds; the thread waits so long for the slowest."""
-
 
 class BackgroundSaver:
-    """Saves one step at a time in the background. Every method but `close` is collective."""
+    """Saves one step at a time in the background. `start` and `wait` are collective.
 
-    def __init__(self) -> None:
-        self._group = _own_group()
+    Args:
+        patience: how long the threads of the ranks wait for each other.
+    """
+
+    def __init__(self, patience: timedelta) -> None:
+        self._group = _own_group(patience)
         self._stager = StateDictStager(pin_memory=torch.cuda.is_available())
         self._worker = ThreadPoolExecutor(1, "save")
         self._running: Future[None] | None = None
@@ -61,15 +62,20 @@ class BackgroundSaver:
         if running is not None:
             running.result()
 
+    def settle(self) -> None:
+        """Let the step in flight be written; what goes wrong with it is for `wait` to raise."""
+        if self._running is not None:
+            wait([self._running])
+
     def close(self) -> None:
         """Let the step in flight be written; what goes wrong with it is not raised any more."""
         self._worker.shutdown(wait=True)
 
 
-def _own_group() -> dist.ProcessGroup | None:
+def _own_group(patience: timedelta) -> dist.ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=patience)
 
 
 def _flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:

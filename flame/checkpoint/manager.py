@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from flame.checkpoint.steps import (
     save_step,
     step_folder,
 )
-from flame.distributed import barrier, from_rank_zero, gather_objects, rank
+from flame.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 from flame.errors import UserError
 
 LOADER_FILE = "dataloader.json"
+OPTIONAL = ("train_state.skipped_steps",)
+"""Entries that steps of earlier versions lack."""
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +48,7 @@ class CheckpointManager:
         keep: whole steps to keep, 0 for all.
         background: save while training goes on, but for the last step; at most one save is in
             flight, and what goes wrong with it is raised when the next begins.
+        patience: how long ranks that save in the background wait for each other.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class CheckpointManager:
         first_step: bool = False,
         tensors: Callable[[nn.Module], dict[str, Any]] = get_model_state_dict,
         background: bool = False,
+        patience: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
         self.folder = folder
         self.model = model
@@ -67,7 +73,8 @@ class CheckpointManager:
         self.keep = keep
         self.first_step = first_step
         self.tensors = tensors
-        self.background = BackgroundSaver() if background else None
+        self.background = BackgroundSaver(patience) if background else None
+        self._saved = -1
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
@@ -77,7 +84,7 @@ class CheckpointManager:
             return
         if self.background is not None:
             self.background.wait()
-        if latest(self.folder) == curr_step:
+        if self._saved == curr_step:
             return
         begin = time.monotonic()
         files = {LOADER_FILE: self._loader_state()}
@@ -85,10 +92,12 @@ class CheckpointManager:
             save_step(self._state_dict(), self.folder, curr_step, files)
             self._purge()
             barrier()
+            self._saved = curr_step
             log.info("saved step %d in %.2f s", curr_step, time.monotonic() - begin)
             return
         state = self._state_dict()
         self.background.start(state, self.folder, curr_step, files, self._purge)
+        self._saved = curr_step
         log.info("copied step %d in %.2f s, to be saved", curr_step, time.monotonic() - begin)
 
     @torch.no_grad()
@@ -107,14 +116,20 @@ class CheckpointManager:
         if not source.is_dir():
             raise UserError(f"checkpoint.load_step is {step}, but {source} does not exist")
         state = self.tensors(self.model) if step == 0 else self._state_dict()
-        load_step(state, source)
+        load_step(state, source, optional=OPTIONAL)
         if step > 0:
             self._load_loader(source / LOADER_FILE)
         log.info("loaded %s", source)
+        self._saved = step
         return True
 
     def maybe_wait_for_staging(self) -> None:
         """The copy is made before `save` returns: there is nothing to wait for."""
+
+    def settle(self) -> None:
+        """Let a step in flight be written, so that the folder shows it; raises nothing."""
+        if self.background is not None:
+            self.background.settle()
 
     def close(self) -> None:
         """Let a step in flight be written to its end."""

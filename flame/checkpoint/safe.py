@@ -11,7 +11,7 @@ import math
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,9 @@ _UNPICKLING_ERRORS = (
 )
 
 
-def read_checkpoint(state_dict: dict[str, Any], step: Path, peers: Peers) -> None:
+def read_checkpoint(
+    state_dict: dict[str, Any], step: Path, peers: Peers, optional: Collection[str] = ()
+) -> None:
     """Load `state_dict` from a step; see `flame.checkpoint.steps.load_step`."""
     reader = SafeReader(step)
     # DCP would log a traceback and look for per-rank metadata, so the index is read beforehand.
@@ -94,7 +96,7 @@ def read_checkpoint(state_dict: dict[str, Any], step: Path, peers: Peers) -> Non
             dcp.load(
                 state_dict,
                 storage_reader=reader,
-                planner=SafeLoadPlanner(),
+                planner=SafeLoadPlanner(optional),
                 process_group=peers.group,
                 no_dist=peers.alone,
             )
@@ -214,15 +216,24 @@ class SafeReader(FileSystemReader):
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner with `weights_only=True` and complaints that a person can read."""
+    """DCP's load planner with `weights_only=True` and complaints that a person can read.
+
+    Args:
+        optional: entries that keep the value which they have where the step lacks them.
+    """
+
+    def __init__(self, optional: Collection[str] = ()) -> None:
+        super().__init__(allow_partial_load=bool(optional))
+        self._optional = frozenset(optional)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         saved = self.metadata.state_dict_metadata
-        missing = sorted(set(self.state_dict) - set(saved))
+        missing = sorted(set(self.state_dict) - set(saved) - self._optional)
         if missing:
             raise UserError(f"the checkpoint lacks {_some(missing)}: it is of another model or run")
-        for name, value in self.state_dict.items():
+        for name in self.state_dict.keys() & saved.keys():
+            value = self.state_dict[name]
             _check_kind(name, value, saved[name])
         return super().create_local_plan()
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +137,13 @@ def load_step(
     process_group: "ProcessGroup | None" = None,
     *,
     alone: bool = False,
+    optional: Collection[str] = (),
 ) -> None:
     """Load a step into `state_dict` in place, resharding as needed. Collective unless `alone`.
 
-    Every entry of `state_dict` must be in the step, with its shape; entries that are only in the
-    step are left out. The files that a rank reads are checked against their hashes first.
+    Every entry of `state_dict` must be in the step, with its shape, but for `optional` ones, by
+    their flat names, which then stay as they are; entries that are only in the step are left out.
+    The files that a rank reads are checked against their hashes first.
 
     Raises:
         UserError: on every rank, where any rank finds a damaged, hostile or missing part.
@@ -149,7 +151,7 @@ def load_step(
     from flame.checkpoint.peers import Peers
     from flame.checkpoint.safe import read_checkpoint
 
-    read_checkpoint(state_dict, Path(step), Peers(process_group, alone))
+    read_checkpoint(state_dict, Path(step), Peers(process_group, alone), optional)
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -2,18 +2,22 @@
 
 import os
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from flame.checkpoint import background
 from flame.checkpoint.checksums import read_checksums
 from flame.checkpoint.manager import CheckpointManager
-from flame.checkpoint.steps import load_step, verify_step, whole_steps
+from flame.checkpoint.steps import load_step, save_step, verify_step, whole_steps
 from flame.errors import UserError
+from flame.silence import naming_silent_ranks
 from tests.distributed import run_distributed
 from tests.flame.jobs import losses_of, train_job
 
@@ -24,6 +28,9 @@ class _Loader:
 
     def merge_states(self, states: list[dict[str, int]]) -> dict[str, int]:
         return states[0]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state == {"next": 1}
 
 
 def manager_of(
@@ -87,6 +94,78 @@ def test_what_went_wrong_is_said_at_the_next_save(
     manager.save(3)
     manager.close()
     assert whole_steps(tmp_path) == [3]
+
+
+def save_beside_a_rank_that_hangs(folder: Path) -> str:
+    """Save in the background while rank 1's thread sleeps; return the error of the next save."""
+    if dist.get_rank() == 1:
+        background.save_step = _sleep
+    options: dict[str, Any] = {"interval": 1, "keep": 0, "background": True}
+    counts, patience = {"counts": {"seen": 5}}, timedelta(seconds=1)
+    manager = CheckpointManager(
+        folder, nn.Linear(2, 1), counts, _Loader(), patience=patience, **options
+    )
+    try:
+        manager.save(1)
+        with naming_silent_ranks(2):
+            manager.save(2)
+    except UserError as error:
+        return str(error)
+    finally:
+        manager.close()
+        background.save_step = save_step
+    return ""
+
+
+def _sleep(*arguments: Any) -> Path:
+    time.sleep(6)
+    raise UserError("slept")
+
+
+def test_a_rank_that_hangs_in_the_background_is_named(tmp_path: Path) -> None:
+    errors = run_distributed(save_beside_a_rank_that_hangs, 2, tmp_path)
+    assert errors[0].startswith("rank 1 hangs: no answer in step 2 for ")
+    assert errors[1] == "slept"
+
+
+def test_settling_waits_for_the_step_in_flight_and_leaves_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, manager = _Gate(monkeypatch), manager_of(tmp_path, nn.Linear(2, 1))
+    manager.save(1)
+    threading.Timer(0.2, gate.opened.set).start()
+    manager.settle()
+    assert whole_steps(tmp_path) == [1]
+    gate.error = UserError("cannot write")
+    manager.save(2)
+    manager.settle()
+    with pytest.raises(UserError, match="cannot write"):
+        manager.save(3)
+    manager.close()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_step_that_another_run_left_is_replaced(tmp_path: Path, in_background: bool) -> None:
+    for value in (1.0, 2.0):
+        model = nn.Linear(2, 1)
+        nn.init.constant_(model.weight, value)
+        manager = manager_of(tmp_path, model, background=in_background)
+        manager.save(1)
+        manager.close()
+    assert _weight(tmp_path / "step-1") == 2.0
+
+
+def test_a_step_of_an_earlier_version_is_loaded(tmp_path: Path) -> None:
+    """It has no count of skipped steps; what else is missing is an error."""
+    model, place = nn.Linear(2, 1), {"interval": 1, "keep": 0}
+    saved: dict[str, Any] = {"train_state": {"step": 7}}
+    CheckpointManager(tmp_path, model, saved, _Loader(), **place).save(1)
+    known: dict[str, Any] = {"train_state": {"step": 0, "skipped_steps": 0}}
+    CheckpointManager(tmp_path, model, known, _Loader(), **place).load()
+    assert known == {"train_state": {"step": 7, "skipped_steps": 0}}
+    more: dict[str, Any] = {"train_state": {"step": 0, "something": 0}}
+    with pytest.raises(UserError, match="lacks train_state.something"):
+        CheckpointManager(tmp_path, model, more, _Loader(), **place).load()
 
 
 def test_a_run_saved_in_the_background_is_that_of_any_other(
