@@ -86,6 +86,13 @@ def _resumed_step(job: Any) -> Path | None:
     step = step_folder(folder, asked)
     if not is_whole(step):
         raise UserError(f"checkpoint.load_step is {asked}, but {step} is no whole step")
+    latest = latest_whole_step(folder) or asked
+    if latest > asked:
+        # Its steps would be purged as the older ones, and a later start would take that one.
+        raise UserError(
+            f"checkpoint.load_step is {asked}, and step-{latest} lies after it: move that away, or "
+            "leave load_step out to go on from there"
+        )
     return step
 
 

@@ -65,6 +65,14 @@ def test_a_step_without_another_or_asked_for_is_refused(
     assert whole_steps(tmp_path) == list(steps)
 
 
+def test_a_step_with_later_ones_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Its own steps would be purged as the oldest."""
+    _save(tmp_path, 1, 2)
+    with pytest.raises(UserError, match="load_step is 1, and step-2 lies after it: move that away"):
+        check_start(_job(tmp_path, fallback=False, load_step=1))
+    assert whole_steps(tmp_path) == [1, 2]
+
+
 def test_training_goes_on_from_the_step_before_and_ends_the_same(
     assets: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
