@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flame.checkpoint.reference import resolve
-from flame.chunked_loss import IGNORE_INDEX, Mix, Projection, chunked_losses
+from flame.chunked_loss import IGNORE_INDEX, Mix, Projection, chunked_losses, times
 from flame.distill import Teacher
 from flame.headless import output_head, run_headless
 
@@ -141,4 +141,4 @@ class _RelativeDistance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None
+        return times(gradient, scale), None, None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flame.chunked_loss import LOGITS_AT_A_TIME, Mix, Projection, chunked_losses
+from flame.chunked_loss import LOGITS_AT_A_TIME, Mix, Projection, chunked_losses, times
 from flame.config import Distill
 from flame.errors import UserError
 from flame.objective import Objective, hidden_distance, next_token_loss
@@ -91,6 +91,15 @@ def test_bf16_states_lose_no_more_than_the_plain_loss_does() -> None:
         )
     for own, plain in zip(*errors, strict=True):
         assert own <= 2 * plain
+
+
+def test_a_scale_is_not_rounded_to_the_gradients_dtype() -> None:
+    torch.manual_seed(0)
+    values, third = torch.rand(4096).to(torch.bfloat16), torch.tensor(1 / 3)
+    assert times(values, third).dtype == torch.bfloat16
+    ratio = times(values, third).double().sum() / values.double().sum()
+    assert abs(3 * ratio - 1) < 2e-4
+    assert abs(3 * float(third.to(torch.bfloat16)) - 1) > 1e-3
 
 
 class _Largest(TorchDispatchMode):
