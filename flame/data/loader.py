@@ -25,6 +25,8 @@ from flame.errors import UserError
 __all__ = ["PackedLoader", "check_enough", "check_order", "check_vocabulary", "merge_states"]
 
 FORMAT = 1
+MIXTURE = {"sources", "weights"}
+"""Keys of a state of several sources."""
 PREFETCH = 4
 """Batches made ahead of the consumer."""
 
@@ -218,7 +220,8 @@ def _check_state(state: Mapping[str, Any], expected: State) -> None:
             f"the data position has format {state.get('format')!r}, this version reads {FORMAT}: "
             "resume with the version that saved it"
         )
-    for key, value in expected.items():
+    for key in [*expected, *sorted(MIXTURE & state.keys() - expected.keys())]:
+        value = expected.get(key)
         if state.get(key) != value:
             name = "the number of documents" if key == "documents" else f"data.{key}"
             raise UserError(

@@ -139,6 +139,9 @@ def test_another_mixture_does_not_resume(tokenizer: Any) -> None:
     (other,) = loaders(tokenizer, config, 1, docs)
     with pytest.raises(UserError, match=r"data.weights is \[0.5, 0.4, 0.1\], and was \[0.6"):
         other.load_state_dict(state)
+    (single,) = loaders(tokenizer, config, 1, docs.parts[2])
+    with pytest.raises(UserError, match="data.sources is None, and was "):
+        single.load_state_dict(state)
 
 
 def test_without_repeat_the_data_end_with_the_first_source(tokenizer: Any) -> None:
