@@ -112,7 +112,8 @@ def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], li
 
 def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
     """What the plan of `pruned` kept, or else of the first pruned model, and its method."""
-    from pruning.plan import planned_spaces, read_plan
+    from pruning.plan import planned_spaces
+    from pruning.plan_file import read_plan
 
     if not plans:
         return [], ""

@@ -51,7 +51,8 @@ def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
     from flame.checkpoint.reference import check_destination, resolve
     from pruning.adapters import adapter_for
-    from pruning.plan import check_plan, read_plan
+    from pruning.plan import check_plan
+    from pruning.plan_file import read_plan
 
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
@@ -74,8 +75,8 @@ def run(options: Options) -> None:
 
 def _apply(options: Options, reference: "ModelReference") -> None:
     from flame.output import replacing_folder
-    from pruning.plan import read_plan
     from pruning.plan_command import summary
+    from pruning.plan_file import read_plan
     from pruning.transform import check_model, write_pruned
 
     plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)

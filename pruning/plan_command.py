@@ -74,7 +74,7 @@ def run(options: Options) -> None:
     from flame.checkpoint.reference import resolve
     from flame.distributed import RANK_ZERO_WORKS, process_group
     from flame.output import replacing_file
-    from pruning.plan import plan_text
+    from pruning.plan_file import plan_text
 
     def write() -> None:
         plan = planned(resolve(options.model), options.method, options.budget, options.stats)
@@ -173,7 +173,7 @@ def tensors_beside(plan: Path) -> Path:
 def _saved(plan: "Plan", options: Options, stack: ExitStack) -> "Plan":
     """`plan` with its new tensors in a file that stays if the stack closes without error."""
     from flame.output import replacing_file
-    from pruning.plan import with_saved_tensors
+    from pruning.plan_file import with_saved_tensors
 
     path = tensors_beside(options.plan)
     file = stack.enter_context(replacing_file(path, options.overwrite))

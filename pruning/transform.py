@@ -39,14 +39,8 @@ from flame.errors import UserError
 from pruning.adapters.interface import Config
 from pruning.choose import check_tensor_finite
 from pruning.cuts import Cut, Cuts, cut_tensor, cuts_of
-from pruning.plan import (
-    PLAN_FILE,
-    PROJECTED_FILE,
-    Plan,
-    check_fingerprint,
-    plan_text,
-    with_saved_tensors,
-)
+from pruning.plan import Plan, check_fingerprint
+from pruning.plan_file import PLAN_FILE, PROJECTED_FILE, plan_text, with_saved_tensors
 
 Form = Literal["dcp", "hf"]
 

@@ -16,7 +16,7 @@ from flame.checkpoint.steps import verify_step
 from pruning import apply
 from pruning.choose import Budget, choose
 from pruning.methods import METHODS
-from pruning.plan import plan_text
+from pruning.plan_file import plan_text
 from tests.pruning.models import DELTA_NET, weights, write_run
 
 _FORKSERVER = multiprocessing.get_context("forkserver")

@@ -19,7 +19,7 @@ from pruning import calibrate, plan_command
 from pruning.calibration_data import CalibrationData, calibration_data
 from pruning.methods import METHODS
 from pruning.options import DataOptions
-from pruning.plan import read_plan
+from pruning.plan_file import read_plan
 from pruning.spaces import Space
 from pruning.statistics import Source, Statistic
 from pruning.stats_file import META_FILE, SUMS_FILE, read_meta

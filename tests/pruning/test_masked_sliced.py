@@ -14,7 +14,8 @@ from flame.checkpoint.reference import resolve
 from pruning import apply, prune
 from pruning.adapters import PRUNED, adapter_for
 from pruning.cuts import cuts_of
-from pruning.plan import Plan, plan_text, planned_spaces, read_plan
+from pruning.plan import Plan, planned_spaces
+from pruning.plan_file import plan_text, read_plan
 from pruning.spaces import KINDS, Kind, Space
 from pruning.transform import SlicedSource
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens

@@ -9,7 +9,8 @@ import torch
 
 from flame.errors import UserError
 from pruning.adapters import adapter_for
-from pruning.plan import Plan, check_fingerprint, check_plan, parse_plan, plan_text, read_plan
+from pruning.plan import Plan, check_fingerprint, check_plan
+from pruning.plan_file import parse_plan, plan_text, read_plan
 from tests.pruning.models import DELTA_NET, GATED_DELTANET
 
 MARK = "ab" * 32

@@ -15,7 +15,7 @@ from flame.checkpoint.source import DcpSource
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS
-from pruning.plan import read_plan
+from pruning.plan_file import read_plan
 from pruning.transform import SlicedSource, cuts_of
 from tests.distributed import run_distributed
 from tests.pruning.families import tiny_config

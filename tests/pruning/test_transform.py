@@ -19,7 +19,8 @@ from flame.errors import UserError
 from pruning import apply
 from pruning.choose import Budget, choose
 from pruning.methods import METHODS
-from pruning.plan import Plan, Replaced, plan_text, read_plan
+from pruning.plan import Plan, Replaced
+from pruning.plan_file import plan_text, read_plan
 from pruning.transform import SlicedSource, cuts_of, write_pruned
 from tests.pruning.models import (
     DELTA_NET,
