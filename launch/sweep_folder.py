@@ -72,7 +72,7 @@ class SweepFolder:
     def begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         """Make the folder ready for the workers. One process does it alone."""
         if overwrite and (self.path / SETTINGS_FILE).is_file():
-            shutil.rmtree(self.path)
+            self._remove()
         # First, so that a folder without it is somebody else's.
         if not (self.path / SETTINGS_FILE).is_file():
             _write(self.path / SETTINGS_FILE, {"kind": f"{KIND} settings", **settings})
@@ -84,7 +84,16 @@ class SweepFolder:
     def withdraw(self) -> None:
         """Remove a folder in which nothing was measured or summed."""
         if not self.statistics.exists() and not any((self.path / "points").iterdir()):
-            shutil.rmtree(self.path)
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder, its settings last: a job that is killed here leaves a sweep."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != SETTINGS_FILE:
+                path.unlink()
+        shutil.rmtree(self.path)
 
     def record(self, name: str) -> Record | None:
         """What was measured of a point; None if it was not, or is not to be trusted."""

@@ -213,7 +213,13 @@ def test_room_is_asked_for_before_work(
     assert needed() == 2 and needed("--keep") == 3
 
 
-def test_other_options_in_a_folder_are_refused_and_more_points_are_not(tmp_path: Path) -> None:
+def _killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_options_in_a_folder_are_refused_and_more_points_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = SweepFolder(tmp_path / "out"), tmp_path / "model"
     settings = {"model": "abc", "calibration": ["--sequences", "3"], "recovery": None}
     folder.begin(settings, overwrite=False)
@@ -223,8 +229,13 @@ def test_other_options_in_a_folder_are_refused_and_more_points_are_not(tmp_path:
         folder.check(other, False, model)
     folder.check(other, True, model)
     folder.keep("a", {"name": "a"})
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Path, "unlink", _killed)
+        (folder.path / "results.json").touch()
+        folder.begin(other, overwrite=True)
+    folder.check(other, True, model)
     folder.begin(other, overwrite=True)
-    assert folder.record("a") is None
+    assert folder.record("a") is None and not (folder.path / "results.json").exists()
     folder.check(other, False, model)
 
 
