@@ -97,18 +97,19 @@ def made_folder(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing_files(folder: Path, first: str) -> Iterator[Path]:
+def replacing_files(folder: Path, first: str, last: str) -> Iterator[Path]:
     """Yield a folder for new files; when the block ends without an error they move into `folder`.
 
-    Each takes the place of its older namesake in one instant, `first` before the others. Call it
-    under a lock: what a killed caller left behind is removed.
+    Each takes the place of its older namesake in one instant, `first` before the others and `last`
+    after them. Call it under a lock: what a killed caller left behind is removed.
     """
     new = Path(folder) / ".new"
     _remove(new)
     new.mkdir()
     try:
         yield new
-        for path in sorted(new.iterdir(), key=lambda path: (path.name != first, path.name)):
+        names = sorted(path.name for path in new.iterdir())
+        for path in (new / name for name in sorted(names, key=lambda n: (n != first, n == last))):
             target = Path(folder) / path.name
             if path.is_dir():
                 _remove(target)

@@ -19,7 +19,13 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from flame.checkpoint.load import load_weights
-from flame.checkpoint.reference import CONFIG_FILE, read_config, resolve
+from flame.checkpoint.reference import (
+    CONFIG_FILE,
+    RECIPE_FILE,
+    TOKENIZER_CONFIG,
+    read_config,
+    resolve,
+)
 from flame.data.hub import hub_problem
 from flame.data.loader import PackedLoader, alone
 from flame.data.mqar import is_mqar, mqar_tokenizer
@@ -196,7 +202,7 @@ def all_agree(ready: bool) -> bool:
 def tokenizer_of(job: Any) -> Any:
     """The run folder's own tokenizer, `data.tokenizer`, that of `model.init`, or MQAR's own."""
     own = Path(job.job.dump_folder)
-    if (own / "tokenizer.json").is_file() or (own / "tokenizer_config.json").is_file():
+    if _has_tokenizer(own):
         return load_tokenizer(str(own))
     if job.data.tokenizer:
         return load_tokenizer(job.data.tokenizer)
@@ -207,6 +213,12 @@ def tokenizer_of(job: Any) -> Any:
     if is_mqar(job.data.dataset):
         return mqar_tokenizer(job.data.dataset)
     raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
+
+
+def _has_tokenizer(run: Path) -> bool:
+    """Whether a run folder has a tokenizer of its own, and not what a killed start left of one."""
+    started, complete = (run / RECIPE_FILE).is_file(), (run / TOKENIZER_CONFIG).is_file()
+    return complete or ((run / "tokenizer.json").is_file() and not started)
 
 
 SPEC = TrainSpec(

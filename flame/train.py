@@ -7,7 +7,7 @@ after `torchrun … -m flame.train`.
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +147,28 @@ def prepare_run_folder(job: Any) -> None:
 
     A folder that is refused, or whose writer is killed, keeps the files that it had.
     """
-    from flame.checkpoint.reference import RECIPE_FILE
+    from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG
     from flame.config import recipe_text
     from flame.distill import record_teacher
     from flame.spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
     config, tokenizer = model_config(job), tokenizer_of(job)
-    # The recipe marks a folder as a run that may be gone on with.
-    with made_folder(folder), replacing_files(folder, first=RECIPE_FILE) as new:
+    # The recipe marks a folder as a run that may be gone on with; the other says that all is there.
+    ends = {"first": RECIPE_FILE, "last": TOKENIZER_CONFIG}
+    with made_folder(folder), replacing_files(folder, **ends) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tokenizer.save_pretrained(new)
-        (new / RECIPE_FILE).write_text(recipe_text(job))
+        (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
         if job.lora.rank > 0:
             _write_base(job, folder, new, config)
         if job.distill.teacher:
             record_teacher(job.distill.teacher, folder, new)
+
+
+def _lasting(job: Any) -> Any:
+    """`job` without what it asks of this start alone: the step to go on from."""
+    return replace(job, checkpoint=replace(job.checkpoint, load_step=-1))
 
 
 def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> None:

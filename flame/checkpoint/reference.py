@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 CHECKPOINT_FOLDER = "checkpoint"
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.toml"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -5,6 +5,7 @@ nursery runs on threads or has a process group, so a fork is as good as a fresh 
 """
 
 import atexit
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,27 @@ from typing import Any
 from flame.errors import UserError
 from tests.distributed import _free_port
 from tests.faults.moments import Counter, Moment, Work, kill, processor_time
+
+WARM = (
+    "datasets",
+    "flame.checkpoint.convert",
+    "flame.checkpoint.lora_source",
+    "flame.checkpoint.writer",
+    "flame.convert",
+    "flame.lora",
+    "flame.register",
+    "flame.start",
+    "flame.train",
+    "flame.trainer",
+    "peft",
+    "pruning.apply",
+    "pruning.calibrate",
+    "pruning.collect",
+    "pruning.plan_command",
+    "pruning.transform",
+    "scipy.io",
+    "tests.flame.jobs",
+)
 
 PATIENCE = 20.0
 """Seconds after which the ranks that were left are told to end, as a launcher tells them at once,
@@ -95,21 +117,12 @@ def _serve(pipe: Connection) -> None:
 
 
 def _warm_up() -> None:
+    """Import what the tasks import, their late imports too."""
     import torch
 
     torch.set_num_threads(1)
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-
-    import flame.checkpoint.convert
-    import flame.lora
-    import flame.register
-    import flame.start
-    import flame.trainer  # noqa: F401
-    import pruning.apply
-    import pruning.calibrate
-    import pruning.collect
-    import pruning.transform  # noqa: F401
+    for name in WARM:
+        importlib.import_module(name)
 
 
 def _run(job: Job) -> Outcome:

@@ -1,13 +1,18 @@
-"""An output that is replaced is there at every moment: the old one or the new one."""
+"""Outputs that are killed before every single operation on files.
+
+What is replaced is there at every moment, the old or the new; what is made is made the next time.
+"""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.faults.bench import Bench
+from tests.faults.bench import Bench, digests
 from tests.faults.moments import Moment, Work
 from tests.faults.nursery import Job
+from tests.faults.tasks import RECIPE
 
 
 def replace(out: Path, can_swap: bool) -> None:
@@ -41,6 +46,30 @@ def test_an_output_killed_while_it_is_replaced(
         if outcome.statuses == (0,):
             break
     assert 8 < number < 99
+
+
+def prepare(inputs: Path, run: Path) -> None:
+    """Write what a run folder has before its training."""
+    from flame.train import prepare_run_folder
+    from tests.flame.jobs import make_job
+
+    prepare_run_folder(make_job(inputs / "assets", run, **RECIPE))
+
+
+def test_a_run_folder_killed_while_it_is_made(bench: Bench, tmp_path: Path) -> None:
+    whole = tmp_path / "whole" / "work" / "run"
+    job = Job(prepare, (bench.inputs, whole), 1, tmp_path / "whole")
+    (work,) = bench.nursery.run(job).work
+    assert work is not None and 10 < work.files < 99
+    for number in range(work.files):
+        place = tmp_path / str(number)
+        run = place / "work" / "run"
+        moment = Moment("files", number / work.files + 1e-6, 0, whole=True)
+        job = Job(prepare, (bench.inputs, run), 1, place, moment, (work,))
+        assert bench.nursery.run(job).statuses == (-signal.SIGKILL,)
+        again = bench.nursery.run(Job(prepare, (bench.inputs, run), 1, place))
+        assert again.statuses == (0,), again.words
+        assert digests(run) == digests(whole)
 
 
 def contents(folder: Path) -> dict[str, str]:
