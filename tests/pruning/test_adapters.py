@@ -286,6 +286,7 @@ def test_sizes_of_several_kinds_round_trip_through_the_knobs(family: str) -> Non
     adapter, checked = ADAPTERS[family], 0
     for hidden, heads, d_k, d_v in ((1000, 10, 100, 50), (1536, 12, 98, 128), (720, 6, 120, 77)):
         config: dict[str, Any] = {"model_type": family, "hidden_size": hidden, "num_heads": heads}
+        config["num_hidden_layers"] = 2
         if family == "delta_net":
             config |= {"expand_k": heads * d_k / hidden, "expand_v": heads * d_v / hidden}
         else:

@@ -1,8 +1,10 @@
-"""A killed `apply` leaves no output, or a whole one, and is simply run again."""
+"""A killed `apply` leaves no output, or a whole one, and is simply run again: at every operation.
+
+Some moments of it are among those of `tests/faults/test_kills.py`, in the fast part.
+"""
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
 from pathlib import Path
@@ -78,14 +80,6 @@ def model_and_plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     plan = choose(reference.config, reference.source(), METHODS["l1"](), budget)
     (folder / "plan.json").write_text(plan_text(plan))
     return model, folder / "plan.json"
-
-
-@pytest.mark.parametrize("to", ["dcp", "hf"])
-def test_an_apply_killed_at_some_moments_is_run_again(
-    model_and_plan: tuple[Path, Path], tmp_path: Path, to: str
-) -> None:
-    numbers = random.Random(to).sample(range(2, 12), 3)
-    assert [_round(tmp_path / str(n), *model_and_plan, n, to) for n in numbers] == [True] * 3
 
 
 @pytest.mark.slow
