@@ -133,7 +133,7 @@ def check_numbers(job: Any) -> None:
 
 
 def _check_batch(job: Any, world_size: int) -> None:
-    from flame.data.loader import check_order
+    from flame.data.loader_checks import check_order
 
     batch, local = job.training.global_batch_size, job.training.local_batch_size
     if batch < 1:
@@ -197,8 +197,9 @@ def _may_hold_run(folder: Path, checkpoints: Path) -> bool:
 
 
 def _check_model_and_data(job: Any, world_size: int) -> None:
-    from flame.data.loader import check_enough, check_vocabulary
+    from flame.data.loader_checks import check_enough
     from flame.data.sources import build_documents
+    from flame.data.tokenizer import check_vocabulary
     from flame.model import count_parameters, meta_model
     from flame.recovery_checks import check_recovery
     from flame.spec import model_config, tokenizer_of

@@ -99,8 +99,8 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
         UserError: the tokenizer is not the model's, the data is not there or too short, or the
             processes do not divide its virtual shards.
     """
-    from flame.data.loader import TooShortError, check_enough, check_order, check_vocabulary
-    from flame.data.tokenizer import load_tokenizer
+    from flame.data.loader_checks import TooShortError, check_enough, check_order
+    from flame.data.tokenizer import check_vocabulary, load_tokenizer
 
     check_order(data.config.virtual_shards, world_size)
     tokenizer = load_tokenizer(data.tokenizer)

@@ -7,7 +7,6 @@ can be dealt out evenly, each shard reads its own files only.
 
 import logging
 import pickle
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,18 +20,9 @@ from numpy.typing import NDArray
 from flame.data import corpus, mqar
 from flame.data.config import DataConfig
 from flame.data.hub import hub_problem
+from flame.data.local_files import base_split, local_files, looks_local
 from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.errors import UserError, first_line
-
-FORMATS = {
-    "parquet": (".parquet",),
-    "json": (".jsonl", ".json"),
-    "text": (".txt",),
-}
-"""Loaders of local files with their suffixes; in a folder the first that is there is read."""
-
-OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
-"""Names by which a folder's files are known not to be training data."""
 
 READ_CHUNK = 64
 """Documents fetched at once."""
@@ -202,27 +192,21 @@ def _load(config: DataConfig, split: str) -> tuple[Any, str, str]:
     path = Path(config.dataset).expanduser()
     if path.exists():
         return _load_local(config, path, split)
-    if _looks_local(config.dataset):
+    if looks_local(config.dataset):
         raise UserError(
             f"data {config.dataset} does not exist: give a file, a folder or a hub name"
         )
     return _load_hub(config, split), config.text_key, f"{config.dataset} ({split})"
 
 
-def _looks_local(name: str) -> bool:
-    suffixes = tuple(suffix for group in FORMATS.values() for suffix in group)
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(suffixes)
-
-
 def _load_local(config: DataConfig, path: Path, split: str) -> tuple[Any, str, str]:
     name = f"{config.dataset} ({split})"
     loader, files = local_files(path, split)
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
-    base_split = _base(split)
     with reading(name) as datasets:
         rows = datasets.load_dataset(
             loader,
-            data_files={base_split: [str(file) for file in files]},
+            data_files={base_split(split): [str(file) for file in files]},
             split=split,
             streaming=config.streaming,
             **options,
@@ -255,50 +239,6 @@ def _unreachable(name: str, problem: str) -> UserError:
         f"{problem}; give data.dataset a local parquet, json, jsonl or txt file or folder, or "
         "python-stdlib (HF_HUB_OFFLINE=1 uses what is cached)"
     )
-
-
-def local_files(path: Path, split: str) -> tuple[str, list[Path]]:
-    """The loader for a local file or folder, and the files of `split` in it, sorted.
-
-    A folder's files belong to the split that their path names (`train-00001.parquet`,
-    `test/a.txt`); those that name none are training data.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_data(path, p))
-    for loader, suffixes in FORMATS.items():
-        matching = [file for file in files if file.suffix.lower() in suffixes]
-        if matching:
-            return loader, _of_split(path, matching, _base(split))
-    known = ", ".join(suffix for group in FORMATS.values() for suffix in group)
-    raise UserError(f"{path} holds no data file that can be read: known are {known}")
-
-
-def _is_data(root: Path, path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.is_file() and not hidden
-
-
-def _of_split(root: Path, files: list[Path], split: str) -> list[Path]:
-    named = {file: _words(root, file) for file in files}
-    chosen = [file for file, words in named.items() if split in words]
-    if not chosen and split == "train":
-        # A file given by name is what the person wants to read, whatever it is called.
-        chosen = [f for f, words in named.items() if root == f or words.isdisjoint(OTHER_SPLITS)]
-    if not chosen:
-        raise UserError(
-            f"{root} has no split {split!r}: no file's name says so "
-            f"(found {', '.join(file.name for file in files[:5])}); "
-            "give another split, or data.heldout for held-out text"
-        )
-    return chosen
-
-
-def _words(root: Path, file: Path) -> set[str]:
-    relative = file.name if root == file else file.relative_to(root).as_posix()
-    return set(re.split(r"[^a-z0-9]+", relative.lower()))
-
-
-def _base(split: str) -> str:
-    return re.split(r"[\[+]", split)[0]
 
 
 def checked_text(value: Any, name: str, text_key: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from flame.data.config import DataConfig
 from flame.data.heldout import heldout_sequences
-from flame.data.loader import PackedLoader, check_enough, merge_states
+from flame.data.loader import PackedLoader, merge_states
+from flame.data.loader_checks import check_enough
 from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.data.sources import IndexedDocuments, ListedTexts, StreamedDocuments, build_documents
 from flame.errors import UserError

@@ -14,7 +14,8 @@ import pytest
 from flame.data import corpus
 from flame.data.config import DataConfig
 from flame.data.hub import reachable
-from flame.data.loader import PackedLoader, check_enough, check_order
+from flame.data.loader import PackedLoader
+from flame.data.loader_checks import check_enough, check_order
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
