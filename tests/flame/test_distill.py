@@ -227,11 +227,12 @@ def test_a_refused_start_leaves_the_run_as_it_was(
     # As a job leaves it that was killed while it wrote these files for the first time.
     (run / ".new").mkdir(parents=True)
     (run / ".new/recipe.toml").write_text("[job")
-    first = make_job(assets, run, distill__teacher=str(teacher))
+    first = make_job(assets, run, distill__teacher=str(teacher), checkpoint__load_step=2)
     check_job(first, 1)
     prepare_run_folder(first)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert {"config.json", "recipe.toml", "teacher.json", "tokenizer.json"} <= set(before)
+    assert b"load_step" not in before["recipe.toml"], "it is asked of one start alone"
     other = make_job(assets, run, distill__teacher=str(two_ranks), training__steps=99)
     with pytest.raises(UserError, match="not the teacher"):
         prepare_run_folder(other)
