@@ -21,6 +21,7 @@ resolved: a squared residual below `d eps max(diag G)` counts as zero, and two t
 count as equal.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,9 +108,11 @@ def _check_arguments(gram: Tensor, k: int, f: float, max_swaps: int | None) -> N
 
 
 def check_bound(f: float, max_swaps: int | None) -> None:
-    """Raise ValueError unless f is above 1 and the cap on exchanges, if any, not negative."""
-    if not f > 1:
-        raise ValueError(f"f is {f}: the bound of strong RRQR needs f above 1, such as 1.5")
+    """Raise ValueError unless f is finite and above 1 and a cap on exchanges not negative."""
+    if not 1 < f < math.inf:
+        raise ValueError(
+            f"f is {f}: strong RRQR needs a finite f above 1, such as 1.5"
+        )
     if max_swaps is not None and max_swaps < 0:
         raise ValueError(f"max_swaps is {max_swaps}: give 0 or more, or None for no cap")
 

@@ -28,6 +28,8 @@ SEQUENCES = 16
 SEQ_LEN = 2048
 """Tokens a sequence where no recipe says otherwise."""
 SEED = 42
+LARGEST_SEED = 2**63 - 1
+"""That random number generators take."""
 
 MODEL_HELP = "run folder, step folder, Hugging Face folder or hub name"
 
@@ -74,7 +76,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_seed_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=whole(0), default=SEED, help="of everything random (default: %(default)s)"
+        "--seed",
+        type=whole(0, LARGEST_SEED),
+        default=SEED,
+        help="of everything random (default: %(default)s)",
     )
 
 
@@ -180,12 +185,14 @@ def _as_published(values: Namespace, name: str, chosen: dict[str, Any]) -> dict[
     return {**published, **chosen}
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A converter for whole numbers of at least `least`."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A converter for whole numbers from `least` to `most`."""
 
     def whole_number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}, the largest there is")
         return int(text)
 
     return whole_number

@@ -247,7 +247,7 @@ def test_other_bad_matrices_are_refused() -> None:
         strong_rrqr(torch.zeros(4, 3, dtype=torch.float64), 2)
 
 
-@pytest.mark.parametrize("f", [1.0, 0.5, math.nan, -2.0])
+@pytest.mark.parametrize("f", [1.0, 0.5, math.nan, -2.0, math.inf])
 def test_f_must_be_above_one(f: float) -> None:
     with pytest.raises(ValueError, match="f above 1"):
         strong_rrqr(torch.eye(4, dtype=torch.float64), 2, f)

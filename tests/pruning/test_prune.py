@@ -147,6 +147,8 @@ def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:
         (["--method", "l1", "--f", "2"], "--f is no option of l1: it has none"),
         (["--f", "x"], "--f: invalid float value: 'x'"),
         (["--f", "1"], "method drrqr: f is 1.0"),
+        (["--f", "inf"], "method drrqr: f is inf"),
+        (["--seed", "9" * 20], f"--seed: {'9' * 20} is more than {2**63 - 1}, the largest"),
         (["--max-swaps", "-1"], "method drrqr: max_swaps is -1"),
         (["--space", "state"], "unknown kind of space 'state': choose from key, value, head"),
         (["--space", "key,key"], "--space key,key names a kind twice"),
