@@ -43,7 +43,7 @@ class DeltaNet:
     norm_sites: tuple[Site, ...] = (Site("fla.layers.delta_net", "sum_norm"),)
 
     def check(self, config: Config) -> None:
-        """Raise UserError if zeroing a key channel is not the same as removing it."""
+        """Also raise UserError if zeroing a key channel is not the same as removing it."""
         config = with_defaults(config, DEFAULTS)
         check_layers(config)
         if config["qk_activation"] == "elu":

@@ -72,7 +72,7 @@ class Kda:
     norm_sites: tuple[Site, ...] = ()
 
     def check(self, config: Config) -> None:
-        """Raise UserError if zeroing a key channel is not the same as removing it."""
+        """Raise UserError for a config without sense, or without a recurrent layer."""
         config = with_defaults(config, DEFAULTS)
         check_layers(config)
         check_sizes(config)
