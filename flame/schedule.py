@@ -9,8 +9,8 @@ The curve is torchtitan's. With W warm-up steps, N in all and D of decay, step s
 
 with m `lr_scheduler.min_lr_factor`. D is N − W without `lr_scheduler.decay_ratio`, and
 round(N · decay_ratio) with it: WSD (arXiv 2404.06395). N is `training.steps`, or
-`lr_scheduler.total_steps` for a run that stops before its schedule does. The factor never quite
-reaches m, since step N would.
+`lr_scheduler.total_steps` for a run that stops before its schedule does. A warm-up longer than N is
+cut to N. The factor never quite reaches m, since step N would.
 """
 
 import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
@@ -70,6 +70,13 @@ def check_schedule(config: Any, training_steps: int) -> None:
         )
     _check_share("decay_ratio", 0.0 if config.decay_ratio is None else config.decay_ratio)
     _check_share("min_lr_factor", config.min_lr_factor)
+    total = training_steps if config.total_steps is None else config.total_steps
+    warmup, decay = min(config.warmup_steps, total), round(total * (config.decay_ratio or 0.0))
+    if warmup + decay > total:
+        raise UserError(
+            f"lr_scheduler.decay_ratio is {config.decay_ratio}: {decay} steps of decay after "
+            f"{warmup} of warm-up are more than {total}, lower one of them"
+        )
     # Past its end the curve would rise again (cosine) or fall below 0 (linear).
     if config.total_steps is not None and config.total_steps < training_steps:
         raise UserError(
