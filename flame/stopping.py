@@ -28,6 +28,7 @@ class StopSignals:
         self.received = 0
         self._patience = _Patience()
         self._handlers: dict[int, Any] = {}
+        self._wakeup: _Wakeup | None = None
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -41,7 +42,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._handlers:
+        if self._wakeup is not None:
             self._wakeup.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
