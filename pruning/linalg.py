@@ -110,9 +110,7 @@ def _check_arguments(gram: Tensor, k: int, f: float, max_swaps: int | None) -> N
 def check_bound(f: float, max_swaps: int | None) -> None:
     """Raise ValueError unless f is finite and above 1 and a cap on exchanges not negative."""
     if not 1 < f < math.inf:
-        raise ValueError(
-            f"f is {f}: strong RRQR needs a finite f above 1, such as 1.5"
-        )
+        raise ValueError(f"f is {f}: strong RRQR needs a finite f above 1, such as 1.5")
     if max_swaps is not None and max_swaps < 0:
         raise ValueError(f"max_swaps is {max_swaps}: give 0 or more, or None for no cap")
 
