@@ -44,6 +44,8 @@ def _report_tracebacks(file: Path) -> None:
     file.unlink(missing_ok=True)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # The launcher's signal, when a peer failed first, would end up as an error in this hook.
+        _be_deaf()
         if kind is KeyboardInterrupt:
             os._exit(INTERRUPTED)
         file.write_text("".join(traceback.format_exception(kind, error, trace)))
@@ -76,9 +78,13 @@ def _end_on_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _be_deaf()
+    raise KeyboardInterrupt
+
+
+def _be_deaf() -> None:
     for kind in ENDING:
         signal.signal(kind, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _leave_later(wakeup: int) -> None:
