@@ -86,7 +86,9 @@ def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
     except ValueError as error:
         raise UserError(f"{name} does not fit the model: {first_line(error)}") from error
     if resized != plan.config_after:
-        raise UserError(f"{name} was edited: its config_after does not follow from its spaces")
+        raise UserError(
+            f"{name} was edited: its config_after does not follow from its spaces: make a new plan"
+        )
 
 
 def pruned_config(config: Config, kept: Mapping[str, Kept], pad: bool = False) -> Config:

@@ -289,17 +289,20 @@ PLAN_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "out of range": (
         _first_head(lambda row: row.__setitem__(-1, 32)),
-        r"layers\.0\.key: kept channels \d+\.\.32 leave the range 0\.\.31",
+        r"layers\.0\.key, head 0: kept channels \d+\.\.32 leave the range 0\.\.31",
     ),
     "negative": (
         _first_head(lambda row: row.__setitem__(0, -1)),
         r"layers\.0\.key, head 0: -1 is not a channel's number",
     ),
     "unsorted": (_first_head(lambda row: row.reverse()), r"list them in order"),
-    "one head short": (_first_head(lambda row: row.pop()), r"head 1 keeps 16 channels, head 0 15"),
+    "one head short": (
+        _first_head(lambda row: row.pop()),
+        r"was edited: its config_after does not follow from its spaces: make a new plan",
+    ),
     "unknown space": (
         lambda plan: plan["spaces"].update({"layers.9.key": plan["spaces"].pop("layers.1.key")}),
-        r"no space 'layers\.9\.key': it has layers\.0\.key to layers\.1\.key",
+        r"no space 'layers\.9\.key': it has layers\.0\.key to layers\.1\.head",
     ),
     "newer version": (
         lambda plan: plan.update(format=2),
@@ -425,6 +428,8 @@ def test_corpus_too_short(refused: Run, no_worker: Any, command: str) -> None:
     bad.little_text()
     no_worker()
     says = r"text\.jsonl \(train\) is shorter than one global batch of 4 sequences .*; give more"
+    if command in ("calibrate", "prune"):
+        says = r"--sequences 4 of --seq-len 64 are too many: in text\.jsonl \(train\), .* ask for"
     for nproc in (1, 2):
         assert re.search(says, refused(f"{ON_DATA[command]} --nproc {nproc}"))
 
