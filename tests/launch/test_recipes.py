@@ -53,9 +53,9 @@ def test_recipes_fit_eight_processes(
     from flame.recovery_checks import check_recovery
 
     job = parse_job(["--job.config_file", str(path)])
-    checks._check_parallelism(job.parallelism, 8)
-    checks._check_numbers(job)
-    checks._check_batch(job, 8)
+    checks.check_size(job, 8)
+    checks.check_numbers(job)
+    checks._check_ignored(job)
     checks._check_checkpoint(job)
     config = json.loads((path.parent / f"{path.stem.removeprefix('recover_')}.json").read_text())
     model = meta_model(config)
