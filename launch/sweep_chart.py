@@ -5,6 +5,7 @@ that draws at random has a band of one standard deviation to either side.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 """Ticks in a decade, ever more of them."""
 
 FEWEST_TICKS = 4
+NUMBER_WIDTH = 34
+"""Pixels that a number below an axis takes, with the gap beside it."""
+
 MARGIN = 0.08
 """Of the logarithmic extent, above and below."""
 
@@ -128,21 +132,23 @@ def _axes(
     values += [] if dense is None else [dense]
     low, high = _widened(min(values), max(values))
     right = max(24.0, 12 + LABEL_WIDTH * max(len(name) for name in [*lines, "dense"]))
-    xs = sorted({round(100 * row["removed"], 1) for row in rows})
-    first, last = (xs[0], xs[-1]) if len(xs) > 1 else (xs[0] - 5, xs[0] + 5)
+    counts = Counter(round(100 * row["removed"], 1) for row in rows)
+    low_x, high_x = min(counts), max(counts)
+    first, last = (low_x, high_x) if len(counts) > 1 else (low_x - 5, low_x + 5)
+    gap = NUMBER_WIDTH * (last - first) / (WIDTH - right - LEFT)
     return (
-        MarkedAxis(first, last, LEFT, WIDTH - right, marks=_apart(xs, last - first)),
+        MarkedAxis(first, last, LEFT, WIDTH - right, marks=_apart(counts, gap)),
         MarkedAxis(low, high, HEIGHT - BOTTOM, TOP, marks=log_ticks(low, high), logarithmic=True),
     )
 
 
-def _apart(xs: Sequence[float], extent: float) -> tuple[float, ...]:
-    """Those of `xs` that have room for a number beside the one before."""
+def _apart(counts: Mapping[float, int], gap: float) -> tuple[float, ...]:
+    """Places of points that lie more than `gap` apart, those of many points before others."""
     found: list[float] = []
-    for x in xs:
-        if not found or x - found[-1] > 0.08 * extent:
+    for x in sorted(counts, key=lambda x: (-counts[x], x)):
+        if all(abs(x - other) > gap for other in found):
             found.append(x)
-    return tuple(found)
+    return tuple(sorted(found))
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

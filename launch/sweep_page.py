@@ -75,21 +75,26 @@ def sweep_sections(sweep: Sweep) -> list[str]:
 
 
 def verdict(sweep: Sweep) -> str:
-    """One sentence: which method cost least at the ratio nearest a half, beside the control."""
+    """One sentence: where the methods end at the ratio nearest a half, beside the control."""
     stage = sweep.stages[-1] if sweep.stages else ""
     rows = [row for row in sweep.rows if row.get(stage) is not None]
     if not rows:
         return "No point was measured."
     middle = min(rows, key=_distance_from_half)
     group = [r for r in rows if (r["space"], r["ratio"]) == (middle["space"], middle["ratio"])]
-    best = min(group, key=lambda row: row[stage])
+    named = sorted((r for r in group if r["method"] != CONTROL), key=lambda row: row[stage])
+    best, *_, worst = [*(named or group), (named or group)[-1]]
     what = f"With {percent(best['ratio'])} of the {_channels(best['space'])} removed"
+    ends = f"{best['method']} has perplexity {short(best[stage])}"
+    if len(named) > 1:
+        ends = f"{len(named)} methods have perplexity {short(best[stage])} ({best['method']})"
+        ends += f" to {short(worst[stage])} ({worst['method']})"
     after = " after recovery" if stage == "recovered" else ""
     beside = [f"{short(v)} of the dense model" for v in [sweep.controls.get(stage)] if v]
     drawn = next((row for row in group if row["method"] == CONTROL and row is not best), None)
     beside += [f"{short(drawn[stage])} at random"] if drawn else []
     against = f", against {' and '.join(beside)}" if beside else ""
-    return f"{what}, {best['method']} cost least: perplexity {short(best[stage])}{after}{against}."
+    return f"{what}, {ends}{after}{against}."
 
 
 def _channels(space: str) -> str:
