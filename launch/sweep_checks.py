@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError
+from launch.sweep_folder import FORMAT
 from launch.sweep_options import Options, calibration_words
 from launch.sweep_points import Point
 from launch.sweep_work import CONTINUED
@@ -45,6 +46,7 @@ def settings(options: Options, reference: "ModelReference") -> dict[str, Any]:
 
     recovery = options.recovery
     return {
+        "format": FORMAT,
         "model": fingerprint(reference.config, reference.source()),
         "calibration": list(options.data_words),
         "budget": list(options.budget_words),

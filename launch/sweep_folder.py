@@ -25,6 +25,9 @@ from flame.errors import UserError
 from flame.output import check_output, replacing_file
 
 SETTINGS_FILE = "sweep.json"
+FORMAT = 2
+"""Version of what records hold; a sweep that another version began is refused."""
+
 KIND = "sweep"
 
 Record = dict[str, Any]
