@@ -90,4 +90,5 @@ def test_an_apply_killed_before_any_file_operation_is_run_again(
     number = 1
     while _round(tmp_path / str(number), *model_and_plan, number, to):
         number += 1
-    assert 12 < number < 199
+    # It went on to an apply that was not killed, and not at its first operations.
+    assert 8 < number < 199
