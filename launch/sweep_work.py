@@ -82,13 +82,18 @@ class Work:
         try:
             with _logged(self.folder.log(name)):
                 record = self._record(name, points.get(name), models)
+            # Before the record: a point that is killed here is measured again, and clears up then.
+            self._discard(models)
             self.folder.keep(name, record)
         except FAILURES as error:
             self.folder.fail(name, first_line(error))
         finally:
-            if not self.keep:
-                shutil.rmtree(models, ignore_errors=True)
+            self._discard(models)
             gc.collect()
+
+    def _discard(self, models: Path) -> None:
+        if not self.keep:
+            shutil.rmtree(models, ignore_errors=True)
 
     def _record(self, name: str, point: Point | None, models: Path) -> Record:
         clock = Clock()
