@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, gigabytes: float, form: str) -> tuple[Path, i
         return folder, largest
     (folder / "config.json").write_text(json.dumps(config))
     infos |= moments_of(infos)
-    state = {name: _promise(info) for name, info in infos.items()}
+    state = {name: info.promise() for name, info in infos.items()}
     save_step(state, folder / "checkpoint", 1, read=random_reader(infos), alone=True)
     return folder, largest
 
@@ -93,7 +93,3 @@ def random_reader(infos: dict[str, TensorInfo]) -> Callable[[str], Tensor]:
 
 def _count(config: dict[str, Any]) -> int:
     return sum(math.prod(info.shape) for info in weights_of(config).values())
-
-
-def _promise(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")

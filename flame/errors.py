@@ -72,3 +72,9 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's message, to quote in a `UserError`."""
     lines: Sequence[str] = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def some(names: Sequence[str], limit: int) -> str:
+    """The first `limit` names of a list, and how many more there are, for a `UserError`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

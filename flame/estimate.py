@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flame.chunked_loss import LOGITS_AT_A_TIME
-from flame.model import full_precision_parameters, layers, meta_model
+from flame.model import count_parameters, full_precision_parameters, layers, meta_model
 
 FLOAT = 4
 """Bytes of an fp32 number: weights, gradients and moments are kept so."""
@@ -100,8 +100,8 @@ def moment_bytes(model: nn.Module, trained: list[nn.Parameter], shards: int) -> 
 
 def gathered_numel(model: nn.Module) -> int:
     """Weights that are whole at once: the root's group, the largest block and the next one."""
-    blocks = sorted((_numel(block.parameters()) for block in layers(model)), reverse=True)
-    return _numel(model.parameters()) - sum(blocks) + sum(blocks[:2])
+    blocks = sorted((count_parameters(block.parameters()) for block in layers(model)), reverse=True)
+    return count_parameters(model.parameters()) - sum(blocks) + sum(blocks[:2])
 
 
 def _teacher(job: Any, shards: int, compute: int) -> list[Part]:
@@ -146,10 +146,6 @@ def _kept(block: nn.Module, width: int) -> int:
 
 def _row(parameter: Tensor) -> int:
     return parameter.numel() // parameter.shape[0]
-
-
-def _numel(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _gib(size: int) -> str:

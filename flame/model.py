@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flame.distributed import rank
 from flame.errors import UserError, first_line
 
 
@@ -162,10 +163,10 @@ def initialise(model: nn.Module, config: dict[str, Any], seed: int) -> None:
     Rank 0 builds the model on its CPU and broadcasts one tensor at a time, so the values depend on
     `seed` alone: not on the world size, nor on how the model is sharded.
     """
-    tensors = dict(_stock_initialisation(config, seed)) if _rank() == 0 else {}
+    tensors = dict(_stock_initialisation(config, seed)) if rank() == 0 else {}
     for name, target in named_tensors(model):
         full = torch.empty(target.shape, dtype=target.dtype)
-        if _rank() == 0:
+        if rank() == 0:
             full.copy_(tensors.pop(name))
         copy_from_rank_zero(target, full)
 
@@ -205,7 +206,3 @@ def copy_full(target: Tensor, full: Tensor) -> None:
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -12,14 +12,12 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from flame.errors import UserError, first_line
+from flame.models.widths import KERNEL_WIDTHS
 from pruning.adapters.interface import Adapter, Config
 from pruning.spaces import KINDS, Kind, Space
 
 MULTIPLE_OF = 16
 """Widths are multiples of this unless asked otherwise: kernels work in tiles."""
-
-KERNEL_WIDTHS = range(16, 257)
-"""Key widths that fla's CUDA kernels take."""
 
 Allocate = Literal["uniform", "layer", "model"]
 ALLOCATE: tuple[Allocate, ...] = ("uniform", "layer", "model")

@@ -234,7 +234,7 @@ def _write_training_state(
     step = reference.step_folder
     assert step is not None
     order = _step_source(reference, True, "never").stored_order()
-    state: dict[str, Any] = {name: _promise(sliced.info(name)) for name in order}
+    state: dict[str, Any] = {name: sliced.info(name).promise() for name in order}
     state |= _values(reference)
     number = int(step.name.removeprefix("step-"))
     checkpoints = folder / CHECKPOINT_FOLDER
@@ -251,10 +251,6 @@ def _values(reference: ModelReference) -> dict[str, Any]:
     except UserError:
         _check_files(source)
         raise
-
-
-def _promise(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _extra_files(step: Path) -> dict[str, bytes]:

@@ -101,7 +101,7 @@ def write_hf(
         read: a tensor by its name; called once for each, memory holds one.
     """
     check_ties(config, infos, read)
-    promises = {name: _promise(infos[name]) for name in own_names(config, sorted(infos))}
+    promises = {name: infos[name].promise() for name in own_names(config, sorted(infos))}
     _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
     write_loading_note(folder, str(config.get("model_type")))
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
@@ -121,7 +121,7 @@ def write_run(
     A tied output embedding is written too: trainers save it, and look for it when they resume.
     """
     check_ties(config, infos, read)
-    promises = {name: _promise(info) for name, info in infos.items()}
+    promises = {name: info.promise() for name, info in infos.items()}
     twin = input_embedding(infos) if is_tied(config) else None
     if twin is not None:
         promises.setdefault(OUTPUT_EMBEDDING, promises[twin])
@@ -203,10 +203,6 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(
         left.view(torch.uint8), right.view(torch.uint8)
     )
-
-
-def _promise(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from flame.checkpoint.source import TensorSource
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding
-from flame.errors import UserError
+from flame.errors import UserError, some
 from flame.lora import base_name, is_adapter
 from flame.progress import progress
 
@@ -124,8 +124,8 @@ def _check(
 def _check_names(targets: dict[str, Tensor], places: dict[str, str], source: TensorSource) -> None:
     missing = sorted(set(targets) - set(places))
     unexpected = sorted(set(source.names()) - set(places) - set(places.values()))
-    complaints = [f"lacks {_some(missing)}"] if missing else []
-    complaints += [f"has {_some(unexpected)}, which the model does not"] if unexpected else []
+    complaints = [f"lacks {some(missing, 5)}"] if missing else []
+    complaints += [f"has {some(unexpected, 5)}, which the model does not"] if unexpected else []
     if complaints:
         raise UserError(f"the checkpoint {' and '.join(complaints)}: is config.json its own?")
 
@@ -156,8 +156,3 @@ def _copy(target: Tensor, name: str, source: TensorSource) -> None:
 def _rows(offsets: Iterable[int], sizes: Iterable[int]) -> slice | None:
     offsets, sizes = list(offsets), list(sizes)
     return slice(offsets[0], offsets[0] + sizes[0]) if sizes else None
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -45,7 +45,7 @@ from flame.checkpoint.checksums import (
     readable,
 )
 from flame.checkpoint.peers import Peers, raise_cause
-from flame.errors import UserError, first_line
+from flame.errors import UserError, first_line, some
 
 Check = Literal["first", "along", "never"]
 
@@ -191,7 +191,7 @@ class SafeReader(FileSystemReader):
         try:
             yield
         except (*_UNPICKLING_ERRORS, OSError) as error:
-            entries = _some(sorted({item.storage_index.fqn for item in items}))
+            entries = some(sorted({item.storage_index.fqn for item in items}), 3)
             raise UserError(
                 f"cannot read {entries} of {self._folder}: {first_line(error)}"
             ) from error
@@ -231,7 +231,8 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         saved = self.metadata.state_dict_metadata
         missing = sorted(set(self.state_dict) - set(saved) - self._optional)
         if missing:
-            raise UserError(f"the checkpoint lacks {_some(missing)}: it is of another model or run")
+            lacking = some(missing, 3)
+            raise UserError(f"the checkpoint lacks {lacking}: it is of another model or run")
         for name in self.state_dict.keys() & saved.keys():
             value = self.state_dict[name]
             _check_kind(name, value, saved[name])
@@ -314,8 +315,3 @@ def _check_kind(name: str, value: Any, saved: Any) -> None:
             f"the checkpoint's {name} has shape {tuple(saved.size)}, this run expects "
             f"{tuple(value.shape)}: it is of another model"
         )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -42,6 +42,10 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def promise(self) -> Tensor:
+        """A meta-device tensor of this form, for a checkpoint whose content is read later."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 class TensorSource(Protocol):
     """Named tensors on a disk."""

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flame.models.head_groups import gather_heads, gather_keys, head_groups, merge_heads
-from flame.models.widths import LayerWidths
+from flame.models.widths import KERNEL_WIDTHS, LayerWidths
 
-CUDA_KEYS = range(16, 257)
-"""Key widths that fla's CUDA kernels take."""
+SHORT = 64
+"""Tokens up to which fla's layers take the recurrent operator."""
 
 State: TypeAlias = Tensor | tuple[Tensor, ...] | None
 
@@ -195,11 +195,11 @@ class Mixer(nn.Module):
 
     def _check_device(self, x: Tensor) -> None:
         for width in set(self.widths.keys) if x.is_cuda else ():
-            if width not in CUDA_KEYS:
+            if width not in KERNEL_WIDTHS:
                 raise ValueError(
                     f"layer {self.layer_idx} has a head of {width} key channels, and fla's CUDA "
-                    f"kernels take {CUDA_KEYS.start} to {CUDA_KEYS.stop - 1}: prune the dense "
-                    "model with --multiple-of 16, or run this one on a CPU"
+                    f"kernels take {KERNEL_WIDTHS.start} to {KERNEL_WIDTHS.stop - 1}: prune the "
+                    "dense model with --multiple-of 16, or run this one on a CPU"
                 )
 
 

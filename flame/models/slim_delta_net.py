@@ -11,11 +11,8 @@ from fla.models.modeling_utils import FLAPreTrainedModel
 from torch import Tensor, nn
 
 from flame.models.decoder import CausalLM, Decoder
-from flame.models.mixer import Mixer
+from flame.models.mixer import SHORT, Mixer
 from flame.models.widths import LayerWidths, layer_widths
-
-SHORT = 64
-"""Tokens up to which fla's layer takes the recurrent operator."""
 
 
 class SlimDeltaNetConfig(DeltaNetConfig):

@@ -17,6 +17,9 @@ from typing import Any
 
 KINDS = ("key", "value", "heads")
 
+KERNEL_WIDTHS = range(16, 257)
+"""Key widths that fla's CUDA kernels take."""
+
 
 @dataclass(frozen=True)
 class LayerWidths:
