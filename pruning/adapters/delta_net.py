@@ -6,15 +6,14 @@ from flame.errors import UserError
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     Mixer,
+    ProjectionFamily,
     check_layers,
-    linear_layers,
-    mixer_spaces,
     positive_integer,
     positive_number,
     with_defaults,
 )
 from pruning.adapters.widths import expansion, ragged_config, uniform_sizes, widths_by_kind
-from pruning.spaces import Kind, Role, Space
+from pruning.spaces import Kind, Role
 
 DEFAULTS = {
     "hidden_size": 2048,
@@ -31,9 +30,10 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class DeltaNet:
+class DeltaNet(ProjectionFamily):
     """The key width is round(hidden_size * expand_k) // num_heads, the value width likewise."""
 
+    defaults = DEFAULTS
     model_type: str = "delta_net"
     mixer_class: tuple[str, str] = ("fla.layers.delta_net", "DeltaNet")
     op_sites: tuple[Site, ...] = (
@@ -41,6 +41,19 @@ class DeltaNet:
         Site("fla.layers.delta_net", "fused_recurrent_delta_rule"),
     )
     norm_sites: tuple[Site, ...] = (Site("fla.layers.delta_net", "sum_norm"),)
+
+    def mixer(self, full: Config) -> Mixer:
+        """The sizes that the config leads to."""
+        per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
+        return Mixer(
+            heads=full["num_heads"],
+            value_heads=full["num_heads"],
+            key_width=_head_dim(full, "expand_k"),
+            value_width=_head_dim(full, "expand_v"),
+            short_conv=bool(full["use_short_conv"]),
+            gate=bool(full["use_gate"]),
+            per_value_head=per_head if full["use_beta"] else (),
+        )
 
     def check(self, config: Config) -> None:
         """Also raise UserError if zeroing a key channel is not the same as removing it."""
@@ -54,11 +67,6 @@ class DeltaNet:
         _head_dim(config, "expand_k")
         _head_dim(config, "expand_v")
 
-    def spaces(self, config: Config) -> list[Space]:
-        """The spaces of every layer that is not softmax attention."""
-        config = with_defaults(config, DEFAULTS)
-        return mixer_spaces(linear_layers(config), _mixer(config))
-
     def resize(self, config: Config, widths: Widths) -> Config:
         """A copy of the config with `num_heads`, `expand_k` and `expand_v` rewritten."""
         planned = widths_by_kind(self.spaces(config), widths)
@@ -66,30 +74,11 @@ class DeltaNet:
         sizes = uniform_sizes(planned)
         if sizes is None:
             return ragged_config(config, planned, full["num_hidden_layers"])
-        return {**config, **_knobs(full, sizes)}
-
-    def state_bytes(self, config: Config) -> int:
-        """num_heads states of d_k x d_v per linear layer, in float32."""
-        config = with_defaults(config, DEFAULTS)
-        return len(linear_layers(config)) * _mixer(config).state_bytes
+        return {**config, **_knobs(full, self.mixer(full), sizes)}
 
 
-def _mixer(config: Config) -> Mixer:
-    per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
-    return Mixer(
-        heads=config["num_heads"],
-        value_heads=config["num_heads"],
-        key_width=_head_dim(config, "expand_k"),
-        value_width=_head_dim(config, "expand_v"),
-        short_conv=bool(config["use_short_conv"]),
-        gate=bool(config["use_gate"]),
-        per_value_head=per_head if config["use_beta"] else (),
-    )
-
-
-def _knobs(full: Config, sizes: dict[Kind, int]) -> Config:
+def _knobs(full: Config, before: Mixer, sizes: dict[Kind, int]) -> Config:
     """The keys of the config that change for these sizes, with their new values."""
-    before = _mixer(full)
     heads = sizes.get("head", before.heads)
     rows = {
         "expand_k": heads * sizes.get("key", before.key_width),

@@ -10,9 +10,8 @@ from pruning.adapters.head_dim import check_sizes, knobs, value_width
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     Mixer,
+    ProjectionFamily,
     check_layers,
-    linear_layers,
-    mixer_spaces,
     positive_integer,
     with_defaults,
 )
@@ -55,13 +54,14 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class GatedDeltaProduct:
+class GatedDeltaProduct(ProjectionFamily):
     """The keys, values and writing strengths of a token's steps are blocks of rows.
 
     A key channel lies in the one q and in the keys of all steps, which write to one state. The
     stock model has as many value heads as key heads.
     """
 
+    defaults = DEFAULTS
     model_type: str = "gated_deltaproduct"
     mixer_class: tuple[str, str] = ("fla.layers.gated_deltaproduct", "GatedDeltaProduct")
     op_sites: tuple[Site, ...] = (
@@ -69,6 +69,25 @@ class GatedDeltaProduct:
         Site("fla.layers.gated_deltaproduct", "fused_recurrent_gated_delta_rule"),
     )
     norm_sites: tuple[Site, ...] = ()
+
+    def mixer(self, full: Config) -> Mixer:
+        """The sizes that the config leads to."""
+        per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
+        if full["use_forget_gate"]:
+            per_head += (
+                ("a_proj.weight", "projection"),
+                ("A_log", "vector"),
+                ("dt_bias", "vector"),
+            )
+        return Mixer(
+            heads=full["num_heads"],
+            value_heads=full["num_heads"],
+            key_width=full["head_dim"],
+            value_width=value_width(full),
+            short_conv=bool(full["use_short_conv"]),
+            gate=bool(full["use_output_gate"]),
+            per_value_head=per_head,
+        )
 
     def check(self, config: Config) -> None:
         """Raise UserError for a config without sense, or without a recurrent layer."""
@@ -79,38 +98,17 @@ class GatedDeltaProduct:
 
     def spaces(self, config: Config) -> list[Space]:
         """The spaces of every layer that is not softmax attention."""
-        config = with_defaults(config, DEFAULTS)
-        steps = config["num_householder"]
+        steps = with_defaults(config, DEFAULTS)["num_householder"]
         return [
             replace(space, axes=tuple(_stepped(axis, steps) for axis in space.axes))
-            for space in mixer_spaces(linear_layers(config), _mixer(config))
+            for space in super().spaces(config)
         ]
 
     def resize(self, config: Config, widths: Widths) -> Config:
         """A copy with `head_dim`, `expand_v` and `num_heads` rewritten."""
         sizes = only_sizes(self.model_type, widths_by_kind(self.spaces(config), widths))
         full = with_defaults(config, DEFAULTS) | {"num_v_heads": None}
-        return {**config, **knobs(full, _mixer(full), sizes)}
-
-    def state_bytes(self, config: Config) -> int:
-        """One state of d_k x d_v per head and linear layer, in float32."""
-        config = with_defaults(config, DEFAULTS)
-        return len(linear_layers(config)) * _mixer(config).state_bytes
-
-
-def _mixer(config: Config) -> Mixer:
-    per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
-    if config["use_forget_gate"]:
-        per_head += (("a_proj.weight", "projection"), ("A_log", "vector"), ("dt_bias", "vector"))
-    return Mixer(
-        heads=config["num_heads"],
-        value_heads=config["num_heads"],
-        key_width=config["head_dim"],
-        value_width=value_width(config),
-        short_conv=bool(config["use_short_conv"]),
-        gate=bool(config["use_output_gate"]),
-        per_value_head=per_head,
-    )
+        return {**config, **knobs(full, self.mixer(full), sizes)}
 
 
 def _stepped(axis: Axis, steps: int) -> Axis:

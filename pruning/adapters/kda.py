@@ -10,9 +10,8 @@ from pruning.adapters.head_dim import check_sizes, knobs, value_heads, value_wid
 from pruning.adapters.interface import Config, Site, Widths
 from pruning.adapters.projections import (
     Mixer,
+    ProjectionFamily,
     check_layers,
-    linear_layers,
-    mixer_spaces,
     with_defaults,
 )
 from pruning.adapters.widths import only_sizes, widths_by_kind
@@ -55,7 +54,7 @@ class GroupedHeads:
 
 
 @dataclass(frozen=True)
-class Kda:
+class Kda(ProjectionFamily):
     """Key channels carry their decays: rows of the decay's last projection, and its bias.
 
     There is no space of value channels: the config's value width is the rank of the decay's and of
@@ -63,6 +62,7 @@ class Kda:
     num_v_heads above num_heads, each key head serves a group of value heads.
     """
 
+    defaults = DEFAULTS
     model_type: str = "kda"
     mixer_class: tuple[str, str] = ("fla.layers.kda", "KimiDeltaAttention")
     op_sites: tuple[Site, ...] = (
@@ -70,6 +70,18 @@ class Kda:
         Site("fla.layers.kda", "fused_recurrent_kda"),
     )
     norm_sites: tuple[Site, ...] = ()
+
+    def mixer(self, full: Config) -> Mixer:
+        """The sizes that the config leads to."""
+        return Mixer(
+            heads=full["num_heads"],
+            value_heads=value_heads(full),
+            key_width=full["head_dim"],
+            value_width=value_width(full),
+            short_conv=bool(full["use_short_conv"]),
+            gate=False,
+            per_value_head=PER_VALUE_HEAD,
+        )
 
     def check(self, config: Config) -> None:
         """Raise UserError for a config without sense, or without a recurrent layer."""
@@ -79,11 +91,10 @@ class Kda:
 
     def spaces(self, config: Config) -> list[Space]:
         """Key channels and heads of every layer that is not softmax attention."""
-        mixer = _mixer(with_defaults(config, DEFAULTS))
-        layers = linear_layers(with_defaults(config, DEFAULTS))
+        mixer = self.mixer(with_defaults(config, DEFAULTS))
         return [
             replace(space, axes=(*space.axes, *_gate_axes(space, mixer)))
-            for space in mixer_spaces(layers, mixer)
+            for space in super().spaces(config)
             if space.kind != "value"
         ]
 
@@ -91,24 +102,7 @@ class Kda:
         """A copy with `head_dim`, `expand_v`, `num_heads` and `num_v_heads` rewritten."""
         sizes = only_sizes(self.model_type, widths_by_kind(self.spaces(config), widths))
         full = with_defaults(config, DEFAULTS)
-        return {**config, **knobs(full, _mixer(full), sizes)}
-
-    def state_bytes(self, config: Config) -> int:
-        """One state of d_k x d_v per value head and linear layer, in float32."""
-        config = with_defaults(config, DEFAULTS)
-        return len(linear_layers(config)) * _mixer(config).state_bytes
-
-
-def _mixer(config: Config) -> Mixer:
-    return Mixer(
-        heads=config["num_heads"],
-        value_heads=value_heads(config),
-        key_width=config["head_dim"],
-        value_width=value_width(config),
-        short_conv=bool(config["use_short_conv"]),
-        gate=False,
-        per_value_head=PER_VALUE_HEAD,
-    )
+        return {**config, **knobs(full, self.mixer(full), sizes)}
 
 
 def _gate_axes(space: Space, mixer: Mixer) -> list[Axis]:

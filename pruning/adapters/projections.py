@@ -7,8 +7,10 @@ one key head, its group.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flame.errors import UserError
 from pruning.adapters.interface import Config
@@ -36,6 +38,27 @@ class Mixer:
     def state_bytes(self) -> int:
         """Bytes of one layer's recurrent state of one sequence, in float32."""
         return self.value_heads * self.key_width * self.value_width * FLOAT32_BYTES
+
+
+class ProjectionFamily(ABC):
+    """What the sizes of its recurrent layers say of a family; adapters extend it."""
+
+    defaults: ClassVar[Mapping[str, object]]
+    """Of the keys that a config may lack."""
+
+    @abstractmethod
+    def mixer(self, full: Config) -> Mixer:
+        """The sizes of a config in which no key is absent."""
+
+    def spaces(self, config: Config) -> list[Space]:
+        """The spaces of every layer that is not softmax attention."""
+        full = with_defaults(config, self.defaults)
+        return mixer_spaces(linear_layers(full), self.mixer(full))
+
+    def state_bytes(self, config: Config) -> int:
+        """One state of d_k x d_v per value head and linear layer, in float32."""
+        full = with_defaults(config, self.defaults)
+        return len(linear_layers(full)) * self.mixer(full).state_bytes
 
 
 def mixer_spaces(layers: Iterable[int], mixer: Mixer) -> list[Space]:
