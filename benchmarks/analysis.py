@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 CONFIG = {
     "hidden_size": 256,

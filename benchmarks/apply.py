@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.checkpoints import write_checkpoint
 from flame.errors import UserError, run_stage
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 COLUMNS = (
     Column("form", align="left"),
@@ -138,7 +138,8 @@ def work(model: str, plan: str, out: str) -> None:
     """Apply a plan in this process; print the seconds that it took, the imports' left out."""
     from flame.checkpoint.convert import complete_config
     from flame.checkpoint.reference import resolve
-    from pruning import apply, transform  # noqa: F401  (imports what apply needs)
+    from pruning import apply  # noqa: F401  (imports what apply needs)
+    from pruning.transform import transform  # noqa: F401  (imports what apply needs)
 
     complete_config(resolve(model).config)  # imports the model's class
     options = apply.parse([model, plan, out])

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flame.distributed import data_parallel_mesh, process_group
-from launch.table import Column, Table
+from flame.process.distributed import data_parallel_mesh, process_group
+from launch.drawing.table import Column, Table
 from pruning.adapters import adapter_for
-from pruning.collect import _run
-from pruning.feeding import Feed
-from pruning.gradients import WeightGradients
-from pruning.row_sample import row_sample
+from pruning.calibration.collect import _run
+from pruning.calibration.feeding import Feed
+from pruning.calibration.gradients import WeightGradients
+from pruning.calibration.stats_file import zeros
 from pruning.statistics import (
     InputSquares,
     KeySquares,
@@ -36,7 +36,7 @@ from pruning.statistics import (
     ValueSquares,
     WeightGradientProducts,
 )
-from pruning.stats_file import zeros
+from pruning.statistics.row_sample import row_sample
 
 Kinds = tuple[type[Statistic], ...]
 

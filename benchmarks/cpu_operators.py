@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 STEPS = {"gated": 1, "kda": 1, "product": 2}

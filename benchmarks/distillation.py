@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 MEBIBYTE = 2**20
 CONFIG = Path("launch/recipes/demo_config.json")
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 
 def teacher_bytes(processes: int, config: Path) -> list[int]:
     """What a teacher of this architecture holds on each rank after it was asked."""
-    from flame.distributed import free_port
+    from flame.process.distributed import free_port
 
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -103,9 +103,9 @@ def _hold_teacher(rank: int, processes: int, port: int, config: str, queue: obje
         MASTER_PORT=str(port),
     )
     import flame.register  # noqa: F401
-    from flame.distill import Teacher
-    from flame.distributed import data_parallel_mesh, local_device, process_group
     from flame.model import initialise, meta_model, restore_after_to_empty, shard
+    from flame.process.distributed import data_parallel_mesh, local_device, process_group
+    from flame.recovery.distill import Teacher
 
     torch.set_num_threads(1)
     content = json.loads(Path(config).read_text())
@@ -185,8 +185,8 @@ def random_problem(vocabulary: int, tokens: int, width: int) -> Problem:
 
 
 def peak_row(vocabulary: int, tokens: int, width: int, limit: float) -> dict[str, object]:
-    from flame.chunked_loss import LOGITS_AT_A_TIME
-    from launch.peak_memory import peak_bytes
+    from flame.training.chunked_loss import LOGITS_AT_A_TIME
+    from launch.speed.peak_memory import peak_bytes
 
     problem = random_problem(vocabulary, tokens, width)
     device = problem.states.device
@@ -206,7 +206,7 @@ def peak_row(vocabulary: int, tokens: int, width: int, limit: float) -> dict[str
 
 
 def chunked_step(problem: Problem) -> None:
-    from flame.chunked_loss import Mix, Projection, chunked_losses
+    from flame.training.chunked_loss import Mix, Projection, chunked_losses
 
     told = (problem.teacher_states, Projection(problem.teacher_weight))
     total, _, _ = chunked_losses(

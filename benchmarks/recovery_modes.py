@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 RECIPE = Path(__file__).parents[1] / "launch/recipes/demo_recover.toml"
 RESULTS_FILE = "results.json"
@@ -121,7 +121,7 @@ def check(options: Options, world_size: int = 1) -> None:
 def run(options: Options) -> None:
     """Train and measure what is missing; print the table. Collective."""
     import flame.register  # noqa: F401
-    from flame.distributed import process_group, rank
+    from flame.process.distributed import process_group, rank
 
     with process_group():
         rows = [row_of(name, options) for name in MODES if name in options.modes]
@@ -131,7 +131,7 @@ def run(options: Options) -> None:
 
 def row_of(name: str, options: Options) -> dict[str, Any]:
     """The row of one mode, from the file of results if it is there."""
-    from flame.distributed import from_rank_zero, rank
+    from flame.process.distributed import from_rank_zero, rank
 
     settings = settings_of(name, options)
     known = from_rank_zero(read_results(options.out).get(name))
@@ -168,7 +168,7 @@ def train(name: str, options: Options) -> float:
     import time
 
     from flame import train as stage
-    from flame.distributed import world_size
+    from flame.process.distributed import world_size
 
     begin = time.perf_counter()
     job = stage.parse(words(name, options))
@@ -209,8 +209,8 @@ def trained_parameters(run_folder: Path, step: int) -> int:
 
 def measure(folder: Path, sequences: int) -> dict[str, float]:
     """Held-out perplexity and bits per byte. Collective."""
-    from launch.heldout_text import HeldoutOptions
-    from launch.perplexity import evaluate_perplexity
+    from launch.evaluation.heldout_text import HeldoutOptions
+    from launch.evaluation.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(str(folder), HeldoutOptions(max_sequences=sequences))
     return {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
@@ -222,7 +222,7 @@ def read_results(out: Path) -> dict[str, Any]:
 
 
 def write_result(out: Path, name: str, result: dict[str, Any]) -> None:
-    from flame.output import replacing_file
+    from flame.process.atomic_output import replacing_file
 
     results = {**read_results(out), name: result}
     out.mkdir(parents=True, exist_ok=True)

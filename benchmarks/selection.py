@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 from pruning.linalg import strong_rrqr
 
 COLUMNS = (

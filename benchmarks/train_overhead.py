@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
 
 FOLDER = "SLIMSTATE_OVERHEAD_FOLDER"
 """Environment variable: where the processes of a job meet."""
@@ -93,7 +93,7 @@ def started(processes: int, options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> None:
     """Time both loops; rank 0 writes the row."""
     import flame.register  # noqa: F401
-    from flame.distributed import process_group, rank, world_size
+    from flame.process.distributed import process_group, rank, world_size
 
     folder = Path(os.environ[FOLDER])
     with process_group():
@@ -119,8 +119,8 @@ def medians(clocks: dict[str, Clock], steps: int) -> dict[str, float]:
 
 def loops(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     """Both loops, each as a function of the number of steps."""
-    from flame.stopping import StopSignals
-    from flame.trainer import Trainer
+    from flame.process.stopping import StopSignals
+    from flame.training.trainer import Trainer
 
     job = demo_job(options, folder)
     trainer: Any = Trainer(job)
@@ -141,7 +141,7 @@ def demo_job(options: argparse.Namespace, folder: Path) -> Any:
     from flame.config import job_from_tables
     from flame.data.corpus import stdlib_texts
     from flame.data.tokenizer import train_tokenizer
-    from flame.distributed import barrier, rank, world_size
+    from flame.process.distributed import barrier, rank, world_size
     from flame.recipe import read_tables
 
     if rank() == 0:
@@ -165,9 +165,9 @@ def bare_loop(job: Any, batches: list[Any]) -> Callable[[int], None]:
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
 
-    from flame.distributed import device_type, local_device, world_size
     from flame.model import layers, stock_config, sum_replicated_gradients
-    from flame.spec import model_config
+    from flame.process.distributed import device_type, local_device, world_size
+    from flame.training.train_spec import model_config
 
     device = local_device()
     torch.manual_seed(0)

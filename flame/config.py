@@ -5,7 +5,7 @@ are `[model]` (replaced), `[data]`, `[lora]`, `[trainable]` and `[distill]`; def
 in torchtitan are changed.
 """
 
-import flame.titan_cpu  # noqa: F401  (must precede torchtitan)
+import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
 import contextlib
@@ -97,7 +97,7 @@ class Distill:
     """Weight of the cross entropy with the text; 1 without a teacher."""
 
     hidden_weight: float = 0.0
-    """Weight of the distance of the layers' outputs from the teacher's (`flame.objective`)."""
+    """Weight of the distance of the layers' outputs from those of the teacher."""
 
     chunk_tokens: int = 0
     """Tokens whose logits exist together, teacher or not; 0: what makes 2²⁴ logits."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command, run_stage
-from flame.output import made_folder, replacing_files, writer_lock
+from flame.process.atomic_output import made_folder, replacing_files, writer_lock
 from flame.recipe import read_tables, recipe_path
 
 STOP_SECONDS = 600
@@ -70,7 +70,7 @@ def check(options: Options, world_size: int = 1) -> None:
     # A recipe that cannot be read is said before torchtitan is imported, which takes seconds.
     read_tables(recipe_path(options.arguments))
     from flame.config import parse_job
-    from flame.job_checks import check_job
+    from flame.training.job_checks import check_job
 
     check_job(parse_job(list(options.arguments)), world_size)
 
@@ -78,7 +78,7 @@ def check(options: Options, world_size: int = 1) -> None:
 def check_size(options: Options, world_size: int) -> None:
     """Refuse a number of processes that the job may shrink to and cannot go on with."""
     from flame.config import parse_job
-    from flame.job_checks import check_size
+    from flame.training.job_checks import check_size
 
     check_size(parse_job(list(options.arguments)), world_size)
 
@@ -89,8 +89,8 @@ def answer(options: Options, nproc: int, nnodes: int) -> str | None:
         return None
     read_tables(recipe_path(options.arguments))
     from flame.config import parse_job
-    from flame.estimate import estimate_table
-    from flame.job_checks import check_numbers, check_size
+    from flame.training.estimate import estimate_table
+    from flame.training.job_checks import check_numbers, check_size
 
     job = parse_job(list(options.arguments))
     check_numbers(job)
@@ -108,11 +108,11 @@ def run(options: Options) -> None:
 def train(job: Any) -> None:
     """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
     import flame.register  # noqa: F401
-    from flame import logs
-    from flame.checkpoint.peers import on_first
-    from flame.distributed import process_group
-    from flame.shared_folder import check_shared
-    from flame.start import check_start
+    from flame.process import logs
+    from flame.process.distributed import process_group
+    from flame.process.peers import on_first
+    from flame.process.shared_folder import check_shared
+    from flame.training.start_checks import check_start
 
     logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
@@ -126,7 +126,7 @@ def train(job: Any) -> None:
 
 
 def _train(job: Any) -> None:
-    from flame.trainer import Trainer
+    from flame.training.trainer import Trainer
 
     trainer = Trainer(job)
     try:
@@ -149,8 +149,8 @@ def prepare_run_folder(job: Any) -> None:
     """
     from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG
     from flame.config import recipe_text
-    from flame.distill import record_teacher
-    from flame.spec import model_config, tokenizer_of
+    from flame.recovery.distill import record_teacher
+    from flame.training.train_spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
     config, tokenizer = model_config(job), tokenizer_of(job)
@@ -174,7 +174,7 @@ def _lasting(job: Any) -> Any:
 def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> None:
     from flame.checkpoint.fingerprint import fingerprint
     from flame.checkpoint.reference import BASE_FILE, read_json, resolve
-    from flame.lora import write_adapter_files
+    from flame.recovery.lora import write_adapter_files
 
     base = resolve(job.model.init)
     mark = fingerprint(base.config, base.source())

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError, run_command
 from flame.recipe import data_config, read_tables
-from launch.analysis_files import compared, layer_means, model_summary, write_analysis
-from launch.heldout_text import HeldoutOptions, HeldoutText, heldout_text
-from launch.perplexity import versions, vocabulary
-from launch.rank_plots import NAMES, Series, plots
-from launch.report_tables import RANK_COLUMNS
-from launch.table import Table
+from launch.drawing.table import Table
+from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
+from launch.evaluation.perplexity import versions, vocabulary
+from launch.ranks.analysis_files import compared, layer_means, model_summary, write_analysis
+from launch.ranks.rank_plots import NAMES, Series, plots
+from launch.reporting.tables import RANK_COLUMNS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flame.checkpoint.reference import ModelReference
-    from pruning.state_analysis import Analysis
+    from pruning.states.analysis import Analysis
 
 LENGTH = 2048
 """Tokens a sequence, as in arXiv 2602.04852 and 2602.02195."""
@@ -86,7 +86,7 @@ def parse(argv: list[str] | None = None) -> Options:
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work: numbers, models, texts, the output."""
     from flame.checkpoint.reference import check_destination
-    from pruning.state_analysis import linear_spaces
+    from pruning.states.analysis import linear_spaces
 
     _check_numbers(options)
     references = _references(options)
@@ -100,8 +100,8 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Analyse, print a table, write OUT. Collective; inside a process group, or starting one."""
-    from flame.checkpoint.peers import on_first
-    from flame.distributed import process_group
+    from flame.process.distributed import process_group
+    from flame.process.peers import on_first
 
     with process_group():
         references = _references(options)
@@ -114,8 +114,8 @@ def _analyse(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> "list[Analysis]":
     """The model on the first text, then what was asked for of the other model and text."""
-    from pruning.state_analysis import analyse_states
     from pruning.state_rank import times
+    from pruning.states.analysis import analyse_states
 
     moments = times(texts[0].seq_len, options.per_octave)
     rows = [_rows(text, references) for text in texts]
@@ -130,7 +130,7 @@ def _write(
     texts: list[HeldoutText],
     analyses: "list[Analysis]",
 ) -> None:
-    from flame.output import replacing_folder
+    from flame.process.atomic_output import replacing_folder
 
     given = [options.model, options.against]
     labels = [_label(name, reference) for name, reference in zip(given, references, strict=False)]
@@ -188,7 +188,7 @@ def _facts(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> dict[str, Any]:
     """What was measured on what, for the summary."""
-    from launch.analysis_files import FORMAT
+    from launch.ranks.analysis_files import FORMAT
 
     first, *others = references
     return {

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError, run_command
-from flame.output import check_output, replacing_file
-from launch.bench_table import bench_table, kernel_lines, ratio_of
+from flame.process.atomic_output import check_output, replacing_file
+from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
     import torch
 
-    from launch.bench_measures import Measure, Models, Workload
+    from launch.speed.measures import Measure, Models, Workload
 
 PARTS = ("prefill", "decode", "mixer", "train")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -113,8 +113,8 @@ def benchmark(
         against: the model that ratios are over.
     """
     from flame.checkpoint.load import load_model
-    from flame.distributed import local_device
-    from launch.perplexity import compute_dtype
+    from flame.process.distributed import local_device
+    from launch.evaluation.perplexity import compute_dtype
 
     dtype, device = compute_dtype(options.dtype), local_device()
     work = workload(options, device.type)
@@ -138,7 +138,7 @@ def benchmark(
 
 def workload(options: Options, device_type: str) -> "Workload":
     """The sizes asked for, and the device's own for the rest."""
-    from launch.bench_measures import ON_CPU, ON_CUDA
+    from launch.speed.measures import ON_CPU, ON_CUDA
 
     asked = {
         name: getattr(options, name)
@@ -175,8 +175,8 @@ def _measures(
 ) -> "Iterator[Measure]":
     import torch
 
-    from flame.progress import progress
-    from launch import bench_measures as measures
+    from flame.process.progress import progress
+    from launch.speed import measures as measures
 
     models = load(dtype)
     ran.update(measures.kernels(models, work))
@@ -222,7 +222,7 @@ def _described(name: str, reference: Any, ran: dict[str, Any]) -> dict[str, Any]
 def _machine(device: "torch.device") -> dict[str, Any]:
     import torch
 
-    from launch.perplexity import versions
+    from launch.evaluation.perplexity import versions
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     memory = (

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from flame.errors import UserError, run_stage
-from launch import launcher, topology
+from launch.processes import launcher, topology
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Command:
 COMMANDS = {
     "train": Command("flame.train", "pretrain, continue or recover a model, as a recipe says"),
     "calibrate": Command("pruning.calibrate", "sum a model's statistics over training data"),
-    "plan": Command("pruning.plan_command", "choose the channels to keep"),
+    "plan": Command("pruning.plan", "choose the channels to keep"),
     "apply": Command("pruning.apply", "apply a plan to a checkpoint"),
     "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
@@ -39,7 +39,7 @@ COMMANDS = {
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),
-    "report": Command("launch.report_command", "write one page about runs and their results"),
+    "report": Command("launch.report", "write one page about runs and their results"),
     "sweep": Command("launch.sweep", "prune by many methods and ratios, and measure all"),
     "demo": Command("launch.demo", "pretrain, prune, recover and evaluate a small model", 2),
 }

@@ -79,7 +79,7 @@ def parse(argv: list[str] | None = None) -> Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse numbers that make no demo, and a folder that is somebody else's."""
-    from flame.output import check_output
+    from flame.process.atomic_output import check_output
 
     for name in ("steps", "recovery_steps", "sequences", "heldout"):
         if getattr(options, name) < 1:
@@ -99,7 +99,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Run what is not done yet; write the summary and the report; print the table. Collective."""
-    from flame.distributed import barrier, process_group, rank
+    from flame.process.distributed import barrier, process_group, rank
 
     if _is_finished(options):
         if int(os.environ.get("RANK", "0")) == 0:
@@ -125,7 +125,7 @@ class Demo:
 
     def run(self) -> None:
         """Run all steps. Collective."""
-        from flame.distributed import rank
+        from flame.process.distributed import rank
 
         self._step("tokenizer", self._tokenizer)
         self._step("pretrain", self._pretrain)
@@ -143,7 +143,7 @@ class Demo:
             self._write(rows)
 
     def _step(self, name: str, action: Callable[[], Any]) -> Any:
-        from flame.distributed import barrier, rank
+        from flame.process.distributed import barrier, rank
 
         if rank() == 0:
             print(f"== {name}", flush=True)
@@ -159,7 +159,7 @@ class Demo:
     def _tokenizer(self) -> None:
         from flame.data.corpus import stdlib_texts
         from flame.data.tokenizer import train_tokenizer
-        from flame.distributed import rank
+        from flame.process.distributed import rank
 
         if rank() == 0 and not (self.out / "tokenizer" / "tokenizer.json").is_file():
             train_tokenizer(stdlib_texts("train"), VOCABULARY, self.out / "tokenizer")
@@ -202,7 +202,7 @@ class Demo:
 
     def _command(self, name: str, module: str, arguments: list[Any], done: bool) -> None:
         """Run one command of slimstate in this process group, unless it is `done`."""
-        from flame.distributed import from_rank_zero, world_size
+        from flame.process.distributed import from_rank_zero, world_size
 
         words = [str(argument) for argument in arguments]
         self.commands.append(shlex.join(["slimstate", name, *words]))
@@ -218,8 +218,8 @@ class Demo:
 
     def _evaluate(self) -> dict[str, dict[str, Any]]:
         """Held-out perplexity of every model, by row name. Collective."""
-        from launch.heldout_text import HeldoutOptions
-        from launch.perplexity import evaluate_perplexity
+        from launch.evaluation.heldout_text import HeldoutOptions
+        from launch.evaluation.perplexity import evaluate_perplexity
 
         text = HeldoutOptions(max_sequences=self.options.heldout)
         self.commands.append(
@@ -266,8 +266,8 @@ class Demo:
     def _measure_decoding(self, rows: dict[str, dict[str, Any]]) -> None:
         from flame.checkpoint.load import load_model
         from flame.checkpoint.reference import resolve
-        from flame.distributed import device_type
-        from launch.decoding import decode_speeds
+        from flame.process.distributed import device_type
+        from launch.speed.decoding import decode_speeds
 
         begin = time.perf_counter()
         models = {
@@ -280,9 +280,9 @@ class Demo:
         self.seconds["decode"] = time.perf_counter() - begin
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:
-        from flame.distributed import world_size
-        from flame.output import replacing_file
-        from launch.perplexity import versions
+        from flame.process.atomic_output import replacing_file
+        from flame.process.distributed import world_size
+        from launch.evaluation.perplexity import versions
 
         self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
         summary = {
@@ -304,10 +304,10 @@ class Demo:
     def _report(self, rows: dict[str, dict[str, Any]]) -> None:
         from dataclasses import replace
 
-        from flame.distributed import world_size
-        from launch.perplexity import versions
-        from launch.report import write_report
-        from launch.report_collect import collect
+        from flame.process.distributed import world_size
+        from launch.evaluation.perplexity import versions
+        from launch.reporting.collect import collect
+        from launch.reporting.page import write_report
 
         found = collect(
             [self.out], "slimstate demo: half the key channels of a small GatedDeltaNet"
@@ -335,8 +335,8 @@ class Demo:
         from flame.data.config import DataConfig
         from flame.data.heldout import heldout_sequences
         from flame.data.tokenizer import load_tokenizer
-        from flame.distributed import local_device
-        from launch.spectra import state_spectra
+        from flame.process.distributed import local_device
+        from launch.ranks.spectra import state_spectra
 
         config = DataConfig(dataset="python-stdlib", varlen=False)
         tokenizer = load_tokenizer(str(self.out / "tokenizer"))
@@ -356,7 +356,7 @@ def _is_finished(options: Options) -> bool:
 
 
 def _print_summary(folder: Path) -> None:
-    from launch.report import summary_table
+    from launch.reporting.page import summary_table
 
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     print(summary_table({name: summary[name] for name in EVALUATED}).text())

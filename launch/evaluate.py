@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command
-from launch.eval_results import ResultsFile
-from launch.evaluation import (
+from launch.drawing.table import Column, Table
+from launch.evaluation.heldout_text import HeldoutOptions, check_text, heldout_text
+from launch.evaluation.measures import (
     Measures,
     check_length,
     check_tokenizer,
@@ -23,10 +24,9 @@ from launch.evaluation import (
     expanded,
     loaded_tasks,
 )
-from launch.heldout_text import HeldoutOptions, check_text, heldout_text
+from launch.evaluation.perplexity import DTYPES, vocabulary
+from launch.evaluation.results_file import ResultsFile
 from launch.lm.tasks import TaskOptions, check_tasks, headline
-from launch.perplexity import DTYPES, vocabulary
-from launch.table import Column, Table
 
 PLACEMENTS = ("auto", "whole", "sharded")
 
@@ -122,7 +122,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Evaluate, print a table, keep JSON. Collective; inside a process group, or starting one."""
-    from flame.distributed import process_group, rank
+    from flame.process.distributed import process_group, rank
 
     results = _results(options)
     with process_group():
@@ -212,7 +212,7 @@ def _check_model(reference: Any, measures: Measures) -> None:
 
 
 def _check_comparable(references: list[Any], dense: Any) -> None:
-    from launch.fidelity import check_comparable
+    from launch.evaluation.fidelity import check_comparable
 
     for reference in references:
         check_comparable(reference, dense)

@@ -2,7 +2,7 @@
 
 `slimstate recall MODEL … [--pairs 4,8,16] [--needle 64,256] [--json FILE]`. Multi-query associative
 recall (Zoology, arXiv 2312.04927) and a needle in a haystack, generated and seeded, for any model
-reference; `launch.recall_tasks` has the texts, `launch.recall_score` the scores.
+reference; `launch.evaluation` has the texts (`recall_tasks`) and the scores (`recall_score`).
 """
 
 import argparse
@@ -16,10 +16,10 @@ from typing import Any
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError, run_command
-from flame.output import check_output, replacing_file
+from flame.process.atomic_output import check_output, replacing_file
 from flame.recipe import data_config, read_tables
-from launch.perplexity import DTYPES
-from launch.table import Column, Table
+from launch.drawing.table import Column, Table
+from launch.evaluation.perplexity import DTYPES
 
 PAIRS = (4, 8, 16)
 DEPTHS = (0, 50, 100)
@@ -95,7 +95,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Measure, print a table, write JSON. Collective; inside a process group, or starting one."""
-    from flame.distributed import process_group, rank
+    from flame.process.distributed import process_group, rank
 
     with process_group():
         records = measure(options)
@@ -115,10 +115,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
     from flame.checkpoint.load import build_sharded
-    from flame.distributed import data_parallel_mesh, world_size
-    from launch.perplexity import compute_dtype, state_bytes, versions
-    from launch.recall_score import accuracy
-    from launch.recall_tasks import mqar_examples, needle_examples
+    from flame.process.distributed import data_parallel_mesh, world_size
+    from launch.evaluation.perplexity import compute_dtype, state_bytes, versions
+    from launch.evaluation.recall_score import accuracy
+    from launch.evaluation.recall_tasks import mqar_examples, needle_examples
 
     reference = resolve(name)
     encode, dtype = encoder_of(options, reference), compute_dtype(options.dtype)
@@ -157,9 +157,9 @@ def _query_noise(
     """The heads' records on one batch of the largest number of pairs, the same on every rank."""
     import torch
 
-    from launch.query_noise import query_noise
-    from launch.recall_score import answer_spans, token_rows
-    from launch.recall_tasks import mqar_examples
+    from launch.evaluation.query_noise import query_noise
+    from launch.evaluation.recall_score import answer_spans, token_rows
+    from launch.evaluation.recall_tasks import mqar_examples
 
     examples = list(mqar_examples(task, max(task.pairs), options.batch, options.seed))
     tokens, lengths = token_rows(examples, encode)
@@ -185,8 +185,8 @@ def task_of(options: Options, reference: ModelReference) -> Mqar:
 def encoder_of(options: Options, reference: ModelReference) -> Any:
     """The encoder of words for a model, its tokenizer checked against its vocabulary."""
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
-    from launch.perplexity import vocabulary
-    from launch.recall_score import WordEncoder
+    from launch.evaluation.perplexity import vocabulary
+    from launch.evaluation.recall_score import WordEncoder
 
     folder = options.tokenizer or (str(reference.tokenizer) if reference.tokenizer else "")
     if not folder:
@@ -255,7 +255,7 @@ def _write(records: list[dict[str, Any]], options: Options) -> None:
 
 
 def _print_noise(records: list[dict[str, Any]]) -> None:
-    from launch import query_noise
+    from launch.evaluation import query_noise
 
     for record in records:
         heads = [query_noise.QueryNoise(**head) for head in record["query_noise"]]

@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from flame.errors import UserError, run_command
-from launch.heldout_text import HeldoutText
-from launch.sweep_checks import check_sweep, settings
-from launch.sweep_options import Options, calibration_words, parse_options
-from launch.sweep_table import collect_rows, sweep_of
-from launch.sweep_work import CONTINUED, DENSE, Work, alone, in_memory
+from launch.evaluation.heldout_text import HeldoutText
+from launch.sweeping.checks import check_sweep, settings
+from launch.sweeping.options import Options, calibration_words, parse_options
+from launch.sweeping.tables import collect_rows, sweep_of
+from launch.sweeping.work import CONTINUED, DENSE, Work, alone, in_memory
 
 POLL_SECONDS = 0.2
 
@@ -39,11 +39,11 @@ def run(options: Options) -> None:
         UserError: points failed; the others have been measured and written.
     """
     import flame.register  # noqa: F401
-    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import process_group
-    from flame.output import writer_lock
-    from launch.heldout_text import heldout_text
+    from flame.process.atomic_output import writer_lock
+    from flame.process.distributed import process_group
+    from flame.process.peers import on_first
+    from launch.evaluation.heldout_text import heldout_text
 
     first, reference = int(os.environ.get("RANK", "0")) == 0, resolve(options.model)
     with writer_lock(options.out.path) if first else nullcontext():
@@ -74,8 +74,8 @@ def run(options: Options) -> None:
 
 def _calibrate(options: Options) -> None:
     """Make the statistics, or finish them, unless they are there. Collective."""
-    from flame.checkpoint.peers import on_first
-    from flame.distributed import from_rank_zero
+    from flame.process.distributed import from_rank_zero
+    from flame.process.peers import on_first
     from pruning import calibrate
 
     # One process looks: a complaint of some alone would leave the others in the broadcast.
@@ -87,7 +87,7 @@ def _calibrate(options: Options) -> None:
 def _how_to_calibrate(options: Options) -> list[str] | None:
     """Options of `slimstate calibrate` for what lies there; None if there is nothing to do."""
     from pruning.calibrate import kinds_of
-    from pruning.stats_file import META_FILE, read_meta
+    from pruning.calibration.stats_file import META_FILE, read_meta
 
     if not options.needing:
         return None
@@ -142,7 +142,7 @@ class _Announcer:
 
 def _write(options: Options, text: HeldoutText) -> None:
     """Write and print what was found; UserError if points failed."""
-    from launch.sweep_page import PAGE_FILE, write_files
+    from launch.sweeping.page import PAGE_FILE, write_files
 
     results = _results(options, text)
     write_files(options.out.path, results, options.json)
@@ -158,9 +158,9 @@ def _write(options: Options, text: HeldoutText) -> None:
 
 
 def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
-    """What `launch.sweep_page` writes and reads."""
+    """What `launch.sweeping.page` writes and reads."""
     from flame.checkpoint.reference import resolve
-    from launch.perplexity import versions
+    from launch.evaluation.perplexity import versions
 
     found = {name: options.out.record(name) for name in options.names}
     records = {name: record for name, record in found.items() if record is not None}

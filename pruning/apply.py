@@ -13,8 +13,8 @@ from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
-    from pruning.plan import Plan
-    from pruning.transform import Form
+    from pruning.planning.plan import Plan
+    from pruning.transform.transform import Form
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
     from flame.checkpoint.reference import check_destination, resolve
     from pruning.adapters import adapter_for
-    from pruning.plan import check_plan
-    from pruning.plan_file import read_plan
+    from pruning.planning.plan import check_plan
+    from pruning.planning.plan_file import read_plan
 
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
@@ -64,9 +64,9 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Write the pruned model. Collective; rank 0 works and the others wait."""
-    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import RANK_ZERO_WORKS, process_group
+    from flame.process.distributed import RANK_ZERO_WORKS, process_group
+    from flame.process.peers import on_first
 
     with process_group(RANK_ZERO_WORKS):
         reference = resolve(options.model)
@@ -74,10 +74,10 @@ def run(options: Options) -> None:
 
 
 def _apply(options: Options, reference: "ModelReference") -> None:
-    from flame.output import replacing_folder
-    from pruning.plan_command import summary
-    from pruning.plan_file import read_plan
-    from pruning.transform import check_model, write_pruned
+    from flame.process.atomic_output import replacing_folder
+    from pruning.plan import summary
+    from pruning.planning.plan_file import read_plan
+    from pruning.transform.transform import check_model, write_pruned
 
     plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)
     check_model(plan, reference, f"plan {options.plan}")
@@ -90,7 +90,7 @@ def _apply(options: Options, reference: "ModelReference") -> None:
 
 def _asked(plan: "Plan", options: Options) -> "Plan":
     """The plan, padded if that was asked for; UserError if it cannot be."""
-    from pruning.plan import with_padding
+    from pruning.planning.plan import with_padding
 
     if not options.pad or plan.pad:
         return plan
@@ -115,8 +115,8 @@ def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":
 
 def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") -> None:
     """Warn of what a user may not expect of the output."""
-    from pruning.budgets import kernel_warning
-    from pruning.plan_command import say_notes
+    from pruning.plan import say_notes
+    from pruning.planning.budgets import kernel_warning
 
     if reference.is_lora and form == "dcp":
         log.warning(
@@ -133,8 +133,8 @@ def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") ->
 
 def _key_widths(plan: "Plan") -> set[int]:
     """The key widths of the output that the plan changes."""
-    from pruning.padding import padded
-    from pruning.plan import planned_spaces
+    from pruning.planning.padding import padded
+    from pruning.planning.plan import planned_spaces
     from pruning.spaces import widths_of
 
     spaces = planned_spaces(plan, plan.config_before)

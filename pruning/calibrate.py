@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from flame.checkpoint.reference import ModelReference
-    from pruning.calibration_data import CalibrationData
-    from pruning.collect import Resumed, ResumePoints
+    from pruning.calibration.collect import Resumed, ResumePoints
+    from pruning.calibration.data import CalibrationData
+    from pruning.calibration.stats_file import AddGradient, Collected, Meta
     from pruning.options import DataOptions
     from pruning.spaces import Space
     from pruning.statistics import Statistic
-    from pruning.stats_file import AddGradient, Collected, Meta
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
     from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
     from pruning.adapters import adapter_for
-    from pruning.calibration_data import calibration_data, check_data
+    from pruning.calibration.data import calibration_data, check_data
 
     kinds_of(options.methods)
     reference = resolve(options.model)
@@ -93,11 +93,11 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Calibrate as the options say. Collective; inside a process group, or starting one."""
-    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import process_group
-    from pruning.calibration_data import calibration_data
-    from pruning.stats_file import save_statistics
+    from flame.process.distributed import process_group
+    from flame.process.peers import on_first
+    from pruning.calibration.data import calibration_data
+    from pruning.calibration.stats_file import save_statistics
 
     with process_group(), ExitStack() as stack:
         on_first(lambda: stack.enter_context(_claimed(options)))
@@ -118,7 +118,7 @@ def run(options: Options) -> None:
 @contextmanager
 def _claimed(options: Options) -> "Iterator[None]":
     """Hold the output for this job, from its first sequence to its last."""
-    from flame.output import check_output, writer_lock
+    from flame.process.atomic_output import check_output, writer_lock
 
     with writer_lock(options.stats):
         # Another job may have ended since `check`.
@@ -145,10 +145,10 @@ def calibrate(
             the sums to resume from are another model's.
     """
     from flame.checkpoint.fingerprint import check_finite, fingerprint
-    from flame.checkpoint.peers import Peers
-    from flame.distributed import rank
+    from flame.process.distributed import rank
+    from flame.process.peers import Peers
     from pruning.adapters import adapter_for
-    from pruning.collect import collect
+    from pruning.calibration.collect import collect
 
     def examine() -> str | None:
         if rank() > 0:
@@ -194,7 +194,7 @@ def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
 
 
 def _check_resume(options: Options, data: "CalibrationData") -> None:
-    from pruning.stats_file import read_meta
+    from pruning.calibration.stats_file import read_meta
 
     meta = read_meta(options.stats)
     if meta.is_complete:
@@ -224,8 +224,13 @@ def _resumed(
     if options is None or not options.resume:
         return None
     from pruning.adapters import adapter_for
-    from pruning.collect import Resumed
-    from pruning.stats_file import check_model, gradient_reader, load_statistics, read_meta
+    from pruning.calibration.collect import Resumed
+    from pruning.calibration.stats_file import (
+        check_model,
+        gradient_reader,
+        load_statistics,
+        read_meta,
+    )
 
     meta = read_meta(options.stats)
     check_model(options.stats, meta, mark)
@@ -235,8 +240,8 @@ def _resumed(
 
 
 def _points(options: Options | None) -> "ResumePoints | None":
-    from pruning.collect import ResumePoints
-    from pruning.stats_file import writing_statistics
+    from pruning.calibration.collect import ResumePoints
+    from pruning.calibration.stats_file import writing_statistics
 
     if options is None or options.save_every == 0:
         return None

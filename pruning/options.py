@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from flame.errors import UserError, first_line
-from pruning.budgets import (
+from pruning.methods import METHODS, Method
+from pruning.planning.budgets import (
     ALLOCATE,
     MULTIPLE_OF,
     Budget,
@@ -21,7 +22,6 @@ from pruning.budgets import (
     parse_ratio,
     parse_width,
 )
-from pruning.methods import METHODS, Method
 
 SEQUENCES = 16
 """Calibration sequences, as in arXiv 2602.04852."""

@@ -1,173 +1,189 @@
-"""Plans: which channels of a model are kept, and by what they were chosen.
+"""Stage `plan`: choose the channels to keep, and write the plan.
 
-What a plan is, and whether it fits a model; `pruning.plan_file` writes and reads it.
+`slimstate plan MODEL PLAN --method NAME --ratio R [--stats STATS]`, or
+`python -m pruning.plan` with the same arguments. One process does the work.
 """
 
-import importlib.metadata
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from flame.errors import UserError, run_command
 
-from flame.checkpoint.fingerprint import canonical_config
-from flame.errors import UserError, first_line
-from pruning.adapters import TIED_KINDS, Adapter, adapter_for
-from pruning.adapters.interface import Config
-from pruning.padding import check_padding, padded
-from pruning.spaces import Kept, Kind, Space, check_kept, widths_of
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """Tensors that take the place of sliced ones, in a safetensors file beside the plan."""
-
-    file: str
-    """Name of the file, in the plan's folder."""
-    hash: str
-    """Its XXH3 hash of 128 bits, in hexadecimal digits."""
+if TYPE_CHECKING:
+    from flame.checkpoint.reference import ModelReference
+    from pruning.methods import Method
+    from pruning.planning.choose import Budget
+    from pruning.planning.plan import Plan
+    from pruning.spaces import Space
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the transform needs beside the checkpoint, and a record of how it came about."""
-
-    method: str
-    """Name of the method that chose."""
-    options: dict[str, Any]
-    """The method's hyper-parameters."""
-    budget: dict[str, Any]
-    """Ratio, multiple and kind of space, as asked for."""
-    fingerprint: str
-    """Of the source model (`flame.checkpoint.fingerprint`)."""
-    config_before: Config
-    """The source's config.json."""
-    config_after: Config
-    """The pruned model's."""
-    kept: dict[str, Kept]
-    """Channels to keep of each head of each space, by the space's name."""
-    calibration: dict[str, Any] | None
-    """Data, tokens, sequences, sequence length and seed; None if no data was read."""
-    versions: dict[str, str]
-    """Of the programs that made the plan."""
-    replaced: Replaced | None = None
-    pad: bool = False
-    """Whether heads are filled up with zeros to the largest width, for a stock model."""
-    notes: tuple[str, ...] = ()
-    """What a user must know of the choice, such as that a projection is approximate."""
-    projected: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """New tensors that no file holds yet; `with_saved_tensors` makes them `replaced`."""
-
-    @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        """How many channels each head keeps, by the space's name."""
-        return {name: tuple(map(len, kept)) for name, kept in self.kept.items()}
+class Options:
+    model: str
+    plan: Path
+    """The file to write."""
+    method: "Method"
+    budget: "Budget"
+    stats: Path | None = None
+    """Statistics folder; None if the method needs none."""
+    overwrite: bool = False
 
 
-def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
-    """Raise UserError unless `plan` fits a model of this config; reads no weights.
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from a command line; UserError for what is none."""
+    from pruning import options as shared
 
-    Args:
-        plan: as read from a file.
-        config: the model's config.json.
-        name: what to call the plan in messages, such as its path.
-    """
-    if canonical_config(plan.config_before) != canonical_config(config):
-        differing = _differing(plan.config_before, config)
+    parser = shared.Parser("plan", "Choose the channels to keep.")
+    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="file to write")
+    parser.add_argument("--stats", type=Path, help="folder that slimstate calibrate wrote")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    shared.add_method_options(parser)
+    shared.add_budget_options(parser)
+    shared.add_seed_option(parser)
+    values = parser.parse_args(argv)
+    return Options(
+        model=values.model,
+        plan=values.plan,
+        method=shared.method(values),
+        budget=shared.budget(values),
+        stats=values.stats,
+        overwrite=values.overwrite,
+    )
+
+
+def check(options: Options, world_size: int = 1) -> None:
+    """Refuse what cannot work before anything starts."""
+    from flame.checkpoint.reference import resolve
+    from flame.process.atomic_output import check_file_output
+    from pruning.planning.choose import check_budget
+
+    reference = resolve(options.model)
+    check_file_output(options.plan, options.overwrite, inside=reference.folder)
+    check_budget(options.budget, reference.config, options.method)
+    if hasattr(options.method, "project"):
+        check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
+    check_stats(options.stats, options.method)
+
+
+def run(options: Options) -> None:
+    """Write the plan. Collective; rank 0 works and the others wait."""
+    from flame.checkpoint.reference import resolve
+    from flame.process.atomic_output import replacing_file
+    from flame.process.distributed import RANK_ZERO_WORKS, process_group
+    from flame.process.peers import on_first
+    from pruning.planning.plan_file import plan_text
+
+    def write() -> None:
+        plan = planned(resolve(options.model), options.method, options.budget, options.stats)
+        with ExitStack() as stack:
+            file = stack.enter_context(replacing_file(options.plan, options.overwrite))
+            if plan.projected:
+                plan = _saved(plan, options, stack)
+            file.write_text(plan_text(plan))
+        print(f"{options.plan}: {summary(plan)}", flush=True)
+        say_notes(plan)
+
+    with process_group(RANK_ZERO_WORKS):
+        on_first(write)
+
+
+def check_stats(stats: Path | None, method: "Method") -> None:
+    """Raise UserError unless the statistics folder, or its absence, serves the method."""
+    from pruning.calibration.stats_file import check_kinds, read_meta
+
+    if not method.needs:
+        if stats is not None:
+            raise UserError(f"{method.name} reads no statistics: leave --stats {stats} out")
+        return
+    if stats is None:
         raise UserError(
-            f"{name} is of another model ({differing}): apply it to the model that it was made "
-            "from, or make a new plan"
+            f"{method.name} chooses by statistics: make them with slimstate calibrate, and give "
+            "--stats"
         )
-    try:
-        for space in planned_spaces(plan, config):
-            check_kept(space, plan.kept[space.name])
-        resized = pruned_config(plan.config_before, plan.kept, plan.pad)
-    except ValueError as error:
-        raise UserError(f"{name} does not fit the model: {first_line(error)}") from error
-    if resized != plan.config_after:
-        raise UserError(
-            f"{name} was edited: its config_after does not follow from its spaces: make a new plan"
-        )
+    check_kinds(stats, read_meta(stats), method.needs, method.name)
 
 
-def pruned_config(config: Config, kept: Mapping[str, Kept], pad: bool = False) -> Config:
-    """The config of a model of which `kept` is kept, or of its padded form.
+def planned(
+    reference: "ModelReference", method: "Method", budget: "Budget", stats: Path | None
+) -> "Plan":
+    """The plan of `method` from saved statistics, after a look at all weights. One process alone.
 
     Raises:
-        UserError: the model cannot be padded.
-        ValueError: no config describes the result.
+        UserError: a weight is not finite, or the statistics are another model's.
     """
-    adapter = adapter_for(config)
-    spaces = adapter.spaces(config)
-    if pad:
-        check_padding(config, spaces, kept)
-        kept = padded(spaces, kept)
-    return adapter.resize(config, widths_of(spaces, kept))
+    from flame.checkpoint.fingerprint import check_finite, fingerprint
+    from pruning.adapters import adapter_for
+    from pruning.calibration.stats_file import check_model, load_statistics, read_meta
+    from pruning.planning.choose import choose
+    from pruning.planning.plan import spaces_of_kinds
+
+    config, source = reference.config, reference.source()
+    check_finite(source)
+    if stats is None or not method.needs:
+        return choose(config, source, method, budget)
+    meta = read_meta(stats)
+    check_model(stats, meta, fingerprint(config, source))
+    spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
+    statistics = load_statistics(stats, spaces, method.needs)
+    return choose(config, source, method, budget, statistics, meta.for_plan())
 
 
-def with_padding(plan: Plan) -> Plan:
-    """`plan` with a stock model as its result, whose extra channels are zero."""
-    return replace(plan, pad=True, config_after=pruned_config(plan.config_before, plan.kept, True))
+def summary(plan: "Plan") -> str:
+    """What a plan does, in a few words."""
+    from pruning.adapters import ADAPTERS, adapter_for
+    from pruning.planning.plan import planned_spaces
+    from pruning.spaces import widths_of
+
+    before = adapter_for(plan.config_before)
+    after = ADAPTERS[plan.config_after["model_type"]]
+    spaces = planned_spaces(plan, plan.config_before)
+    kinds = dict.fromkeys(space.kind for space in spaces)
+    widths = widths_of(spaces, plan.kept)
+    kept = ", ".join(_kept([s for s in spaces if s.kind == kind], widths) for kind in kinds)
+    sizes = before.state_bytes(plan.config_before), after.state_bytes(plan.config_after)
+    padded = " (filled up with zeros to the widest)" if plan.pad else ""
+    return (
+        f"{plan.method} keeps {kept} in {len({space.layer for space in spaces})} layers{padded}; "
+        f"state of a sequence {sizes[0]:,} -> {sizes[1]:,} bytes"
+    )
 
 
-def check_fingerprint(plan: Plan, fingerprint: str, name: str = "the plan") -> None:
-    """Raise UserError unless `plan` was made from the model of this fingerprint."""
-    if plan.fingerprint != fingerprint:
-        raise UserError(
-            f"{name} is of another model (fingerprint {plan.fingerprint[:12]}, this model's is "
-            f"{fingerprint[:12]}): apply it to the model that it was made from, or make a new plan"
-        )
+def _kept(spaces: "list[Space]", widths: "dict[str, tuple[int, ...]]") -> str:
+    """What spaces of one kind keep: `16 to 64 of 128 key channels a head`."""
+    found = sorted({width for space in spaces for width in widths[space.name]})
+    some = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    first = spaces[0]
+    return f"{some} of {first.head_dim} {first.noun}{'' if first.kind == 'head' else ' a head'}"
 
 
-def planned_spaces(plan: Plan, config: Config) -> list[Space]:
-    """The spaces of the model that `plan` prunes; ValueError if it names one the model lacks."""
-    spaces = {space.name: space for space in adapter_for(config).spaces(config)}
-    unknown = sorted(set(plan.kept) - set(spaces))
-    if unknown:
-        raise ValueError(f"the model has no space {unknown[0]!r}: it has {_range(list(spaces))}")
-    return [space for name, space in spaces.items() if name in plan.kept]
+def say_notes(plan: "Plan") -> None:
+    """Print what a user must know of the choice."""
+    for note in plan.notes:
+        print(f"note: {note}", flush=True)
 
 
-def spaces_of_kinds(adapter: Adapter, config: Config, kinds: Iterable[Kind]) -> list[Space]:
-    """The spaces of the model that are of these kinds; UserError if it has none of one."""
-    spaces, kinds = adapter.spaces(config), tuple(kinds)
-    available = {space.kind for space in spaces}
-    for kind in kinds:
-        if kind not in available:
-            reason = TIED_KINDS.get((adapter.model_type, kind))
-            raise UserError(
-                f"no space of kind {kind!r} can be pruned in a {adapter.model_type} model"
-                f"{f', because {reason}' if reason else ''}: choose from "
-                f"{', '.join(sorted(available)) or 'none'}"
-            )
-    return [space for space in spaces if space.kind in kinds]
+def tensors_beside(plan: Path) -> Path:
+    """The file for a plan's new tensors."""
+    return plan.with_name(f"{plan.stem}.tensors.safetensors")
 
 
-def versions() -> dict[str, str]:
-    """Versions of the programs that a plan depends on."""
-    return {name: _version(name) for name in ("slimstate", "torch")}
+def _saved(plan: "Plan", options: Options, stack: ExitStack) -> "Plan":
+    """`plan` with its new tensors in a file that stays if the stack closes without error."""
+    from flame.process.atomic_output import replacing_file
+    from pruning.planning.plan_file import with_saved_tensors
+
+    path = tensors_beside(options.plan)
+    file = stack.enter_context(replacing_file(path, options.overwrite))
+    return with_saved_tensors(plan, file, path.name)
 
 
-def options_of(method: Any) -> dict[str, Any]:
-    """The hyper-parameters of a method, by name."""
-    return {field.name: getattr(method, field.name) for field in fields(method)}
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
+    run_command(parse, check, run, argv)
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _differing(one: Config, other: Config) -> str:
-    """What differs between two models' configs: their families, or up to three keys with values."""
-    one, other = (json.loads(canonical_config(config)) for config in (one, other))
-    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
-    shown = ["model_type"] if "model_type" in keys else keys[:3]
-    return ", ".join(f"{key} {one.get(key)} there, {other.get(key)} here" for key in shown)
-
-
-def _range(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" if names else "none"
+if __name__ == "__main__":
+    main()

@@ -14,11 +14,11 @@ from flame.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
-    from pruning.choose import Budget
     from pruning.methods import Method
     from pruning.options import DataOptions
-    from pruning.plan import Plan
-    from pruning.transform import Form
+    from pruning.planning.choose import Budget
+    from pruning.planning.plan import Plan
+    from pruning.transform.transform import Form
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def parse(argv: list[str] | None = None) -> Options:
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
     from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
-    from pruning.calibration_data import calibration_data, check_data
-    from pruning.choose import check_budget
-    from pruning.plan_command import check_stats
+    from pruning.calibration.data import calibration_data, check_data
+    from pruning.plan import check_stats
+    from pruning.planning.choose import check_budget
 
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
@@ -98,13 +98,13 @@ def _check_no_data(options: Options) -> None:
 
 def run(options: Options) -> None:
     """Prune as the options say. Collective; inside a process group, or starting one."""
-    from flame.checkpoint.peers import on_first
     from flame.checkpoint.reference import resolve
-    from flame.distributed import RANK_ZERO_WORKS, process_group, rank
-    from flame.output import replacing_folder
+    from flame.process.atomic_output import replacing_folder
+    from flame.process.distributed import RANK_ZERO_WORKS, process_group, rank
+    from flame.process.peers import on_first
     from pruning.apply import form_of, say_what_to_know
-    from pruning.plan_command import summary
-    from pruning.transform import write_pruned
+    from pruning.plan import summary
+    from pruning.transform.transform import write_pruned
 
     reference, out = resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)
@@ -124,11 +124,11 @@ def make_plan(options: Options, reference: "ModelReference") -> "Plan":
 
     On other ranks the result has no meaning.
     """
-    from flame.checkpoint.peers import on_first
+    from flame.process.peers import on_first
     from pruning.calibrate import calibrate
-    from pruning.calibration_data import calibration_data
-    from pruning.choose import choose
-    from pruning.plan_command import planned
+    from pruning.calibration.data import calibration_data
+    from pruning.plan import planned
+    from pruning.planning.choose import choose
 
     method, budget = options.method, options.budget
     if options.stats is not None or not method.needs:

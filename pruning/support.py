@@ -8,8 +8,8 @@ from typing import Any
 
 from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS
 from pruning.adapters.interface import Adapter
-from pruning.applicable import methods_for
 from pruning.methods import METHODS
+from pruning.planning.applicable import methods_for
 from pruning.spaces import KINDS, Kind, Space
 
 NOUNS: dict[Kind, str] = {"key": "key channels", "value": "value channels", "head": "heads"}

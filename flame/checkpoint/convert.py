@@ -23,14 +23,14 @@ from flame.checkpoint.reference import (
     check_destination,
     resolve,
 )
-from flame.checkpoint.safetensors_file import write_safetensors
 from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo, total_bytes
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
 from flame.models.loading_note import write_loading_note
-from flame.output import replacing_folder
-from flame.progress import progress
+from flame.process.atomic_output import replacing_folder
+from flame.process.progress import progress
+from flame.storage.safetensors_file import write_safetensors
 
 Format = Literal["hf", "dcp", "peft"]
 Read = Callable[[str], Tensor]

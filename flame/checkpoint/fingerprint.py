@@ -15,7 +15,7 @@ from torch import Tensor
 from flame.checkpoint.source import TensorSource
 from flame.checkpoint.ties import own_names
 from flame.errors import UserError
-from flame.progress import progress
+from flame.process.progress import progress
 
 SAMPLED_BLOCKS = 3
 SAMPLED_BYTES = 4096

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from flame.checkpoint.source import TensorSource
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding
 from flame.errors import UserError, some
-from flame.lora import base_name, is_adapter
-from flame.progress import progress
+from flame.process.progress import progress
+from flame.recovery.lora import base_name, is_adapter
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -73,8 +73,8 @@ def build_sharded(
 
     Collective over the mesh. The weights are read tensor by tensor, slice by slice.
     """
-    from flame.distributed import local_device
     from flame.model import meta_model, restore_after_to_empty, shard
+    from flame.process.distributed import local_device
 
     model = shard(meta_model(reference.config), mesh, dtype)
     model.to_empty(device=local_device())

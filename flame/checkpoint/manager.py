@@ -26,8 +26,8 @@ from flame.checkpoint.steps import (
     save_step,
     step_folder,
 )
-from flame.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 from flame.errors import UserError
+from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 
 LOADER_FILE = "dataloader.json"
 OPTIONAL = ("train_state.skipped_steps",)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flame.checkpoint.checksums import METADATA
 from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
 from flame.errors import UserError, first_line
-from flame.output import check_output
+from flame.process.atomic_output import check_output
+from flame.storage.checksums import METADATA
 
 if TYPE_CHECKING:
     from flame.checkpoint.source import TensorSource

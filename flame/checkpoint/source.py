@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from flame.checkpoint.safe import Check, SafeReader, load_bytes
-from flame.checkpoint.safetensors_file import DTYPES, SafetensorsFile, open_safetensors
 from flame.errors import UserError
+from flame.storage.safe_reader import Check, SafeReader, load_bytes
+from flame.storage.safetensors_file import DTYPES, SafetensorsFile, open_safetensors
 
 TRAINING_PREFIXES = ("optimizer.", "lr_scheduler.", "train_state.", "dataloader.")
 """Beginnings of the names in a step that are not the model's."""
@@ -69,7 +69,7 @@ class DcpSource:
     Args:
         step: the folder.
         everything: the training state's tensors too.
-        check: when files are compared with their hashes (`flame.checkpoint.safe.SafeReader`).
+        check: when files are compared with their hashes (`flame.storage.safe_reader.SafeReader`).
     """
 
     def __init__(self, step: Path, everything: bool = False, check: Check = "first") -> None:

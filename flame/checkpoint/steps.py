@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.checksums import CHECKSUMS, METADATA, check_file, read_checksums
 from flame.errors import UserError
-from flame.exchange import exchange
+from flame.process.swap import exchange
+from flame.storage.checksums import CHECKSUMS, METADATA, check_file, read_checksums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,8 +115,8 @@ def save_step(
     Raises:
         UserError: a rank cannot write; nothing is left behind, on any rank.
     """
-    from flame.checkpoint.peers import Peers
     from flame.checkpoint.writer import write_checkpoint
+    from flame.process.peers import Peers
 
     peers = Peers(process_group, alone)
     final = step_folder(folder, step)
@@ -148,8 +148,8 @@ def load_step(
     Raises:
         UserError: on every rank, where any rank finds a damaged, hostile or missing part.
     """
-    from flame.checkpoint.peers import Peers
-    from flame.checkpoint.safe import read_checkpoint
+    from flame.process.peers import Peers
+    from flame.storage.safe_reader import read_checkpoint
 
     read_checkpoint(state_dict, Path(step), Peers(process_group, alone), optional)
 

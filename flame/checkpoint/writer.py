@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from flame.checkpoint.checksums import (
+from flame.process.peers import Peers, raise_cause
+from flame.storage.checksums import (
     METADATA,
     HashingFile,
     hash_bytes,
     write_checksums,
     write_file,
 )
-from flame.checkpoint.peers import Peers, raise_cause
 
 Read = Callable[[str], Tensor]
 

@@ -24,9 +24,9 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
-from flame.distributed import gather_objects, local_device, world_size
 from flame.errors import UserError
-from flame.progress import progress
+from flame.process.distributed import gather_objects, local_device, world_size
+from flame.process.progress import progress
 from launch.lm.network import Network, own_share
 
 Item = TypeVar("Item")

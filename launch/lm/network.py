@@ -16,19 +16,19 @@ import torch.distributed as dist
 from torch import nn
 
 from flame.checkpoint.load import build_sharded, load_weights
-from flame.distributed import (
+from flame.model import (
+    count_parameters,
+    full_precision_parameters,
+    meta_model,
+    restore_after_to_empty,
+)
+from flame.process.distributed import (
     data_parallel_mesh,
     device_type,
     gather_objects,
     local_device,
     rank,
     world_size,
-)
-from flame.model import (
-    count_parameters,
-    full_precision_parameters,
-    meta_model,
-    restore_after_to_empty,
 )
 
 if TYPE_CHECKING:

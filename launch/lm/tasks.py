@@ -50,7 +50,7 @@ class TaskOptions:
 
     def record(self) -> dict[str, Any]:
         """What changes a score."""
-        from launch.eval_results import files_mark
+        from launch.evaluation.results_file import files_mark
 
         files = [] if self.path is None else [f for f in self.path.rglob("*") if f.is_file()]
         return {
@@ -118,7 +118,7 @@ def evaluate_tasks(
     import torch
     from lm_eval.evaluator import evaluate
 
-    from flame.distributed import rank
+    from flame.process.distributed import rank
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=SEEDS[1])

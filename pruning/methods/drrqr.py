@@ -10,9 +10,9 @@ from torch import Tensor
 from pruning.linalg import check_bound, strong_rrqr
 from pruning.methods.interface import Statistics, Weights, option
 from pruning.methods.seeds import permutations
-from pruning.row_sample import SAMPLE_ROWS
 from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import QueryKeyGram, QueryKeySample, Statistic
+from pruning.statistics.row_sample import SAMPLE_ROWS
 
 
 @dataclass(frozen=True)

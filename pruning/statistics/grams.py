@@ -44,7 +44,7 @@ class QueryKeyGram(Statistic):
 class QueryKeySample(Statistic):
     """`QueryKeyGram` of a random subset of the rows of [Q; K], as the paper takes it.
 
-    Which rows is fixed before the first token (`pruning.row_sample`), by the seed of the
+    Which rows is fixed before the first token (`pruning.statistics.row_sample`), by the seed of the
     calibration: the same for every head and at every number of processes.
     """
 

@@ -8,7 +8,7 @@ statistic: means, ratios and factorisations belong to the method.
 Floating-point sums are float64, and a batch's contribution is computed in float64 too: what
 another order of the same additions changes then lies below the resolution of the methods, so
 that a plan does not depend on the number of processes. Whoever feeds a statistic sees to it that
-only finite numbers come (`pruning.collect` names what does not).
+only finite numbers come (`pruning.calibration.collect` names what does not).
 """
 
 from abc import ABC, abstractmethod

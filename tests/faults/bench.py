@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from flame.checkpoint.checksums import read_checksums
 from flame.checkpoint.steps import verify_step
+from flame.storage.checksums import read_checksums
 from tests.faults.moments import Moment, Work
 from tests.faults.nursery import Job, Nursery, Outcome
 from tests.faults.tasks import TASKS, make_inputs, run_task

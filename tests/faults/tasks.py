@@ -53,7 +53,7 @@ class Task:
 
 def make_inputs(inputs: Path) -> None:
     """A trained model, and a plan to prune it."""
-    from pruning import plan_command
+    from pruning import plan
     from tests.flame.jobs import train_job, write_assets
 
     assets = inputs / "assets"
@@ -62,9 +62,7 @@ def make_inputs(inputs: Path) -> None:
     (assets / "config.json").write_text(json.dumps(SMALL))
     train_job(assets, inputs / "dense", **RECIPE)
     budget = ["--method", "l1", "--ratio", "0.5", "--paper"]
-    plan_command.run(
-        plan_command.parse([str(inputs / "dense"), str(inputs / "plan.json"), *budget])
-    )
+    plan.run(plan.parse([str(inputs / "dense"), str(inputs / "plan.json"), *budget]))
 
 
 def train(inputs: Path, place: Path) -> None:
@@ -100,7 +98,7 @@ def calibrate(inputs: Path, place: Path) -> None:
     words = [str(inputs / "dense"), str(stats), "--methods", "drrqr,taylor"]
     words += ["--sequences", "6", "--seq-len", "16", "--save-every", "2"]
     if stats.exists():
-        from pruning.stats_file import read_meta
+        from pruning.calibration.stats_file import read_meta
 
         if read_meta(stats).is_complete:
             return

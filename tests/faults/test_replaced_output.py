@@ -17,11 +17,11 @@ from tests.faults.tasks import RECIPE
 
 def replace(out: Path, can_swap: bool) -> None:
     """Write a folder in the place of another."""
-    from flame import output
+    from flame.process import atomic_output
 
     if not can_swap:
-        output.exchange = lambda one, other: False  # type: ignore[assignment]
-    with output.replacing_folder(out, overwrite=True) as folder:
+        atomic_output.exchange = lambda one, other: False  # type: ignore[assignment]
+    with atomic_output.replacing_folder(out, overwrite=True) as folder:
         for name in ("a", "b"):
             (folder / name).write_text("new")
 

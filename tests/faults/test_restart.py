@@ -18,7 +18,7 @@ from tests.faults.nursery import Job
 from tests.faults.tasks import RECIPE
 from tests.faults.test_kills import losses
 from tests.flame.jobs import make_job, train_job
-from tests.launch.test_nodes import ROOT, WAIT, _children, _environment
+from tests.launch.processes.test_nodes import ROOT, WAIT, _children, _environment
 
 STEPS = 12
 OPTIONS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def test_processes_started_again_do_not_wait_for_the_dead(bench: Bench, tmp_path
 
 
 def meet(port: int, start: int) -> None:
-    from flame.distributed import barrier, process_group
+    from flame.process.distributed import barrier, process_group
 
     torchrun = {"USE_AGENT_STORE": True, "RESTART_COUNT": start}
     os.environ.update({f"TORCHELASTIC_{name}": str(value) for name, value in torchrun.items()})

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flame.checkpoint.checksums import CHECKSUMS, hash_file
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.steps import METADATA, save_step
+from flame.storage.checksums import CHECKSUMS, hash_file
 from tests.pruning.models import (
     GATED_DELTANET,
     training_state,

@@ -13,13 +13,13 @@ import torch
 
 from flame.errors import UserError
 from launch import analyze
-from launch.analysis_files import RANKS, SUMMARY_FILE, agreement, groups_summary
 from launch.analyze import check, parse
-from launch.rank_marks import heat_map, histogram, svg_file
-from launch.rank_plots import NAMES, Series, plots
-from launch.spectra import spectra_of
-from pruning.state_analysis import METRICS, Analysis
+from launch.drawing.heatmaps import heat_map, histogram, svg_file
+from launch.ranks.analysis_files import RANKS, SUMMARY_FILE, agreement, groups_summary
+from launch.ranks.rank_plots import NAMES, Series, plots
+from launch.ranks.spectra import spectra_of
 from pruning.state_rank import times
+from pruning.states.analysis import METRICS, Analysis
 from tests.distributed import run_distributed
 from tests.pruning.models import DELTA_NET, GATED_DELTANET, weights, write_hf, write_text
 
@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(*arguments: str) -> None:
     """Run `analyze` as one of the processes of its job."""
-    from flame.distributed import world_size
+    from flame.process.distributed import world_size
 
     options = parse(list(arguments))
     check(options, world_size())

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from launch import cli, launcher
+from launch import cli
+from launch.processes import launcher
 from pruning.methods import METHODS
 from tests.launch import bad_models as bad
 
@@ -527,7 +528,7 @@ def test_as_a_person_starts_it(folder: Path) -> None:
 
 
 def test_second_job_on_one_output_is_refused(refused: Run, folder: Path) -> None:
-    from flame.output import writer_lock
+    from flame.process.atomic_output import writer_lock
 
     for command in ("train", "apply", "convert"):
         with writer_lock(folder / "out"):

@@ -11,10 +11,10 @@ from torch import nn
 from flame.errors import UserError
 from launch import bench
 from launch.bench import check, model_names, parse, run
-from launch.bench_table import bench_table, cell, delta_kernels, ratio_of
-from launch.kernel_trace import operators_of
-from launch.peak_memory import peak_bytes
-from launch.timing import Spread, take_turns
+from launch.speed.bench_table import bench_table, cell, delta_kernels, ratio_of
+from launch.speed.kernel_trace import operators_of
+from launch.speed.peak_memory import peak_bytes
+from launch.speed.timing import Spread, take_turns
 from pruning.adapters import adapter_for
 from tests.pruning.models import FAMILIES, weights, write_hf
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch import cli
-from launch.launcher import Job
+from launch.processes.launcher import Job
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "launch.cli"]

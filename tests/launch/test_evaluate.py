@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.steps import save_step
 from flame.data.tokenizer import load_tokenizer, train_tokenizer
-from flame.distributed import process_group
 from flame.errors import UserError
+from flame.process.distributed import process_group
 from launch import evaluate
 from launch.evaluate import check, main, parse
-from launch.heldout_text import HeldoutOptions, heldout_text
-from launch.perplexity import Perplexity, evaluate_perplexity, rounds, versions
+from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
+from launch.evaluation.perplexity import Perplexity, evaluate_perplexity, rounds, versions
 from tests.distributed import run_distributed
-from tests.launch.test_decoding import FAMILIES, stock_model
+from tests.launch.speed.test_decoding import FAMILIES, stock_model
 
 VOCABULARY = 300
 TEXTS = [f"def f{i}(é):\n    return é * {i} + '€{i * i % 7}'\n" * (1 + i % 4) for i in range(40)]
@@ -132,7 +132,7 @@ def test_figures_that_describe_the_model(assets: Path) -> None:
 def test_lora_run_is_evaluated_with_its_adapters(assets: Path, tmp_path: Path) -> None:
     from flame.checkpoint.fingerprint import fingerprint
     from flame.config import Lora
-    from flame.lora import write_adapter_files
+    from flame.recovery.lora import write_adapter_files
 
     base, run, merged = assets / "gated_deltanet", tmp_path / "lora", tmp_path / "merged"
     write_run(run, base, assets)

@@ -16,13 +16,13 @@ from flame.checkpoint.reference import resolve
 from flame.checkpoint.steps import save_step
 from flame.data.mqar import FILLER, Mqar, mqar_tokenizer
 from flame.data.tokenizer import train_tokenizer
-from flame.distributed import process_group
 from flame.errors import UserError
+from flame.process.distributed import process_group
+from launch.evaluation.recall_score import WordEncoder, accuracy, right_answers
+from launch.evaluation.recall_tasks import mqar_examples, needle_examples
 from launch.recall import check, main, measure, mqar_table, needle_table, parse, task_of
-from launch.recall_score import WordEncoder, accuracy, right_answers
-from launch.recall_tasks import mqar_examples, needle_examples
 from tests.distributed import run_distributed
-from tests.launch.test_decoding import stock_model
+from tests.launch.speed.test_decoding import stock_model
 
 TASK = Mqar(pairs=(2, 6), length=32, keys=10, values=10)
 VOCABULARY = 300

@@ -47,10 +47,10 @@ def test_recipes_fit_eight_processes(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is checked before a job starts, but for what needs the network or the models."""
-    import flame.job_checks as checks
+    import flame.training.job_checks as checks
     from flame.config import parse_job
     from flame.model import count_parameters, meta_model
-    from flame.recovery_checks import check_recovery
+    from flame.recovery.recovery_checks import check_recovery
 
     job = parse_job(["--job.config_file", str(path)])
     checks.check_size(job, 8)

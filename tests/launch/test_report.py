@@ -1,216 +1,306 @@
-"""The report page: self-contained, complete, and honest in its sentences."""
+"""`slimstate report`: every number of the runs and of the files beside them, in every format."""
 
-import math
+import json
 import re
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flame.errors import UserError
-from launch.charts import round_numbers, spread
-from launch.findings import verdict, won_back
-from launch.marks import runs
-from launch.report import (
-    COLUMNS,
-    KeptChannels,
-    ReportData,
-    loss_curve,
-    page,
-    smoothed,
-    write_report,
-)
-from launch.spectra import Spectrum
+from launch import report
+from launch.drawing.heatmaps import heat_map, pairs, svg_file
+from launch.report import check, parse
+from launch.reporting.collect import collect
+from launch.reporting.page_parts import inline_drawing
+from launch.reporting.run_folders import find_runs
+from launch.speed.bench_table import cell
+from pruning import prune
+from pruning.adapters import adapter_for
+from tests.launch.reporting.test_page import Nesting
+from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
+
+BEFORE, AFTER = 2 * 4 * 32 * 24 * 4, 2 * 4 * 16 * 24 * 4
+"""State bytes of the model before and after pruning: layers, value heads, keys, values, fp32."""
 
 
-def row(perplexity: float, state_bytes: int, tokens_per_second: float = 100.5) -> dict[str, float]:
-    return {
-        "perplexity": perplexity,
-        "bits_per_byte": math.log2(perplexity) / 3,
-        "parameters": 1_234_567 - state_bytes,
-        "state_bytes": state_bytes,
-        "decode_tokens_per_second": tokens_per_second,
-    }
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run that was trained, and the same pruned by the real command, with nothing else."""
+    root = tmp_path_factory.mktemp("runs")
+    text = write_text(root / "text")
+    write_run(root / "dense", GATED_DELTANET, weights(GATED_DELTANET))
+    _log_losses(root / "dense", {1: 5.5, 2: 4.25, 3: 4.125})
+    prune.main([
+        str(root / "dense"), str(root / "half"), "--method", "drrqr", "--ratio", "0.5",
+        "--data", str(text), "--tokenizer", str(root / "text" / "tokenizer"),
+        "--sequences", "2", "--seq-len", "64",
+    ])  # fmt: skip
+    return root
 
 
-ROWS = {
-    "dense": row(34.213, 524_288),
-    "dense_continued": row(31.077, 524_288, 99.25),
-    "pruned": row(37.918, 262_144, 120.75),
-    "random": row(58.31, 262_144, 121.5),
-    "recovered": row(31.604, 262_144, 119.125),
-}
+@pytest.fixture
+def results(runs: Path, tmp_path: Path) -> Path:
+    """The runs with every kind of result file beside them."""
+    import shutil
 
-DATA = ReportData(
-    title="a <run> & its report",
-    rows=ROWS,
-    loss_curves={
-        "dense": ([1, 2, 3], [9.0, 5.0, 4.0]),
-        "recovered": ([1, 2], [3.9, 3.7]),
-        "dense_continued": ([1, 2], [3.5, math.nan]),
-    },
-    spectra={
-        "dense": [Spectrum(0, [1.0, 0.5, 0.1, 0.0], 1.26)],
-        "recovered": [Spectrum(0, [1.0, 0.4], 1.16)],
-    },
-    kept=[KeptChannels(0, 4, [[0, 1], [1, 3]])],
-    seconds={"pretrain": 200.5, "prune": 3.25, "total": 210.0},
-    commands=["slimstate prune a b --ratio 0.5"],
-    versions={"torch": "2.13.0"},
-    world_size=2,
-    seed=7,
-)
-
-VOID = {"meta", "br"}
+    root = tmp_path / "all"
+    shutil.copytree(runs, root)
+    _write(root / "eval.json", evaluations(root))
+    _write(root / "recall.json", [recall(root, "dense", 0.987), recall(root, "half", 0.4321)])
+    _write(root / "speed.json", benchmark(root))
+    _write(root / "foreign.json", {"model": "/elsewhere/other", "perplexity": 77.77})
+    (root / "broken.json").write_text("{")
+    _write_analysis(root / "analysis", root)
+    return root
 
 
-class Nesting(HTMLParser):
-    """Collects links, and checks that every element is closed where it was opened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links += [f"{k}={v}" for k, v in attrs if k in ("src", "href", "srcset", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-
-def test_page_is_one_well_formed_file_without_references(tmp_path: Path) -> None:
-    text = write_report(tmp_path / "report.html", DATA).read_text()
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+def test_page_holds_every_number_and_nothing_foreign(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    run(results, "--out", out)
+    text = out.read_text()
+    for part in numbers():
+        assert part in text, part
+    for part in ("dense", "pruned", "Layer 0: 16 of 32 channels", "Layer 1: 16 of 32 channels"):
+        assert part in text, part
+    assert "--method drrqr --ratio 0.5 --space key" in text and "2.99.0" in text
+    assert "77.77" not in text and "nan" not in text.lower()
     parser = Nesting()
     parser.feed(text)
     parser.close()
     assert parser.open == [] and parser.links == []
     assert not parser.tags & {"script", "link", "iframe", "img", "object"}
-    assert not re.search(r"https?://|url\(|@import", text)
-    assert "nan" not in text.lower()
-    assert "a &lt;run&gt; &amp; its report" in text and "$" not in text
+    assert not re.search(r"https?://|url\(|@import|xmlns", text)
+    assert text.count("<style>") == 1
 
 
-def test_page_shows_every_number_of_the_table() -> None:
-    text = page(DATA)
-    for values in ROWS.values():
-        for column in COLUMNS[1:]:
-            assert column.cell(values[column.key]) in text
-    for part in ("200.5 s", "3.2 s", "210.0 seconds", "2 processes", "2.13.0", "--ratio 0.5"):
-        assert part in text
-    assert '<span class="m-dense">dense 1.3 of 4</span>' in text
-    assert '<span class="m-recovered">recovered 1.2 of 2</span>' in text
-    assert "Layer 0: 2 of 4 channels a head" in text
+def test_markdown_and_latex_hold_the_same_numbers(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.md"
+    run(results, "--out", out)
+    capsys.readouterr()
+    run(results, "--latex")
+    latex = capsys.readouterr().out
+    for part in numbers():
+        assert part in out.read_text(), part
+        assert part.replace("%", r"\%").replace("±", r"$\pm$").replace("–", "--") in latex, part
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 8
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 8
+    assert not (results / "report.html").exists()
+    run(results, "--markdown")
+    assert capsys.readouterr().out == out.read_text()
 
 
-def test_page_of_the_table_alone_has_no_empty_sections() -> None:
-    text = page(ReportData("t", {"dense": row(10.0, 1024)}))
-    assert "One model, not pruned: perplexity 10.00." in text
-    assert "what it cost was not measured" in page(ReportData("t", {"dense": {}, "pruned": {}}))
-    for heading in ("Training loss", "Singular values", "Kept key channels", "Where the time"):
-        assert heading not in text
+def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
+    data = collect([runs / "dense", runs / "half"])
+    assert list(data.rows) == ["dense", "pruned"]
+    assert [row["state_bytes"] for row in data.rows.values()] == [BEFORE, AFTER]
+    parameters = sum(tensor.numel() for tensor in weights(GATED_DELTANET).values())
+    assert data.rows["dense"]["parameters"] == parameters
+    assert data.loss_curves == {"dense": ([1, 2, 3], [5.5, 4.25, 4.125])}
+    assert data.plans["pruned"]["method"] == "drrqr" and data.method == "drrqr"
+    assert data.plans["pruned"]["calibration tokens"] == 128
+    assert [len(layer.kept[0]) for layer in data.kept] == [16, 16]
+    assert data.commands[0].startswith("slimstate train --config")
+    assert data.commands[1].startswith(f"slimstate prune {runs}/dense {runs}/half --method drrqr")
+    assert not (data.tasks or data.fidelity or data.recall or data.ranks or data.bench)
 
 
-def test_missing_and_infinite_numbers_are_shown_as_such() -> None:
-    broken = {**ROWS, "random": {**ROWS["random"], "perplexity": math.inf}, "pruned": {}}
-    text = page(replace(DATA, rows=broken))
-    assert "channels chosen by" not in text
-    assert "won back" not in text
-    assert '<td class="right">-</td>' in text
+def test_two_models_in_one_drawing_have_the_colours_of_their_rows(results: Path) -> None:
+    (analysis,) = collect([results]).ranks
+    (drawn,) = [figure.svg for figure in analysis.figures if figure.title == "two models"]
+    body = drawn.partition("</style>")[2]
+    assert 'm-pruned"' in body and 'm-other"' in body and "m-dense" not in body
+    assert [row["model"] for row in analysis.layers] == ["pruned", "pruned"]
 
 
-def test_existing_report_is_kept_unless_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("mine")
-    with pytest.raises(UserError, match="exists"):
-        write_report(path, DATA)
-    assert path.read_text() == "mine"
-    write_report(path, DATA, overwrite=True)
-    assert path.read_text() != "mine"
+def test_perplexities_in_a_row_are_of_one_text(results: Path) -> None:
+    data = collect([results])
+    assert data.rows["dense"]["perplexity"] == 12.345
+    assert data.tasks["perplexity of long.txt, rows of 99"] == {"pruned": 99.875}
+    assert data.facts["held-out text"] == "held.txt"
 
 
-def test_verdict_says_what_recovery_did() -> None:
-    half = "Pruning took 50% off the recurrent state (512 KiB to 256 KiB a sequence)"
-    assert verdict(ROWS) == (
-        f"{half} and cost 1.7% in perplexity after recovery: perplexity 31.60 against 31.08 of "
-        "the dense model trained on for as many tokens."
-    )
-    better = {**ROWS, "recovered": row(30.5, 262_144)}
-    assert "nothing in quality: perplexity 30.50 against 31.08" in verdict(better)
-    worse = {**ROWS, "recovered": row(39.0, 262_144)}
-    assert "recovery did not recover" in verdict(worse)
-    assert "37.92 before recovery" in verdict(worse)
-    alone = {name: ROWS[name] for name in ("dense", "recovered")}
-    assert verdict(alone).endswith(
-        "nothing in quality: perplexity 31.60 against 34.21 of the dense model."
-    )
+def test_parts_are_told_by_how_a_run_came_about(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for folder, base in (("a", "half"), ("b", "dense")):
+        shutil.copytree(runs / "dense", tmp_path / folder)
+        recipe = f'[model]\ninit = "{runs / base}/checkpoint/step-7"\n'
+        (tmp_path / folder / "recipe.toml").write_text(recipe)
+    found = find_runs([runs / "dense", runs / "half", tmp_path])
+    folders = {name: run.folder.name for name, run in found.items()}
+    assert folders == {"dense": "dense", "dense_continued": "b", "pruned": "half", "recovered": "a"}
+    twice = find_runs([runs / "half", runs / "dense", tmp_path / "a", results_copy(runs, tmp_path)])
+    assert list(twice) == ["dense", "pruned", "recovered", "other"]
 
 
-def test_won_back_is_a_share_of_the_loss() -> None:
-    rows = {"dense": row(math.e, 8), "pruned": row(math.e**3, 4), "recovered": row(math.e**1.5, 4)}
-    assert won_back(rows) == pytest.approx(0.75)
-    assert won_back({**rows, "pruned": row(2.0, 4)}) is None
-    assert won_back({"dense": row(2.0, 4)}) is None
+def results_copy(runs: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(runs / "half", tmp_path / "more" / "other"))
 
 
-def test_random_control_that_wins_is_reported() -> None:
-    lucky = {**ROWS, "random": row(36.0, 262_144)}
-    assert "no better than as many chosen at random: 37.92 against 36.00" in page(
-        replace(DATA, rows=lucky)
-    )
+def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([tmp_path / "none"], "no run at"),
+        ([tmp_path / "empty"], "is no run and holds none: a run has config.json and checkpoint/"),
+        ([tmp_path / "file"], "is a file: give a run folder, or a folder of runs"),
+        ([runs, "--out", tmp_path / "file"], "the name must end in .html or .md"),
+        ([runs / "dense", "--out", runs / "report.html"], "exists: choose another, or pass"),
+    ):
+        (runs / "report.html").write_text("mine")
+        with pytest.raises(UserError) as error:
+            check(parse([str(word) for word in arguments]))
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert (runs / "report.html").read_text() == "mine"
+        (runs / "report.html").unlink()
+    with pytest.raises(UserError, match="--nproc 2: report only reads files"):
+        check(parse([str(runs)]), world_size=2)
 
 
-def test_perplexity_bars_turn_logarithmic_when_one_dwarfs_the_rest() -> None:
-    assert "The axis starts at 0." in page(DATA)
-    huge = page(replace(DATA, rows={**ROWS, "random": row(31.077**2, 262_144)}))
-    assert "logarithmic and starts at 1" in huge
-    assert 'left:50.00%"' in huge
+def test_nothing_to_report_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "alone", GATED_DELTANET, weights(GATED_DELTANET))
+    with pytest.raises(UserError, match="nothing to report on .*alone: no plan, no losses and no"):
+        collect([tmp_path / "x" / "alone"])
 
 
-def test_many_layers_are_folded_away_and_none_is_lost() -> None:
-    kept = [KeptChannels(layer, 4, [[0, 1]]) for layer in range(24)]
-    text = page(replace(DATA, kept=kept))
-    assert "The other 16 layers" in text
-    shown, folded = text.split("<details>")
-    assert "Layer 0: 2 of 4" in shown and "Layer 23: 2 of 4" in shown
-    assert all(f"<h3>Layer {layer}: 2 of 4" in text for layer in range(24))
+def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: Path) -> None:
+    import os
+
+    newer = benchmark(results)
+    newer["measures"][0]["ratio"] = 0.5
+    _write(results / "again.json", newer)
+    os.utime(results / "speed.json", (1, 1))
+    (record,) = collect([results]).bench
+    assert record["measures"][0]["ratio"] == 0.5 and list(record["models"]) == ["dense", "pruned"]
+    del newer["measures"][0]["values"]
+    _write(results / "again.json", newer)
+    with pytest.raises(UserError, match="again.json looks like a result, but KeyError 'values'"):
+        collect([results])
 
 
-def test_loss_curve_reads_a_resumed_run(tmp_path: Path) -> None:
+def test_a_drawing_loses_what_makes_it_stand_alone() -> None:
+    drawn = heat_map({"0": [1.0, 2.5]}, "layer", "ranks <by> layer")
+    text = inline_drawing(svg_file(drawn, "ranks <by> layer"))
+    assert "2.50" in text and "ranks &lt;by&gt; layer" in text
+    for part in ("xmlns", "<style", 'class="title"', 'class="page"', 'width="8'):
+        assert part not in text
+    hostile = '<?xml version="1.0"?><svg viewBox="0 0 4 4"><script>x()</script><path/></svg>'
+    assert inline_drawing(hostile) == '<svg viewBox="0 0 4 4"><path/></svg>'
+
+
+def run(folder: Path, *words: Any) -> None:
+    options = parse([str(folder), *map(str, words)])
+    check(options)
+    report.run(options)
+
+
+def numbers() -> list[str]:
+    """What each result must be read as."""
+    spread = cell({"median": 1234.5, "min": 1200, "max": 1300, "runs": [1, 2, 3]}, "tokens/s")
+    return [
+        "12.345", "13.579", "3.1416", f"{BEFORE:,}", f"{AFTER:,}",
+        "0.5123 ± 0.0103", "28.12 ± 0.12", "0.1234", "0.8765", "99.8750",
+        "98.7%", "43.2%", "2.50", "4.000", "0.200", "7.3%", "1.87", "2.31", spread, "0.617",
+    ]  # fmt: skip
+
+
+def evaluations(root: Path) -> dict[str, Any]:
+    def record(name: str, perplexity: float, data: str = "held.txt", length: int = 64) -> Any:
+        return {
+            "model": f"runs/{name}", "weights": str(root / name / "checkpoint" / "step-7"),
+            "perplexity": perplexity, "bits_per_byte": 3.1416, "data": data, "seq_len": length,
+            "versions": {"torch": "2.99.0"},
+        }  # fmt: skip
+
+    _write(root / "long.json", record("half", 99.875, "long.txt", 99))
+    half = record("half", 13.579) | {
+        "fidelity": {"kl": 0.1234, "agreement": 0.8765},
+        "tasks": {
+            "results": {
+                "arc": {"alias": "arc", "acc,none": 0.5123, "acc_stderr,none": 0.0103},
+                "wiki": {"word_perplexity,none": 28.12, "word_perplexity_stderr,none": 0.125},
+            }
+        },
+    }
+    return {"settings": {}, "models": {"runs/dense": record("dense", 12.345), "runs/half": half}}
+
+
+def recall(root: Path, name: str, accuracy: float) -> dict[str, Any]:
+    return {
+        "model": str(root / name),
+        "mqar": [{"pairs": 4, "accuracy": accuracy}, {"pairs": 8, "accuracy": 0.0731}],
+        "needle": [],
+        "query_noise": [
+            {
+                "layer": 0,
+                "head": head,
+                "stable_rank": 1.5 + head,
+                "amplification": 4.0**head,
+                "random_queries": 3.0,
+                "error_at_10_percent": 0.1 * 2.0**head,
+            }
+            for head in range(3)
+        ],
+        "task": "mqar:pairs=4/8,length=64",
+    }
+
+
+def benchmark(root: Path) -> dict[str, Any]:
+    def value(median: float) -> dict[str, Any]:
+        return {"median": median, "min": 1200, "max": 1300, "runs": [1, 2, 3]}
+
+    names = ("half", "dense")
+    return {
+        "kind": "bench",
+        "models": {
+            name: {"reference": str(root / name), "kernels": {"prefill": [], "decode": []}}
+            for name in names
+        },
+        "against": "dense",
+        "measures": [
+            {
+                "name": "decode", "label": "decoding, batch 8", "unit": "tokens/s",
+                "batch_size": 8, "values": {"half": value(1234.5), "dense": value(2000.0)},
+                "ratio": 0.61725,
+            }
+        ],
+        "device": "cpu", "device_name": "a CPU", "dtype": "float32", "threads": 1, "repeats": 3,
+        "peak_memory": "bytes", "versions": {},
+    }  # fmt: skip
+
+
+def _write_analysis(folder: Path, root: Path) -> None:
+    folder.mkdir()
+    layers = [{"layer": 0, "stable_rank": 1.87}, {"layer": 1, "stable_rank": 2.31}]
+    summary = {
+        "model_reference": str(root / "half"), "against_reference": "/gone/other",
+        "data": ["held.txt"],
+        "length": 64, "sequences": 1, "model": {"layers": layers},
+    }  # fmt: skip
+    _write(folder / "summary.json", summary)
+    drawn = heat_map({"0": [1.0, 2.0]}, "layer", "ranks")
+    (folder / "heat_map.svg").write_text(svg_file(drawn, "ranks"), encoding="utf-8")
+    both = pairs({"0": (1.5, 2.5)}, ("dense", "half"), "rank", "two models")
+    (folder / "against.svg").write_text(svg_file(both, "two models"), encoding="utf-8")
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def _log_losses(folder: Path, losses: dict[int, float]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    for attempt, (steps, base) in enumerate([((1, 2, 3), 5.0), ((3, 4), 1.0)]):
-        writer = SummaryWriter(str(tmp_path / "tb" / f"2025010{attempt}-0000"))
-        for step in steps:
-            writer.add_scalar(
-                "loss_metrics/global_avg_loss", base + step, step, walltime=10.0 * attempt + step
-            )
-        writer.close()
-    assert loss_curve(tmp_path) == ([1, 2, 3, 4], [6.0, 7.0, 4.0, 5.0])
+    writer = SummaryWriter(str(folder / "tb" / "20250101-0000"))
+    for step, loss in losses.items():
+        writer.add_scalar("loss_metrics/global_avg_loss", loss, step)
+    writer.close()
 
 
-def test_run_without_a_loss_is_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no loss curve"):
-        loss_curve(tmp_path)
-
-
-def test_smoothing_keeps_lines_and_passes_over_nan() -> None:
-    line = [float(value) for value in range(10)]
-    assert smoothed(line, 2)[:8] == line[:8]
-    assert smoothed([1.0, math.nan, 3.0], 1) == [1.0, 2.0, 3.0]
-
-
-def test_chart_arithmetic() -> None:
-    assert runs([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 1), (7, 2)]
-    assert round_numbers(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert spread([10.0, 11.0, 50.0], 14.0, 0.0, 60.0) == [10.0, 24.0, 50.0]
-    assert spread([58.0, 59.0], 14.0, 0.0, 60.0) == [46.0, 60.0]
+def test_state_bytes_are_the_adapters() -> None:
+    assert adapter_for(GATED_DELTANET).state_bytes(GATED_DELTANET) == BEFORE

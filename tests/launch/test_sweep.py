@@ -18,15 +18,15 @@ import pytest
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from launch import sweep
-from launch.sweep_chart import log_ticks
-from launch.sweep_checks import _check_points
-from launch.sweep_folder import SweepFolder
-from launch.sweep_page import page, write_files
-from launch.sweep_points import points
-from launch.sweep_table import sweep_of
+from launch.drawing.sweep_chart import log_ticks
+from launch.sweeping.checks import _check_points
+from launch.sweeping.folder import SweepFolder
+from launch.sweeping.page import page, write_files
+from launch.sweeping.points import points
+from launch.sweeping.tables import sweep_of
 from pruning.methods import METHODS
 from tests.distributed import run_distributed
-from tests.launch.test_report import Nesting
+from tests.launch.reporting.test_page import Nesting
 from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
 
 RECIPE = """
@@ -335,9 +335,9 @@ def test_page_is_whole_and_refers_to_nothing() -> None:
 
 
 def test_report_takes_a_sweep_that_lies_beside_its_model(root: Path, tmp_path: Path) -> None:
-    from launch import report_command
-    from launch.report import page as report_page
-    from launch.report_collect import collect
+    from launch import report
+    from launch.reporting.collect import collect
+    from launch.reporting.page import page as report_page
 
     shutil.copytree(root / "dense", tmp_path / "dense")
     (tmp_path / "sweep").mkdir()
@@ -346,7 +346,7 @@ def test_report_takes_a_sweep_that_lies_beside_its_model(root: Path, tmp_path: P
     write_files(tmp_path / "sweep", found)
     data = collect([tmp_path])
     assert "131.25" in report_page(data) and "<svg" in report_page(data)
-    assert "| random | 131.25 ± 12.50 |" in report_command.markdown(data)
+    assert "| random | 131.25 ± 12.50 |" in report.markdown(data)
     shutil.rmtree(tmp_path / "dense")
     shutil.copytree(root / "dense", tmp_path / "elsewhere" / "other")
     with pytest.raises(UserError, match="nothing to report"):

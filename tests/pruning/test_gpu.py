@@ -8,14 +8,14 @@ import torch
 
 from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
-from flame.distributed import local_device, process_group
+from flame.process.distributed import local_device, process_group
 from pruning import calibrate
 from pruning.adapters import adapter_for
-from pruning.applicable import why_not
-from pruning.calibration_data import calibration_data
-from pruning.choose import Budget, choose
+from pruning.calibration.data import calibration_data
 from pruning.methods import METHODS
 from pruning.options import DataOptions
+from pruning.planning.applicable import why_not
+from pruning.planning.choose import Budget, choose
 from pruning.statistics import QueryKeyGram
 from pruning.taps import OpCall, tap_ops
 from tests.pruning.families import tiny_config

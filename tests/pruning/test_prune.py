@@ -15,8 +15,8 @@ from flame.checkpoint.source import DcpSource
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS
-from pruning.plan_file import read_plan
-from pruning.transform import SlicedSource, cuts_of
+from pruning.planning.plan_file import read_plan
+from pruning.transform.transform import SlicedSource, cuts_of
 from tests.distributed import run_distributed
 from tests.pruning.families import tiny_config
 from tests.pruning.models import (
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(name: str, *arguments: object) -> None:
     """Run a command line of `pruning.<name>` as one of the processes of its job."""
-    from flame.distributed import world_size
+    from flame.process.distributed import world_size
 
     module = import_module(f"pruning.{name}")
     options = module.parse([str(argument) for argument in arguments])
@@ -59,7 +59,7 @@ def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
     run_distributed(stage, 2, "prune", home / "model", tmp_path / "one", *method, *data_of(home))
     stage("calibrate", home / "model", tmp_path / "stats", *data_of(home))
     stats = ["--stats", tmp_path / "stats"]
-    stage("plan_command", home / "model", tmp_path / "plan.json", *method, *stats)
+    stage("plan", home / "model", tmp_path / "plan.json", *method, *stats)
     stage("apply", home / "model", tmp_path / "plan.json", tmp_path / "two")
     stage("prune", home / "model", tmp_path / "three", *method, *stats)
     plan = (tmp_path / "plan.json").read_bytes()
@@ -78,11 +78,11 @@ def test_prune_is_calibrate_plan_and_apply(home: Path, tmp_path: Path) -> None:
 
 def late_check(*arguments: object) -> None:
     """A stage whose rank 1 is slow to check."""
-    from flame.distributed import rank
+    from flame.process.distributed import rank
 
     if rank() == 1:
         time.sleep(1)
-    stage("plan_command", *arguments)
+    stage("plan", *arguments)
 
 
 def test_a_rank_that_is_slow_to_check_does_not_meet_the_output(home: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_method_without_needs_reads_no_data(
     def refuse(*arguments: Any) -> None:
         raise AssertionError("data was asked for")
 
-    monkeypatch.setattr("pruning.calibration_data.calibration_data", refuse)
+    monkeypatch.setattr("pruning.calibration.data.calibration_data", refuse)
     model = write_run(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
     stage("prune", model, tmp_path / "out", "--method", "random", "--ratio", "0.5", "--seed", "7")
     plan = read_plan(tmp_path / "out" / "plan.json")
@@ -117,7 +117,7 @@ def test_a_method_without_needs_reads_no_data(
 )
 def test_widths_follow_ratio_and_multiple(flags: list[str], width: int, tmp_path: Path) -> None:
     model = write_hf(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
-    stage("plan_command", model, tmp_path / "plan.json", "--method", "l1", *flags)
+    stage("plan", model, tmp_path / "plan.json", "--method", "l1", *flags)
     assert set(read_plan(tmp_path / "plan.json").widths.values()) == {(width, width)}
 
 
@@ -199,7 +199,7 @@ def test_options_that_make_no_sense_are_refused(
 def test_budgets_that_make_no_sense_are_refused(
     flags: list[str], message: str, home: Path, tmp_path: Path
 ) -> None:
-    for name, out in (("prune", tmp_path / "out"), ("plan_command", tmp_path / "plan.json")):
+    for name, out in (("prune", tmp_path / "out"), ("plan", tmp_path / "plan.json")):
         with pytest.raises(UserError) as error:
             stage(name, home / "model", out, "--method", "l1", *flags)
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -210,7 +210,7 @@ def test_a_ratio_of_heads_shared_over_the_model_counts_on_those_of_all_layers(
     home: Path, tmp_path: Path
 ) -> None:
     words = ["--method", "random", "--space", "head", "--ratio", "0.2", "--allocate", "model"]
-    stage("plan_command", home / "model", tmp_path / "plan.json", *words)
+    stage("plan", home / "model", tmp_path / "plan.json", *words)
     kept = read_plan(tmp_path / "plan.json").kept
     heads = tiny_config("gated_deltanet")["num_heads"] * len(kept)
     assert sum(len(rows[0]) for rows in kept.values()) == int(heads * 0.8)
@@ -219,13 +219,13 @@ def test_a_ratio_of_heads_shared_over_the_model_counts_on_those_of_all_layers(
 def test_sharing_needs_scores_and_a_class(home: Path, tmp_path: Path) -> None:
     share = ["--ratio", "0.5", "--paper", "--allocate", "model"]
     with pytest.raises(UserError, match="shares channels by scores, which drrqr has none of: use"):
-        stage("plan_command", home / "model", tmp_path / "p", "--method", "drrqr", *share)
+        stage("plan", home / "model", tmp_path / "p", "--method", "drrqr", *share)
     kda = tiny_config("kda")
     write_hf(tmp_path / "kda", kda, weights(kda))
     with pytest.raises(UserError, match="pca mixes key channels, and .*f_proj.1.weight acts on"):
-        stage("plan_command", tmp_path / "kda", tmp_path / "p", "--method", "pca", *share[:3])
+        stage("plan", tmp_path / "kda", tmp_path / "p", "--method", "pca", *share[:3])
     with pytest.raises(UserError, match="and kda has no class for that: add --pad"):
-        stage("plan_command", tmp_path / "kda", tmp_path / "p", "--method", "l1", *share)
+        stage("plan", tmp_path / "kda", tmp_path / "p", "--method", "l1", *share)
     share += ["--pad"]
     stage("prune", tmp_path / "kda", tmp_path / "out", "--method", "l1", *share)
     plan = read_plan(tmp_path / "out" / "plan.json")
@@ -241,7 +241,7 @@ def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
     sizes = set()
     for allocate in ("uniform", "layer", "model"):
         plan = tmp_path / f"{allocate}.json"
-        stage("plan_command", home / "model", plan, *flags, "--allocate", allocate)
+        stage("plan", home / "model", plan, *flags, "--allocate", allocate)
         stage("apply", home / "model", plan, tmp_path / allocate)
         config = resolve(tmp_path / allocate).config
         sizes.add(ADAPTERS[config["model_type"]].state_bytes(config))
@@ -262,7 +262,7 @@ def test_the_total_of_a_shared_budget_is_that_of_the_uniform_one(
 
 def test_channels_are_shared_out_among_the_heads_that_stay(home: Path, tmp_path: Path) -> None:
     kinds = ["--space", "key,head", "--ratio", "0.5", "--allocate", "model", "--paper"]
-    stage("plan_command", home / "model", tmp_path / "plan.json", "--method", "l1", *kinds)
+    stage("plan", home / "model", tmp_path / "plan.json", "--method", "l1", *kinds)
     plan = read_plan(tmp_path / "plan.json")
     total = heads = 0
     for layer in (0, 1):
@@ -292,7 +292,7 @@ def test_projected_tensors_travel_beside_the_plan(
     stage("calibrate", home / "model", tmp_path / "stats", "--methods", "pca", *data_of(home))
     stats = ["--stats", tmp_path / "stats"]
     plan = tmp_path / "plan.json"
-    stage("plan_command", home / "model", plan, *method, *stats)
+    stage("plan", home / "model", plan, *method, *stats)
     tensors = tmp_path / "plan.tensors.safetensors"
     assert "note: pca: the projection is an approximation" in capsys.readouterr().out
     assert [note for note in read_plan(plan).notes if "approximation" in note]
@@ -305,11 +305,11 @@ def test_projected_tensors_travel_beside_the_plan(
         assert (tmp_path / name / "plan.json").read_bytes() == plan.read_bytes()
         assert (tmp_path / name / tensors.name).read_bytes() == tensors.read_bytes()
     with pytest.raises(UserError, match="plan.json exists"):
-        stage("plan_command", home / "model", plan, *method, *stats)
+        stage("plan", home / "model", plan, *method, *stats)
     plan.unlink()
     with pytest.raises(UserError, match="plan.tensors.safetensors exists"):
-        stage("plan_command", home / "model", plan, *method, *stats)
-    stage("plan_command", home / "model", plan, *method, *stats, "--overwrite")
+        stage("plan", home / "model", plan, *method, *stats)
+    stage("plan", home / "model", plan, *method, *stats, "--overwrite")
     with pytest.raises(UserError, match="mixes channels, which --pad cannot fill up with zeros"):
         stage("apply", home / "model", plan, tmp_path / "padded", "--pad")
     assert not (tmp_path / "padded").exists()
@@ -363,7 +363,7 @@ def test_weights_that_are_not_finite_are_refused(home: Path, tmp_path: Path) -> 
 
 def test_plans_of_other_models_are_refused(home: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    stage("plan_command", home / "model", plan, "--method", "l1", "--ratio", "0.5")
+    stage("plan", home / "model", plan, "--method", "l1", "--ratio", "0.5")
     write_hf(home / "sibling", GATED_DELTANET, weights(GATED_DELTANET, seed=1))
     with pytest.raises(UserError, match=r"plan .*plan.json is of another model \(fingerprint"):
         stage("apply", home / "sibling", plan, tmp_path / "out")
@@ -373,9 +373,9 @@ def test_plans_of_other_models_are_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="comes after 99"):
         stage("apply", home / "model", plan, tmp_path / "out")
     with pytest.raises(UserError, match="plan.json exists"):
-        stage("plan_command", home / "model", plan, "--method", "l1", "--ratio", "0.5")
+        stage("plan", home / "model", plan, "--method", "l1", "--ratio", "0.5")
     with pytest.raises(UserError, match="drrqr chooses by statistics: make them with"):
-        stage("plan_command", home / "model", tmp_path / "p", "--method", "drrqr", "--ratio", "0.5")
+        stage("plan", home / "model", tmp_path / "p", "--method", "drrqr", "--ratio", "0.5")
     assert os.listdir(tmp_path) == ["plan.json"]
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
-from flame.distributed import process_group
 from flame.errors import UserError
+from flame.process.distributed import process_group
 from kernels.delta_rule import chunk_delta_rule
 from kernels.gated_delta_rule import chunk_gated_delta_rule
-from launch.spectra import recurrent_states
+from launch.ranks.spectra import recurrent_states
 from pruning.adapters import ADAPTERS
-from pruning.state_analysis import MEASURES, Analysis, analyse_states, linear_spaces
 from pruning.state_rank import (
     cosine,
     gram_singular_values,
@@ -30,7 +29,8 @@ from pruning.state_rank import (
     states_at,
     times,
 )
-from pruning.state_samples import sampled_states
+from pruning.states.analysis import MEASURES, Analysis, analyse_states, linear_spaces
+from pruning.states.samples import sampled_states
 from pruning.taps import OpCall, tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import CONFIGS

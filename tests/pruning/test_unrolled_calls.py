@@ -8,10 +8,10 @@ from torch import Tensor
 
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS
-from pruning.plan import spaces_of_kinds
+from pruning.planning.plan import spaces_of_kinds
 from pruning.spaces import Space
 from pruning.state_rank import states_at
-from pruning.state_samples import sampled_states
+from pruning.states.samples import sampled_states
 from pruning.statistics import KeySquares, QueryKeyGram, ValueSquares
 from pruning.taps import OpCall, operator_for, tap_ops
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens

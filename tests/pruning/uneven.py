@@ -5,7 +5,7 @@ import torch
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import ModelReference
 from pruning.adapters import adapter_for
-from pruning.plan import Plan, pruned_config, spaces_of_kinds
+from pruning.planning.plan import Plan, pruned_config, spaces_of_kinds
 from pruning.spaces import Kept, Kind, Space
 
 

@@ -1,0 +1,158 @@
+"""Low-rank adapters through peft, on a model that is still on the meta device.
+
+Adapters go on before `fully_shard`, so FSDP2 shards and reduces them like any parameter. A LoRA
+run's checkpoints hold what is trained, in peft's names; the base is named beside them.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE
+from flame.checkpoint.source import TensorSource
+from flame.errors import UserError, first_line
+from flame.model import copy_full, named_tensors
+from flame.recovery.dora import MAGNITUDE, initialise_magnitudes, use_own_layers
+from flame.recovery.trainable import suggestion
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before every name in its adapter files."""
+
+
+def inject(model: nn.Module, lora: Any) -> None:
+    """Add adapters to `model` in place, freeze the rest but for `lora.train_also` and biases.
+
+    Args:
+        lora: recipe section `[lora]` (`flame.config.Lora`).
+    """
+    from peft import inject_adapter_in_model
+
+    check_targets(model, lora.target_modules)
+    try:
+        inject_adapter_in_model(
+            peft_config(lora), model, adapter_name=ADAPTER, low_cpu_mem_usage=True
+        )
+    except ValueError as error:
+        raise UserError(f"peft refuses the [lora] section: {first_line(error)}") from error
+    use_own_layers(model, ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_trained(name, lora))
+
+
+def peft_config(lora: Any, base: str | None = None) -> Any:
+    """peft's `LoraConfig` of recipe section `[lora]`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        bias=lora.bias,
+        target_modules=list(lora.target_modules),
+    )
+
+
+def initialise_adapters(model: nn.Module, seed: int) -> None:
+    """Fill the adapters of a model with its weights loaded, so that it computes as without them.
+
+    A is uniform as `nn.Linear`'s default (Kaiming, a = √5), B zero, DoRA's magnitudes are the row
+    norms. The values depend on `seed`, the parameter's name and the base alone, not on world size
+    or sharding. Collective.
+    """
+    for name, parameter in named_tensors(model):
+        if ".lora_A." in name:
+            copy_full(parameter, _uniform(name, parameter.shape, seed))
+        elif ".lora_B." in name:
+            copy_full(parameter, torch.zeros(parameter.shape))
+    initialise_magnitudes(model, ADAPTER)
+
+
+def load_adapters(model: nn.Module, source: TensorSource) -> None:
+    """Copy adapters and what was trained beside them from a peft folder's or a step's tensors."""
+    stored = set(source.names())
+    targets = {peft_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    for name in sorted(stored | {name for name in targets if is_adapter(name)}):
+        if name not in stored or name not in targets:
+            where = "the model to be trained" if name in stored else "lora.init"
+            raise UserError(f"{where} has no {name}: give lora.init the [lora] that it was made by")
+        found, wanted = source.info(name).shape, tuple(targets[name].shape)
+        if found != wanted:
+            raise UserError(f"lora.init's {name} has shape {found}, [lora] asks for {wanted}")
+        copy_full(targets[name], source.read(name))
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def base_name(name: str) -> str:
+    """The name that parameter `name` of an adapted model has in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def peft_name(name: str) -> str:
+    """The name of parameter `name` of an adapted model in peft's adapter files."""
+    if is_adapter(name):
+        name = name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name
+        name = f"{name}.".replace(f".{ADAPTER}.", ".").removesuffix(".")
+    return PEFT_PREFIX + name
+
+
+def write_adapter_files(
+    folder: Path, lora: Any, reference: str, fingerprint: str, config: dict[str, Any]
+) -> None:
+    """Write peft's `adapter_config.json` and `base.json` (the base's reference and fingerprint)."""
+    text = json.dumps(peft_config(lora, reference).to_dict(), indent=2, default=_plain)
+    (folder / ADAPTER_FILE).write_text(text + "\n")
+    base = {"reference": reference, "fingerprint": fingerprint, "config": config}
+    (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def check_targets(model: nn.Module, targets: list[str]) -> None:
+    """Refuse targets that are no linear modules, or are the output projection."""
+    named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    output = {name.rpartition(".")[2] for name, module in named.items() if module is head}
+    linear = {name.rpartition(".")[2] for name in named} - output
+    for target in targets:
+        if target in output:
+            raise UserError(
+                f"lora.target_modules names {target!r}, the output projection, which the loss uses "
+                f"by itself: train it in full with lora.train_also"
+            )
+        if target not in linear:
+            raise UserError(
+                f"lora.target_modules names {target!r}, which is no linear module of the model: "
+                f"{suggestion(target, linear)}"
+            )
+
+
+def _is_trained(name: str, lora: Any) -> bool:
+    return (
+        is_adapter(name)
+        or any(part in base_name(name) for part in lora.train_also)
+        or (lora.bias == "all" and name.endswith(".bias"))
+        or (lora.bias == "lora_only" and name.endswith(".base_layer.bias"))
+    )
+
+
+def _uniform(name: str, shape: torch.Size, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

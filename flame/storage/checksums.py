@@ -1,0 +1,185 @@
+"""A hash per file of a step folder, kept in `checksums.json`.
+
+The file is written before `.metadata` and covers `.metadata` too, so a step that has both was
+written to its end. Hashes are XXH3 with 128 bits: they find damage, they do not prove origin.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+
+from flame.errors import UserError
+from flame.storage.direct_file import DirectFile
+
+ALGORITHM = "xxh3_128"
+CHECKSUMS = "checksums.json"
+METADATA = ".metadata"
+"""DCP's index of a step."""
+_BLOCK = 1 << 20
+
+
+def hash_bytes(data: bytes) -> str:
+    """The hash of `data`, 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_file(path: Path) -> str:
+    """The hash of a file, read in blocks of 1 MiB."""
+    hasher = xxhash.xxh3_128()
+    block = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            hasher.update(block[:size])
+    return hasher.hexdigest()
+
+
+class HashAlong:
+    """The hash of a file that is taken while parts of it are read, so that no byte is read twice.
+
+    Parts that are read in the order of the file are hashed as they are; what lies between them, or
+    was read in another order, is read again when its turn comes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hasher = xxhash.xxh3_128()
+        self._done = 0
+
+    def take(self, offset: int, data: memoryview) -> None:
+        """Hash `data`, which was read at `offset`, and all that lies before it."""
+        if offset < self._done:
+            return
+        self._advance(offset)
+        self._hasher.update(data)
+        self._done += len(data)
+
+    def finish(self) -> str:
+        """Hash what is left; the hash of the whole file."""
+        self._advance(None)
+        return self._hasher.hexdigest()
+
+    def _advance(self, stop: int | None) -> None:
+        """Read and hash up to offset `stop`, None for all."""
+        block = memoryview(bytearray(_BLOCK if stop is None else min(stop - self._done, _BLOCK)))
+        with open(self._path, "rb", buffering=0) as stream:
+            stream.seek(self._done)
+            while stop is None or self._done < stop:
+                wanted = len(block) if stop is None else stop - self._done
+                size = stream.readinto(block[:wanted])
+                if not size:
+                    break
+                self._hasher.update(block[:size])
+                self._done += size
+
+
+class HashingFile:
+    """A new file that hashes what is written to it, in order; as a context, closed at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = DirectFile(path)
+        self._hasher = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for first in range(0, len(view), _BLOCK):
+            # A block at a time, so that it is copied while it is in the processor's cache.
+            block = view[first : first + _BLOCK]
+            self._hasher.update(block)
+            self._file.write(block)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Does nothing, for writers that ask for it: `finish` brings all to the disk."""
+
+    def finish(self) -> str:
+        """Bring the content to the disk, close the file and return its hash."""
+        self._file.finish()
+        return self._hasher.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file through to the disk; return its hash."""
+    with HashingFile(path) as stream:
+        stream.write(data)
+        return stream.finish()
+
+
+def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write `checksums.json` for files of `folder`, by name."""
+    content = {"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}
+    write_file(folder / CHECKSUMS, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The hash of each file of a step, by name; raises `UserError` if the list is not usable."""
+    path = folder / CHECKSUMS
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {CHECKSUMS}: it was not written to its end, or not by slimstate; "
+            "use another step"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): use another step") from error
+    if not _is_valid(content):
+        raise UserError(f"{path} is not a list of {ALGORITHM} hashes: use another step")
+    return content["files"]
+
+
+def check_file(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
+    """Raise `UserError` unless the file `name` has the hash that was recorded for it."""
+    path = folder / name
+    check_listed(folder, name, hashes)
+    with readable(path):
+        found = hash_file(path)
+    check_hash(path, found, hashes[name])
+
+
+def check_listed(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
+    """Raise `UserError` unless a hash was recorded for the file `name`."""
+    if name not in hashes:
+        raise UserError(f"{folder / name} is not listed in {CHECKSUMS}: use another step")
+
+
+def check_hash(path: Path, found: str, recorded: str) -> None:
+    """Raise `UserError` unless a file has the hash that was recorded for it."""
+    if found != recorded:
+        raise UserError(f"{path} is damaged (its hash differs): use another step or copy it again")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the system's complaints about reading a step's file into a `UserError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: use another step") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_valid(content: Any) -> bool:
+    if not isinstance(content, dict) or content.get("algorithm") != ALGORITHM:
+        return False
+    files = content.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(value, str) and _is_plain(name) for name, value in files.items()
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name

@@ -1,0 +1,133 @@
+"""safetensors files, written and read tensor by tensor: memory holds one.
+
+The format: the length of a header in 8 bytes, little-endian; the header in JSON, with dtype, shape
+and place of each tensor; the tensors' bytes without gaps (github.com/huggingface/safetensors).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flame.errors import UserError, first_line
+from flame.storage.archive import read_into
+from flame.storage.direct_file import DirectFile
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+"""The tensors begin at a multiple of so many bytes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    code: str
+    """Its dtype in the format's words."""
+    offset: int
+    """Of its first byte in the file."""
+
+
+class SafetensorsFile:
+    """A file that was checked when it was opened: header, places and its length fit together.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        open_safetensors(path)
+        self._path = path
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            header = json.loads(stream.read(length))
+        start = _LENGTH_BYTES + length
+        self.entries = {
+            name: Entry(tuple(entry["shape"]), entry["dtype"], start + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != _METADATA
+        }
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor, or a scalar."""
+        entry = self.entries[name]
+        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+        target = torch.empty(shape, dtype=DTYPES[entry.code])
+        row = torch.Size(entry.shape[1:]).numel() * target.element_size()
+        try:
+            with open(self._path, "rb", buffering=0) as stream:
+                read_into(stream.fileno(), self._path, entry.offset + start * row, target)
+        except OSError as error:
+            raise UserError(f"cannot read {name} of {self._path}: {error.strerror}") from error
+        return target
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+) -> None:
+    """Write a file, through to the disk.
+
+    Args:
+        tensors: shape and dtype of each tensor by name; written widest dtype first, then by name.
+        read: gives a tensor; called once for each, in the order of the file.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    with closing(DirectFile(path)) as file:
+        file.write(memoryview(_header(order, tensors)))
+        for name in order:
+            file.write(_bytes(name, read(name), tensors[name]))
+        file.finish()
+
+
+def open_safetensors(path: Path) -> Any:
+    """An open handle of a safetensors file; `UserError` if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: copy the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): copy the model again") from error
+
+
+def _header(order: list[str], tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name in order:
+        shape, dtype = tensors[name]
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _bytes(name: str, tensor: Tensor, promised: tuple[tuple[int, ...], torch.dtype]) -> memoryview:
+    if (tuple(tensor.shape), tensor.dtype) != promised:
+        raise ValueError(f"{name}: promised {promised}, read {tensor.shape} {tensor.dtype}")
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,156 @@
+"""GPU memory that a training job will take, from shapes alone: no GPU, no weights, no data.
+
+Parameters, gradients, moments and the teacher's weights are counted: FSDP2 cuts every parameter
+along its first dimension into as many equal pieces as there are shards, the last ones shorter, and
+the first rank holds the longest. What exists for part of a step only, gathered weights, logits and
+activations, is estimated: activations at two numbers for each output of a linear layer and four
+for each number in a block's input, which fused kernels undercut and plain ones exceed.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from flame.model import count_parameters, full_precision_parameters, layers, meta_model
+from flame.training.chunked_loss import LOGITS_AT_A_TIME
+
+FLOAT = 4
+"""Bytes of an fp32 number: weights, gradients and moments are kept so."""
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+LOGIT_COPIES = 3
+"""Tensors as large as a chunk's logits that exist at once; of a teacher as many again."""
+
+PER_OUTPUT, PER_INPUT = 2, 4
+"""Numbers kept for the backward pass, of each linear output and each number in a block's input."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table."""
+
+    name: str
+    bytes: int
+    counted: bool
+    """Exact, rather than estimated."""
+
+
+def estimate(job: Any, world_size: int) -> list[Part]:
+    """Memory of one GPU, the first rank's, when `job` trains on `world_size` of them.
+
+    Args:
+        job: a checked `flame.config.JobConfig`.
+    """
+    import flame.register  # noqa: F401
+    from flame.training.train_spec import CausalLMArgs, build_model
+
+    arguments = CausalLMArgs()
+    arguments.update_from_config(job)
+    model = build_model(arguments)
+    shards = world_size // job.parallelism.data_parallel_replicate_degree
+    compute = DTYPE_BYTES[job.training.mixed_precision_param]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        Part("parameters", FLOAT * shard_numel(model, model.parameters(), shards), True),
+        Part("gradients", FLOAT * shard_numel(model, trained, shards), True),
+        Part("optimizer", moment_bytes(model, trained, shards), True),
+        *_teacher(job, shards, compute),
+        Part("gathered weights", compute * gathered_numel(model), False),
+        Part("logits of a chunk", _logits(job, model), False),
+        Part("activations", compute * _activations(job, model), False),
+    ]
+
+
+def estimate_table(job: Any, nproc: int, nnodes: int) -> str:
+    """The estimate as text for a terminal, under a line that names the mesh and the batch."""
+    world_size, training = nproc * nnodes, job.training
+    replicas = job.parallelism.data_parallel_replicate_degree
+    parts = estimate(job, world_size)
+    total = sum(part.bytes for part in parts)
+    lines = [f"{part.name:<20}{_gib(part.bytes)}  {_kind(part)}" for part in parts]
+    return "\n".join(
+        [
+            f"Memory of one GPU of {world_size} ({nnodes} x {nproc}), {replicas} x "
+            f"{world_size // replicas} replicas x shards, {training.local_batch_size} sequences of "
+            f"{training.seq_len} tokens at a time, {training.mixed_precision_param}",
+            "",
+            f"{'part':<20}{'GiB':>9}",
+            *lines,
+            f"{'total':<20}{_gib(total)}  without the allocator's own and CUDA's context",
+        ]
+    )
+
+
+def shard_numel(model: nn.Module, parameters: Iterable[Tensor], shards: int) -> int:
+    """Numbers that the first rank holds of `parameters`, which are some of `model`'s."""
+    whole = {id(p) for p in full_precision_parameters(model).values()}
+    return sum(
+        p.numel() if id(p) in whole else math.ceil(p.shape[0] / shards) * _row(p)
+        for p in parameters
+    )
+
+
+def moment_bytes(model: nn.Module, trained: list[nn.Parameter], shards: int) -> int:
+    """AdamW's two moments in fp32, and a count of steps for each parameter."""
+    return FLOAT * (2 * shard_numel(model, trained, shards) + len(trained))
+
+
+def gathered_numel(model: nn.Module) -> int:
+    """Weights that are whole at once: the root's group, the largest block and the next one."""
+    blocks = sorted((count_parameters(block.parameters()) for block in layers(model)), reverse=True)
+    return count_parameters(model.parameters()) - sum(blocks) + sum(blocks[:2])
+
+
+def _teacher(job: Any, shards: int, compute: int) -> list[Part]:
+    from flame.checkpoint.reference import resolve
+
+    if not job.distill.teacher:
+        return []
+    model = meta_model(resolve(job.distill.teacher).config)
+    held = FLOAT * shard_numel(model, model.parameters(), shards)
+    return [
+        Part("teacher", held, True),
+        Part("teacher, gathered", compute * gathered_numel(model), False),
+    ]
+
+
+def _logits(job: Any, model: nn.Module) -> int:
+    """Logits of a chunk in fp32, and the sum of the output projection's gradient."""
+    vocabulary, width = model.get_output_embeddings().weight.shape  # type: ignore[operator]
+    tokens = job.training.local_batch_size * job.training.seq_len
+    chunk = job.distill.chunk_tokens or max(1, LOGITS_AT_A_TIME // vocabulary)
+    copies = LOGIT_COPIES * (2 if job.distill.teacher else 1)
+    return FLOAT * (copies * min(chunk, tokens) * vocabulary + vocabulary * width)
+
+
+def _activations(job: Any, model: nn.Module) -> int:
+    """Numbers that one micro-batch keeps for its backward pass."""
+    tokens, width = job.training.local_batch_size * job.training.seq_len, model.config.hidden_size
+    every = {"none": 0, "full": 1}.get(job.activation_checkpoint.mode)
+    if every is None:
+        every = int(job.activation_checkpoint.selective_ac_option)
+    kept = [_kept(block, width) for block in layers(model)]
+    recomputed = {n for n in range(len(kept)) if every and n % every == 0}
+    alive = sum(width if n in recomputed else own for n, own in enumerate(kept))
+    return tokens * (alive + max((kept[n] for n in recomputed), default=0))
+
+
+def _kept(block: nn.Module, width: int) -> int:
+    """Numbers a token that a block keeps for its backward pass."""
+    outputs = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+    return PER_OUTPUT * outputs + PER_INPUT * width
+
+
+def _row(parameter: Tensor) -> int:
+    return parameter.numel() // parameter.shape[0]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:9.3f}"
+
+
+def _kind(part: Part) -> str:
+    return "counted" if part.counted else "estimated"

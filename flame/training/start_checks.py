@@ -1,0 +1,112 @@
+"""What a training job starts from, examined before it writes anything.
+
+The ranks share the reading, and what one of them finds is raised on all.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.fingerprint import check_finite
+from flame.checkpoint.load import check_weights
+from flame.checkpoint.reference import resolve
+from flame.checkpoint.source import DcpSource
+from flame.checkpoint.steps import (
+    is_whole,
+    latest_whole_step,
+    set_aside,
+    step_folder,
+    verify_step,
+    whole_steps,
+)
+from flame.errors import UserError
+from flame.model import meta_model
+from flame.process.distributed import rank, world_size
+from flame.process.peers import Peers
+
+log = logging.getLogger(__name__)
+
+
+def check_start(job: Any) -> None:
+    """Refuse weights that are damaged, not finite or of another model. Collective.
+
+    Raises:
+        UserError: on every rank, naming the file or tensor.
+    """
+    peers = Peers()
+    step = _undamaged_step(job, peers)
+    if step is not None:
+        peers.agree(lambda: _check_finite(DcpSource(step, check="never")))
+        peers.agree(lambda: _check_entries(step) if rank() == 0 else None)
+    if job.model.init and (step is None or job.lora.rank > 0):
+        peers.agree(lambda: _check_init(job.model.init))
+    if job.distill.teacher:
+        peers.agree(lambda: _check_init(job.distill.teacher))
+
+
+def _undamaged_step(job: Any, peers: Peers) -> Path | None:
+    """The step that the job goes on from, its hashes checked; with `fallback` the last such one."""
+    while True:
+        step = peers.from_first(peers.agree(lambda: _resumed_step(job) if rank() == 0 else None))
+        if step is None:
+            return None
+        try:
+            peers.agree(partial(verify_step, step, rank(), world_size()))
+            return step
+        except UserError as error:
+            before = peers.from_first(_whole_step_before(step) if rank() == 0 else None)
+            _give_up_step(job, step, before, str(error), peers)
+
+
+def _give_up_step(job: Any, step: Path, before: str | None, error: str, peers: Peers) -> None:
+    """Set a damaged step aside if the job may fall back on `before`, else raise what was found."""
+    if before is None or job.checkpoint.load_step != -1:
+        raise UserError(error)
+    if not job.checkpoint.fallback:
+        raise UserError(f"{error}; or pass --fallback to go on from {before}")
+    aside = step.with_name(step.name.replace("step-", "damaged-"))
+    if rank() == 0:
+        log.warning("slimstate: warning: %s", f"{error}; going on from {before}, see {aside.name}")
+    peers.agree(lambda: set_aside(step, aside) if rank() == 0 else None)
+
+
+def _whole_step_before(step: Path) -> str | None:
+    number = int(step.name.removeprefix("step-"))
+    earlier = [other for other in whole_steps(step.parent) if other < number]
+    return f"step-{earlier[-1]}" if earlier else None
+
+
+def _resumed_step(job: Any) -> Path | None:
+    """The step that the job goes on from, if there is one."""
+    folder, asked = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint.load_step
+    if asked == -1:
+        latest = latest_whole_step(folder)
+        return None if latest is None else step_folder(folder, latest)
+    step = step_folder(folder, asked)
+    if not is_whole(step):
+        raise UserError(f"checkpoint.load_step is {asked}, but {step} is no whole step")
+    latest = latest_whole_step(folder) or asked
+    if latest > asked:
+        # Its steps would be purged as the older ones, and a later start would take that one.
+        raise UserError(
+            f"checkpoint.load_step is {asked}, and step-{latest} lies after it: move that away, or "
+            "leave load_step out to go on from there"
+        )
+    return step
+
+
+def _check_entries(step: Path) -> None:
+    """Read the entries that are no tensors: one that is more than plain data is refused."""
+    DcpSource(step, everything=True, check="never").values()
+
+
+def _check_init(name: str) -> None:
+    reference = resolve(name)
+    source = reference.source()
+    check_weights(meta_model(reference.config), source)
+    _check_finite(source)
+
+
+def _check_finite(source: Any) -> None:
+    check_finite(source, rank(), world_size())

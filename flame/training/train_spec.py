@@ -1,0 +1,242 @@
+"""The torchtitan train spec for any causal language model of transformers or fla."""
+
+import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
+
+from flame.checkpoint.load import load_weights
+from flame.checkpoint.reference import (
+    CONFIG_FILE,
+    RECIPE_FILE,
+    TOKENIZER_CONFIG,
+    read_config,
+    resolve,
+)
+from flame.data.hub import hub_problem
+from flame.data.loader import PackedLoader, alone
+from flame.data.mqar import is_mqar, mqar_tokenizer
+from flame.data.sources import build_documents
+from flame.data.tokenizer import load_tokenizer
+from flame.errors import UserError, first_line
+from flame.model import (
+    count_parameters,
+    initialise,
+    layers,
+    meta_model,
+    restore_after_to_empty,
+    shard,
+    sum_replicated_gradients,
+)
+from flame.process.distributed import device_type, gather_objects
+from flame.recovery.lora import initialise_adapters, inject, load_adapters
+from flame.recovery.trainable import freeze_others
+from flame.training.optimizer import build_optimizers
+from flame.training.schedule import build_schedules
+
+NAME = "causal_lm"
+
+
+@dataclass
+class CausalLMArgs(BaseModelArgs):
+    """The model's `config.json` and what of the job its construction needs."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Not a field: torchtitan logs the fields.
+        self.job: Any = None
+
+    def update_from_config(self, job_config: Any, **_: Any) -> None:
+        self.config = model_config(job_config)
+        self.job = job_config
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and floating-point operations a token: 6 for each weight of a product."""
+        embedding = model.get_input_embeddings().weight.numel()
+        total = count_parameters(model.parameters())
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        return total, 6 * (total if tied else total - embedding)
+
+
+def model_config(job: Any) -> dict[str, Any]:
+    """The `config.json` to train: the run folder's own, `model.init`'s or `model.config`."""
+    own = Path(job.job.dump_folder) / CONFIG_FILE
+    if own.is_file():
+        return read_config(own)
+    if job.model.init:
+        return resolve(job.model.init).config
+    if not job.model.config:
+        raise UserError("no model: give model.config (a config.json) or --init MODEL")
+    path = Path(job.model.config)
+    if path.is_file():
+        return read_config(path)
+    if path.is_dir():
+        return read_config(path / CONFIG_FILE)
+    return hub_config(job.model.config)
+
+
+def hub_config(name: str) -> dict[str, Any]:
+    """The `config.json` of a hub model, from the cache or the network."""
+    from huggingface_hub import hf_hub_download
+
+    problem = hub_problem()
+    try:
+        path = hf_hub_download(name, CONFIG_FILE, local_files_only=problem is not None)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.config {name!r} is neither a file nor a folder, and not to be had from the hub "
+            f"({problem or first_line(error)}): give a local config.json"
+        ) from error
+    return read_config(Path(path))
+
+
+def build_model(args: CausalLMArgs) -> nn.Module:
+    """The model on the meta device, adapters on, with `init_weights` to fill it once it is real."""
+    model = meta_model(args.config)
+    if args.job.lora.rank > 0:
+        inject(model, args.job.lora)
+    else:
+        freeze_others(model, args.job.trainable.modules)
+    # torchtitan calls model.init_weights(buffer_device=…); transformers' method takes no argument.
+    model.init_weights = partial(init_weights, model, args)
+    return model
+
+
+def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None) -> None:
+    """Fill a sharded, materialised model: from `model.init`, or at random by the seed."""
+    job = args.job
+    seed = job.debug.seed if job.debug.seed is not None else 0
+    restore_after_to_empty(model)
+    if job.model.init:
+        load_weights(model, resolve(job.model.init).source())
+    else:
+        initialise(model, args.config, seed)
+    initialise_adapters(model, seed)
+    if job.lora.init:
+        load_adapters(model, resolve(job.lora.init).own_source())
+    sum_replicated_gradients(model)
+
+
+def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
+    """Apply activation checkpointing, torch.compile (CUDA) and FSDP2 or HSDP, in this order."""
+    apply_activation_checkpointing(model, job.activation_checkpoint)
+    if job.compile.enable and "model" in job.compile.components:
+        compile_layers(model, job.compile.backend)
+    policy = job.parallelism.fsdp_reshard_after_forward
+    return shard(
+        model,
+        data_mesh(parallel_dims),
+        compute_dtype(job.training.mixed_precision_param),
+        reshard_after_forward=policy != "never",
+    )
+
+
+def data_mesh(parallel_dims: Any) -> DeviceMesh:
+    """All ranks as shards, or replicas × shards (HSDP). A mesh of one rank is a mesh too."""
+    replicas, shards = parallel_dims.dp_replicate, parallel_dims.dp_shard
+    if replicas == 1:
+        return init_device_mesh(device_type(), (shards,), mesh_dim_names=("fsdp",))
+    names = ("dp_replicate", "fsdp")
+    return init_device_mesh(device_type(), (replicas, shards), mesh_dim_names=names)
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The recipe's compute dtype on CUDA; fp32 on a CPU."""
+    return TORCH_DTYPE_MAP[name] if device_type() == "cuda" else torch.float32
+
+
+def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:
+    """Recompute every layer (`full`) or every n-th (`selective`) in the backward pass."""
+    if config.mode == "none":
+        return
+    every = 1 if config.mode == "full" else int(config.selective_ac_option)
+    # The layers' own checkpointing (transformers' GradientCheckpointingLayer) renames nothing.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for position, layer in enumerate(layers(model)):
+        layer.gradient_checkpointing = position % every == 0
+
+
+def compile_layers(model: nn.Module, backend: str) -> None:
+    if device_type() != "cuda":
+        logger.info("compile.enable is ignored on a CPU")
+        return
+    for layer in layers(model):
+        layer.compile(backend=backend)
+
+
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> PackedLoader:
+    data, training = job_config.data, job_config.training
+    return PackedLoader(
+        build_documents(data, data.split),
+        tokenizer,
+        data,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        rank=dp_rank,
+        world_size=dp_world_size,
+        agree=alone if data.repeat or dp_world_size == 1 else all_agree,
+    )
+
+
+def all_agree(ready: bool) -> bool:
+    """Whether all ranks are ready. Collective."""
+    return all(gather_objects(ready))
+
+
+def tokenizer_of(job: Any) -> Any:
+    """The run folder's own tokenizer, `data.tokenizer`, that of `model.init`, or MQAR's own."""
+    own = Path(job.job.dump_folder)
+    if _has_tokenizer(own):
+        return load_tokenizer(str(own))
+    if job.data.tokenizer:
+        return load_tokenizer(job.data.tokenizer)
+    if job.model.init:
+        folder = resolve(job.model.init).tokenizer
+        if folder is not None:
+            return load_tokenizer(str(folder))
+    if is_mqar(job.data.dataset):
+        return mqar_tokenizer(job.data.dataset)
+    raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
+
+
+def _has_tokenizer(run: Path) -> bool:
+    """Whether a run folder has a tokenizer of its own, and not what a killed start left of one."""
+    started, complete = (run / RECIPE_FILE).is_file(), (run / TOKENIZER_CONFIG).is_file()
+    return complete or ((run / "tokenizer.json").is_file() and not started)
+
+
+SPEC = TrainSpec(
+    model_cls=build_model,
+    model_args={"config": CausalLMArgs()},
+    parallelize_fn=parallelize,
+    pipelining_fn=None,
+    build_optimizers_fn=build_optimizers,
+    build_lr_schedulers_fn=build_schedules,
+    build_dataloader_fn=build_loader,
+    build_tokenizer_fn=tokenizer_of,
+    build_loss_fn=build_cross_entropy_loss,
+)
+
+
+def register() -> None:
+    """Register the train spec with torchtitan, once."""
+    from torchtitan.protocols.train_spec import _extra_train_specs
+
+    if NAME not in _extra_train_specs:
+        register_train_spec(NAME, SPEC)

@@ -1,0 +1,258 @@
+"""torchtitan's trainer for causal language models, with this project's checkpoints."""
+
+import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
+
+# isort: split
+import copy
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
+from torchtitan.train import Trainer as TitanTrainer
+
+import flame.training.train_spec
+from flame.checkpoint.manager import CheckpointManager
+from flame.process.distributed import world_size
+from flame.process.silence import naming_silent_ranks
+from flame.process.stopping import StopSignals
+from flame.recovery.lora import peft_name
+from flame.training.nonfinite import NonfiniteSteps
+from flame.training.objective import build_objective
+from flame.training.optimizer import clip_gradients
+from flame.training.seeds import seed_step
+
+LOSS_PARTS = ("cross_entropy", "kl", "hidden")
+"""Names under which TensorBoard shows, as `loss/…`, the parts of the loss."""
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(TitanTrainer):
+    """One training job: build, resume or start, train, save.
+
+    Differences to torchtitan's: the model is a Hugging Face module, checkpoints are
+    `flame.checkpoint.manager`'s, gradients of parameters that FSDP2 does not shard are summed, the
+    count of seen tokens is global, steps that are not finite change nothing, and a signal ends the
+    loop after the step in hand.
+    """
+
+    def __init__(self, job: Any) -> None:
+        flame.training.train_spec.register()
+        super().__init__(without_checkpoints(job))
+        self.job_config = job
+        model = self.model_parts[0]
+        dtype = flame.training.train_spec.compute_dtype(job.training.mixed_precision_param)
+        self.objective = build_objective(job, model, dtype)
+        checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
+        self.signals = StopSignals()
+        self.stop_asked = False
+        self.checkpointer = CheckpointManager(
+            checkpoints,
+            model,
+            {
+                "optimizer": self.optimizers,
+                "lr_scheduler": self.lr_schedulers,
+                "train_state": self,
+            },
+            self.dataloader,
+            interval=job.checkpoint.interval,
+            keep=job.checkpoint.keep_latest_k,
+            first_step=job.checkpoint.enable_first_step_checkpoint,
+            background=job.checkpoint.async_mode == "async",
+            patience=timedelta(seconds=job.comm.train_timeout_seconds),
+            tensors=trained_tensors if job.lora.rank > 0 else get_model_state_dict,
+        )
+        self.nonfinite = NonfiniteSteps(
+            job.training.max_nonfinite_steps, checkpoints, self.checkpointer.settle
+        )
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
+    ) -> Tensor:
+        """Losses of one micro-batch, `[4]`: this rank's share of the mean over all tokens.
+
+        The total, which is minimised, and its parts: cross entropy, KL, hidden states.
+        """
+        losses = self.objective(input_dict, labels)
+        (losses.total / global_valid_tokens).backward()
+        parts = [losses.total.detach(), losses.cross_entropy, losses.kl, losses.hidden]
+        return torch.stack(parts) / global_valid_tokens
+
+    def train_step(self, data_iterator: Any) -> None:
+        """One step over `global_batch_size` sequences; no update where it is not finite."""
+        self.optimizers.zero_grad()
+        seed_step(self.job_config.debug.seed or 0, self.step)
+        batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
+        # On the CPU: a GPU that works on the last step is not waited for.
+        tokens = max(summed(torch.tensor([local_tokens]))[0], 1)
+        losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
+        local = torch.stack(losses).sum(dim=0)
+        parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
+        norm = clip_gradients(parameters, self.job_config.training.max_norm)
+        finite = self._agree(local, norm)
+        self.checkpointer.maybe_wait_for_staging()
+        if finite:
+            self.optimizers.step()
+        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        self.lr_schedulers.step()
+        self.ntokens_seen = self._tokens_per_step() * self.step
+        self.nonfinite.count(self.step, finite)
+        if finite and self.metrics_processor.should_log(self.step):
+            self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
+
+    def train(self) -> None:
+        """Train to `training.steps`, to the end of the data, or until a signal. Collective.
+
+        However it ends, the last step is saved.
+
+        Raises:
+            SystemExit: a signal asked for the end; 128 + its number, as a shell says it.
+        """
+        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+        self.lr_schedulers.apply()
+        log.info("training starts at step %d", self.step + 1)
+        # The time that building and loading took is not a step's.
+        self.metrics_processor.time_last_log = time.perf_counter()
+        with StopSignals() as signals, self._profilers() as profilers:
+            self._steps(signals, profilers)
+        if self.stop_asked:
+            log.info("stopped after step %d, which is saved: the same command goes on", self.step)
+            raise SystemExit(128 + (signals.received or signal.SIGTERM))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "skipped_steps": self.nonfinite.total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.nonfinite.total = state_dict["skipped_steps"]
+
+    def close(self) -> None:
+        if self.dataloader is not None:
+            self.dataloader.close()
+        super().close()
+
+    def _steps(self, signals: StopSignals, profilers: list[Any]) -> None:
+        batches = self.batch_generator(self.dataloader)
+        first, last = self.step + 1, self.job_config.training.steps
+        self.signals = signals
+        while self.step < last and not self.stop_asked:
+            self.step += 1
+            self.gc_handler.run(self.step)
+            try:
+                with naming_silent_ranks(self.step):
+                    self.train_step(batches)
+            except DataloaderExhaustedError:
+                log.warning("the data ended before step %d", self.step)
+                self.step -= 1
+                break
+            if not self.nonfinite.in_a_row:
+                # What a run of such steps stands on may be what spoilt them.
+                self._save()
+            for profiler in profilers:
+                profiler.step()
+            if self.step == first:
+                self._shorten_timeouts()
+        if self.step >= first:
+            self._save(last_step=True)
+
+    def _save(self, last_step: bool = False) -> None:
+        with naming_silent_ranks(self.step):
+            self.checkpointer.save(self.step, last_step)
+
+    def _shorten_timeouts(self) -> None:
+        """After the first step nothing is built or compiled any more: a long wait is a fault."""
+        seconds = self.job_config.comm.train_timeout_seconds
+        dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+
+    @contextmanager
+    def _profilers(self) -> Iterator[list[Any]]:
+        options: dict[str, Any] = {
+            "global_step": self.step,
+            "base_folder": self.job_config.job.dump_folder,
+        }
+        settings = self.job_config.profiling
+        with (
+            maybe_enable_profiling(settings, **options) as times,
+            maybe_enable_memory_snapshot(settings, **options) as memory,
+        ):
+            yield [profiler for profiler in (times, memory) if profiler]
+
+    def _micro_step(self, inputs: dict[str, Any], labels: Tensor, tokens: float) -> Tensor:
+        return self.forward_backward_step(
+            input_dict={key: self._to_device(value) for key, value in inputs.items()},
+            labels=self._to_device(labels),
+            global_valid_tokens=tokens,
+        )
+
+    def _agree(self, losses: Tensor, norm: Tensor) -> bool:
+        """Sum the losses over ranks, and hear whether anyone was told to stop.
+
+        Returns whether all is finite. One all-reduce, so that all ranks come to one decision.
+        """
+        asked = float(self.signals.received > 0)
+        said = torch.stack([norm.to(losses), torch.tensor(asked).to(losses)])
+        *self.losses, norms, requests = summed(torch.cat([losses, said]))
+        self.gradient_norm = norms / world_size()
+        self.stop_asked = requests > 0
+        return all(map(math.isfinite, (*self.losses, norms)))
+
+    def _log(self, worst: float, rate: float) -> None:
+        """Metrics of this step for the terminal and TensorBoard. Collective."""
+        monitor, total = self.metrics_processor, self.losses[0]
+        if self.parallel_dims.dp_enabled:
+            mesh = self.parallel_dims.get_optional_mesh("loss")
+            worst = dist_utils.dist_max(torch.tensor(worst, device=self.device), mesh)
+        tokens = monitor.ntokens_since_last_log * world_size()
+        extra = {
+            "n_tokens_seen": self.ntokens_seen,
+            "lr": rate,
+            "tokens_per_second": tokens / (time.perf_counter() - monitor.time_last_log),
+            "skipped_steps": self.nonfinite.total,
+        }
+        parts = zip(LOSS_PARTS, self.losses[1:], strict=True)
+        extra |= {f"loss/{name}": value for name, value in parts}
+        monitor.log(self.step, total, worst, self.gradient_norm, extra_metrics=extra)
+
+    def _to_device(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    def _tokens_per_step(self) -> int:
+        training = self.job_config.training
+        return training.global_batch_size * training.seq_len
+
+
+def summed(values: Tensor) -> list[float]:
+    """`values` summed over all ranks. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def without_checkpoints(job: Any) -> Any:
+    """`job` with torchtitan's own checkpointer switched off."""
+    job = copy.copy(job)
+    job.checkpoint = copy.copy(job.checkpoint)
+    job.checkpoint.enable = False
+    return job
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Any]:
+    """A LoRA run's checkpoint: the trained tensors under peft's names."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tensors = get_model_state_dict(model)
+    return {peft_name(name): value for name, value in tensors.items() if name in trained}

@@ -1,0 +1,239 @@
+"""What `slimstate eval` measures on each of its models: perplexity, fidelity and tasks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flame.checkpoint.reference import ModelReference, resolve
+from flame.errors import UserError
+from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
+from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
+from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.lm.network import Network
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured, and how the models are run."""
+
+    perplexity: bool = False
+    against: str = ""
+    """A model reference to compare with; empty for none."""
+
+    tasks: TaskOptions | None = None
+    text: HeldoutOptions = field(default_factory=HeldoutOptions)
+    """The held-out text of perplexity and comparison."""
+
+    dtype: str = "auto"
+    placement: str = "auto"
+    batch: int = 32
+    max_length: int | None = None
+    """Tokens that tasks show a model at once; None for what its config says."""
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on besides the model: two calls that agree in it can be joined."""
+        import dataclasses
+
+        return {
+            "perplexity": self.perplexity,
+            "against": identity(resolve(self.against)) if self.against else None,
+            "text": dataclasses.asdict(self.text),
+            "tasks": self.tasks and self.tasks.record(),
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+        }
+
+
+def evaluate_models(
+    models: Sequence[str], measures: Measures, results: ResultsFile
+) -> dict[str, Record]:
+    """The records of `models`; those that `results` holds are not measured again. Collective.
+
+    Rank 0 keeps each model's record in `results` as soon as it is there.
+    """
+    from flame.process.distributed import from_rank_zero, rank
+
+    bench = _Bench(measures)
+    records = {}
+    for name in models:
+        reference = resolve(name)
+        done = from_rank_zero(results.done(name, reference) if rank() == 0 else None)
+        records[name] = done or bench.record(name, reference)
+        if rank() == 0 and not done:
+            results.add(name, records[name])
+    return records
+
+
+class _Bench:
+    """What all models share: the tasks with their data, and the model to compare with."""
+
+    def __init__(self, measures: Measures) -> None:
+        from launch.evaluation.perplexity import compute_dtype
+
+        self.measures = measures
+        self.dtype = compute_dtype(measures.dtype)
+        self._tasks: dict[str, Any] | None = None
+        self._against: tuple[ModelReference, Network] | None = None
+
+    def record(self, name: str, reference: ModelReference) -> Record:
+        """Everything that is asked for of one model. Collective."""
+        network = self._network(reference)
+        record = {
+            "model": name,
+            **self._perplexity(name, reference, network),
+            **self._fidelity(reference, network),
+            **self._scores(reference, network),
+        }
+        return {
+            **record,
+            **_description(reference, network),
+            SETTINGS: self.measures.settings(),
+            IDENTITY: identity(reference),
+        }
+
+    def _network(self, reference: ModelReference) -> "Network":
+        from launch.lm.network import load_network
+
+        return load_network(reference, self.dtype, self.measures.placement)  # type: ignore[arg-type]
+
+    def _perplexity(self, name: str, reference: ModelReference, network: "Network") -> Record:
+        if not self.measures.perplexity:
+            return {}
+        from launch.evaluation.perplexity import measure_perplexity
+
+        text = heldout_text(reference, self.measures.text)
+        return measure_perplexity(network.model, reference, text, self.dtype, name).record()
+
+    def _fidelity(self, reference: ModelReference, network: "Network") -> Record:
+        if not self.measures.against:
+            return {}
+        from launch.evaluation.fidelity import measure_fidelity
+
+        if self._against is None:
+            dense = resolve(self.measures.against)
+            self._against = dense, self._network(dense)
+        dense, theirs = self._against
+        text = heldout_text(reference, self.measures.text)
+        found = measure_fidelity(
+            network.model, theirs.model, reference, dense, text, _name(self.dtype)
+        )
+        return {"fidelity": found.record()}
+
+    def _scores(self, reference: ModelReference, network: "Network") -> Record:
+        options = self.measures.tasks
+        if options is None:
+            return {}
+        from flame.checkpoint.fingerprint import check_finite
+        from flame.data.tokenizer import load_tokenizer
+        from launch.lm.model import NotFiniteError, SlimstateLM
+
+        tokenizer = load_tokenizer(tokenizer_name(reference, self.measures.text.tokenizer))
+        lm = SlimstateLM(network, tokenizer, self.measures.max_length, self.measures.batch)
+        try:
+            return {"tasks": evaluate_tasks(lm, self._loaded(options), options.limit)}
+        except NotFiniteError as error:
+            check_finite(reference.source())
+            raise UserError(f"{reference.weights}: {error}") from error
+
+    def _loaded(self, options: TaskOptions) -> dict[str, Any]:
+        """The tasks, read once; rank 0 is first, so that data is fetched and cached once."""
+        from flame.process.distributed import barrier, rank
+
+        if self._tasks is None:
+            if rank() == 0:
+                self._tasks = loaded_tasks(options)
+            barrier()
+            self._tasks = self._tasks or loaded_tasks(options)
+        return self._tasks
+
+
+@cache
+def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
+    """`load_tasks`, once a process: checking loads them too, to refuse data that is missing."""
+    return load_tasks(options)
+
+
+def _description(reference: ModelReference, network: "Network") -> Record:
+    from flame.model import count_parameters
+    from flame.process.distributed import world_size
+    from launch.evaluation.perplexity import state_bytes, versions
+
+    return {
+        "weights": str(reference.weights),
+        "parameters": count_parameters(network.model.parameters()),
+        "state_bytes": state_bytes(reference.config),
+        "dtype": _name(network.dtype),
+        "sharded": network.sharded,
+        "world_size": world_size(),
+        "versions": versions(),
+    }
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tokenizer(reference: ModelReference, given: str) -> None:
+    """Refuse a model whose tokenizer is missing, or has tokens that the model does not.
+
+    Raises:
+        UserError: so it is, or the tokenizer has no end of text.
+    """
+    from flame.data.tokenizer import check_vocabulary, load_tokenizer
+    from launch.evaluation.perplexity import vocabulary
+
+    tokenizer = load_tokenizer(tokenizer_name(reference, given))
+    check_vocabulary(tokenizer, vocabulary(reference.config))
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {reference.folder} has no end-of-text token, which tasks begin and "
+            "end on: give --tokenizer FOLDER"
+        )
+
+
+def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
+    """Refuse to show a model with attention alone more tokens than it has positions for."""
+    from launch.evaluation.perplexity import keeps_documents_apart
+    from pruning.adapters import ADAPTERS
+
+    positions = config.get("max_position_embeddings")
+    if max_length is None or not isinstance(positions, int) or max_length <= positions:
+        return
+    if config["model_type"] not in ADAPTERS and not keeps_documents_apart(dict(config)):
+        raise UserError(
+            f"--max-length {max_length} is beyond the {positions} positions of this "
+            f"{config['model_type']} model: give at most {positions}"
+        )
+
+
+def expanded(models: Sequence[str]) -> list[str]:
+    """Model names with patterns such as `'RUN/checkpoint/step-*'` resolved, steps in order.
+
+    Raises:
+        UserError: a pattern matches no folder, or a model is named twice.
+    """
+    names: list[str] = []
+    for model in models:
+        names += _matches(model) if set(model) & set("*?[") else [model]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"model {name} is named twice")
+    return names
+
+
+def _matches(pattern: str) -> list[str]:
+    import glob
+    import re
+
+    if Path(pattern).exists():
+        return [pattern]
+    found = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]
+    if not found:
+        raise UserError(f"no model at {pattern}: no folder matches")
+    return sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)] or [0])

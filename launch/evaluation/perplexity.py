@@ -1,0 +1,263 @@
+"""Held-out perplexity of a model, its weights sharded and the text dealt out over processes.
+
+Weights are sharded by FSDP2; sums are kept in float64, so the figure depends on the number of
+processes only to rounding.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flame.errors import UserError
+from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from flame.checkpoint.reference import ModelReference
+
+Item = TypeVar("Item")
+
+DTYPES = ("auto", "float32", "bfloat16")
+"""Compute dtypes; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+
+PROGRAMS = ("slimstate", "torch", "transformers", "flash-linear-attention")
+"""Distributions whose version a figure depends on."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of a model on a text, and what it was measured with."""
+
+    perplexity: float
+    """e to the mean negative log-likelihood of a predicted token."""
+
+    bits_per_byte: float
+    """Negative log2-likelihood over the UTF-8 bytes that the predicted tokens stand for."""
+
+    tokens: int
+    """Predicted tokens."""
+
+    bytes: int
+    """UTF-8 bytes that they stand for."""
+
+    sequences: int
+    parameters: int
+    state_bytes: int | None
+    """Bytes of the recurrent state of one sequence, fp32; None where the family has no adapter."""
+
+    model: str
+    data: str
+    seq_len: int
+    """Tokens a row; the context starts afresh with each row and, in fla's models, each document."""
+
+    dtype: str
+    """Dtype of the forward pass; weights are stored and losses summed in fp32 and fp64."""
+
+    world_size: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass over held-out text adds up."""
+
+    loss: float
+    """Negative log-likelihood of all predicted tokens, nats."""
+
+    tokens: int
+    bytes: int
+    sequences: int
+
+
+def evaluate_perplexity(
+    model: "str | Path | ModelReference",
+    text: HeldoutOptions | None = None,
+    dtype: str = "auto",
+) -> Perplexity:
+    """Perplexity of a model reference. Collective over the running process group.
+
+    Args:
+        model: what `flame.checkpoint.reference.resolve` takes, or gave.
+        text: the held-out text; by default that of the model's recipe.
+        dtype: of the forward pass: `float32`, `bfloat16`, or `auto` (bfloat16 on CUDA).
+
+    Raises:
+        UserError: the model, its tokenizer or the text cannot be used, or losses are not finite.
+    """
+    from flame.checkpoint.load import build_sharded
+    from flame.checkpoint.reference import ModelReference, resolve
+    from flame.process.distributed import data_parallel_mesh
+
+    reference = model if isinstance(model, ModelReference) else resolve(model)
+    chosen = heldout_text(reference, text or HeldoutOptions())
+    computed_in = compute_dtype(dtype)
+    network = build_sharded(reference, data_parallel_mesh(), computed_in)
+    name = str(model.weights if isinstance(model, ModelReference) else model)
+    return measure_perplexity(network, reference, chosen, computed_in, name)
+
+
+def measure_perplexity(
+    network: "nn.Module",
+    reference: "ModelReference",
+    text: HeldoutText,
+    dtype: "torch.dtype",
+    name: str,
+) -> Perplexity:
+    """Perplexity of a loaded model, `network`, that `reference` describes. Collective.
+
+    Args:
+        dtype: what `network` computes in.
+        name: what the result calls the model.
+
+    Raises:
+        UserError: the tokenizer or the text cannot be used, or losses are not finite.
+    """
+    from flame.model import count_parameters
+    from flame.process.distributed import world_size
+
+    rows = text.sequences(vocabulary(reference.config), keeps_documents_apart(reference.config))
+    sums = sum_losses(network, rows)
+    _check_finite(sums, reference)
+    return Perplexity(
+        perplexity=math.exp(sums.loss / sums.tokens),
+        bits_per_byte=sums.loss / math.log(2) / sums.bytes,
+        tokens=sums.tokens,
+        bytes=sums.bytes,
+        sequences=sums.sequences,
+        parameters=count_parameters(network.parameters()),
+        state_bytes=state_bytes(reference.config),
+        model=name,
+        data=text.name,
+        seq_len=text.seq_len,
+        dtype=str(dtype).removeprefix("torch."),
+        world_size=world_size(),
+        versions=versions(),
+    )
+
+
+def sum_losses(model: "nn.Module", rows: Iterable[Any]) -> Sums:
+    """The losses of `rows`, as `heldout_sequences` gives them, summed over all ranks. Collective.
+
+    Rank r takes the rows n with n % world_size == r. Where the last round has too few, the other
+    ranks read its first row with them and count nothing: FSDP2 gathers weights from all ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from flame.process.distributed import rank, world_size
+    from flame.process.progress import progress
+
+    sums = torch.zeros(4, dtype=torch.float64)
+    for round_ in progress(rounds(rows, world_size()), "evaluate"):
+        own = rank() < len(round_)
+        inputs, labels, size = round_[rank() if own else 0]
+        loss, tokens = row_loss(model, inputs, labels)
+        if own:
+            sums += torch.tensor([loss, tokens, size, 1], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, *counts = sums.tolist()
+    return Sums(loss, *map(int, counts))
+
+
+def row_loss(
+    model: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor"
+) -> tuple[float, int]:
+    """Negative log-likelihood in nats, and number, of the predicted tokens of one batch.
+
+    Args:
+        inputs: `input`, int64 [B, T], and what else the model's forward takes.
+        labels: int64 [B, T]; -100 is not predicted.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from flame.process.distributed import local_device
+
+    moved = {name: value.to(local_device()) for name, value in inputs.items()}
+    with torch.no_grad():
+        tokens = moved.pop("input")
+        logits = model(input_ids=tokens, use_cache=False, **moved).logits
+        targets = labels.to(logits.device).flatten()
+        losses = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+    return float(losses.double().sum()), int((targets != -100).sum())
+
+
+def rounds(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in lists of `size`, the last one as long as is left."""
+    round_: list[Item] = []
+    for item in items:
+        round_.append(item)
+        if len(round_) == size:
+            yield round_
+            round_ = []
+    if round_:
+        yield round_
+
+
+def state_bytes(config: dict[str, Any]) -> int | None:
+    """Bytes of one sequence's recurrent state; None for a family without an adapter."""
+    from pruning.adapters import ADAPTERS
+
+    adapter = ADAPTERS.get(config["model_type"])
+    return None if adapter is None else adapter.state_bytes(config)
+
+
+def compute_dtype(name: str) -> "torch.dtype":
+    """The dtype of a name of `DTYPES`."""
+    import torch
+
+    from flame.process.distributed import device_type
+
+    if name == "auto":
+        name = "bfloat16" if device_type() == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def keeps_documents_apart(config: dict[str, Any]) -> bool:
+    """Whether the model takes `cu_seqlens`: fla's and ours do; others read a row as one text."""
+    from flame.model import stock_config
+
+    return type(stock_config(config)).__module__.startswith(("fla.", "flame."))
+
+
+def vocabulary(config: dict[str, Any]) -> int:
+    size = config.get("vocab_size")
+    if not isinstance(size, int):
+        raise UserError("the model's config.json has no vocab_size: it is not a language model's")
+    return size
+
+
+def _check_finite(sums: Sums, reference: "ModelReference") -> None:
+    """Name what is wrong where a loss is not finite: a weight if there is one, else the logits."""
+    from flame.checkpoint.fingerprint import check_finite
+
+    if sums.tokens == 0 or sums.bytes == 0:
+        raise UserError("the held-out text has no token to predict: give longer documents")
+    if not math.isfinite(sums.loss):
+        check_finite(reference.source())
+        raise UserError(
+            f"{reference.weights} gives logits that are not finite, though its weights are: "
+            "try --dtype float32"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the programs that a figure depends on; those that are installed."""
+    found = {}
+    for name in PROGRAMS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

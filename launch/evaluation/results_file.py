@@ -1,0 +1,106 @@
+"""Results of an evaluation in a file, model by model, so that a call goes on where one was cut.
+
+A single model's record is the file's top level, as it always was; several are under `models`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.reference import ModelReference
+from flame.errors import UserError
+from flame.process.atomic_output import check_file_output, replacing_file
+
+SETTINGS = "settings"
+IDENTITY = "identity"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class ResultsFile:
+    """The records of models, by the names that they were given, and the file that keeps them."""
+
+    path: Path | None
+    """None keeps nothing."""
+
+    settings: Mapping[str, Any]
+    """What was measured and how; results under other settings are not taken over."""
+
+    several: bool
+    overwrite: bool = False
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def check(self, inside: Sequence[Path] = ()) -> None:
+        """Read what the file holds; refuse one that is not from a call like this.
+
+        Args:
+            inside: folders that the file must not lie in (the models').
+        """
+        if self.path is None:
+            return
+        for folder in inside:
+            check_file_output(self.path, True, inside=folder)
+        if not self.overwrite:
+            self.records = _resumable(self.path, self.settings)
+            self.several = self.several or len(self.records) > 1
+        check_file_output(self.path, self.overwrite or bool(self.records))
+
+    def done(self, name: str, reference: ModelReference) -> Record | None:
+        """The record of a model that has not changed since."""
+        record = self.records.get(name)
+        return record if record and record.get(IDENTITY) == identity(reference) else None
+
+    def add(self, name: str, record: Record) -> None:
+        """Keep `record`, and write the file."""
+        self.records[name] = record
+        if self.path is None:
+            return
+        content = dict(record)
+        if self.several:
+            content = {SETTINGS: dict(self.settings), "models": self.records}
+        with replacing_file(self.path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def identity(reference: ModelReference) -> str:
+    """A mark of the files that a model's figures depend on: their names, sizes and times."""
+    folders = [reference.weights, reference.folder]
+    if reference.is_lora:
+        folders.append(reference.base().weights)
+    return files_mark(f for folder in folders for f in folder.iterdir() if _matters(f))
+
+
+def files_mark(files: Iterable[Path]) -> str:
+    """A hash of the names, sizes and times of `files`."""
+    stats = [(str(file), file.stat()) for file in sorted(set(files))]
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _matters(file: Path) -> bool:
+    """Whether a file is of the model; logs, plans and records beside it are not."""
+    from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE, CONFIG_FILE, TOKENIZER_FILES
+
+    names = (ADAPTER_FILE, BASE_FILE, CONFIG_FILE, ".metadata", *TOKENIZER_FILES)
+    return file.name in names or file.suffix in (".safetensors", ".distcp", ".bin")
+
+
+def _resumable(path: Path, settings: Mapping[str, Any]) -> dict[str, Record]:
+    """The records in `path`; none if there is no such file, or it is not a file of records."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or SETTINGS not in content:
+        return {}
+    if content[SETTINGS] != json.loads(json.dumps(settings)):
+        raise UserError(
+            f"output {path} exists and holds results under other settings: "
+            "choose another, or pass --overwrite to replace it"
+        )
+    models = content.get("models", {content.get("model"): content})
+    return {name: record for name, record in models.items() if isinstance(record, dict)}

@@ -1,0 +1,97 @@
+"""Why a multi-process job failed, from what its workers left behind.
+
+When one rank fails, its peers fail after it: in a collective whose other end has gone, or by the
+agent's signal. Only the cause is worth reading. Each worker (worker.py) leaves two files in the
+report folder: `rank-N.traceback`, of an exception that nothing handled, and for ranks above 0
+`rank-N.stderr`.
+"""
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+ERROR_PREFIX = "slimstate: error: "
+LAST_LINES = 20
+
+INTERRUPTED = 130
+"""Exit status of a worker that was told to end."""
+
+STOPPED = 143
+"""Exit status of a worker that was told to end, and saved its work first."""
+
+
+def traceback_file(reports: Path, rank: int) -> Path:
+    return reports / f"rank-{rank}.traceback"
+
+
+def stderr_file(reports: Path, rank: int) -> Path:
+    return reports / f"rank-{rank}.stderr"
+
+
+def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
+    """What to print on stderr for failed ranks; nothing if rank 0 has given the reason itself.
+
+    In this order: a person's mistake, a signal from outside, the first traceback, an exit status.
+
+    Args:
+        exit_codes: of each failed rank of this node; negative is a signal, as in `subprocess`.
+        reports: the folder that the workers wrote to.
+    """
+    if _rank_zero_spoke(exit_codes, reports):
+        return ""
+    if set(exit_codes.values()) == {STOPPED}:
+        return f"{ERROR_PREFIX}stopped by a signal on another node, after saving\n"
+    line = next(filter(None, (_error_line(reports, rank) for rank in sorted(exit_codes))), "")
+    if line:
+        return f"{line}\n"
+    for rank, code in sorted(exit_codes.items()):
+        if code < 0 and -code != signal.SIGTERM:
+            return _last_words(reports, rank) + f"{ERROR_PREFIX}rank {rank} {_signal(-code)}\n"
+    return _first_traceback(exit_codes, reports) or _exit_status(exit_codes, reports)
+
+
+def status(exit_codes: Mapping[int, int]) -> int:
+    """The exit status of the job: 1, or that of its workers if they were only told to end."""
+    codes = set(exit_codes.values())
+    return min(codes) if codes <= {INTERRUPTED, STOPPED} else 1
+
+
+def _rank_zero_spoke(exit_codes: Mapping[int, int], reports: Path) -> bool:
+    """Rank 0's stderr is the terminal: it spoke if it failed by itself, without a traceback."""
+    code = exit_codes.get(0, 0)
+    return code > 0 and code != INTERRUPTED and not traceback_file(reports, 0).exists()
+
+
+def _error_line(reports: Path, rank: int) -> str:
+    lines = (line for line in _stderr(reports, rank) if line.startswith(ERROR_PREFIX))
+    return next(lines, "")
+
+
+def _first_traceback(exit_codes: Mapping[int, int], reports: Path) -> str:
+    files = [(traceback_file(reports, rank), rank) for rank in exit_codes]
+    found = [(file.stat().st_mtime_ns, rank, file) for file, rank in files if file.exists()]
+    if not found:
+        return ""
+    _, rank, file = min(found)
+    return f"slimstate: rank {rank} failed:\n{file.read_text()}"
+
+
+def _exit_status(exit_codes: Mapping[int, int], reports: Path) -> str:
+    own = [rank for rank, code in exit_codes.items() if code not in (INTERRUPTED, -signal.SIGTERM)]
+    rank = min(own or exit_codes)
+    reason = f"{ERROR_PREFIX}rank {rank} ended with status {exit_codes[rank]}\n"
+    return _last_words(reports, rank) + reason
+
+
+def _signal(number: int) -> str:
+    hint = ": the machine may be out of memory" if number == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(number).name}{hint}"
+
+
+def _last_words(reports: Path, rank: int) -> str:
+    return "".join(f"{line}\n" for line in _stderr(reports, rank)[-LAST_LINES:])
+
+
+def _stderr(reports: Path, rank: int) -> list[str]:
+    file = stderr_file(reports, rank)
+    return file.read_text(errors="replace").splitlines() if file.exists() else []

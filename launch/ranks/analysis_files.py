@@ -1,0 +1,188 @@
+"""What a state-rank analysis leaves behind: a table in Parquet, a summary in JSON, plots in SVG."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.drawing.heatmaps import svg_file
+from launch.ranks.rank_plots import Plot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pruning.states.analysis import Analysis
+
+FORMAT = 1
+TABLE_FILE = "analysis.parquet"
+SUMMARY_FILE = "summary.json"
+
+RANKS = ("stable_rank", "threshold_rank", "entropy_rank")
+"""The definitions of rank by which heads are grouped; utilisation orders them as stable rank."""
+
+EARLY = 128
+"""Tokens after which paper B compares heads with those at the end (arXiv 2602.02195)."""
+
+
+def write_analysis(
+    folder: Path,
+    analyses: "Mapping[tuple[str, str], Analysis]",
+    summary: Mapping[str, Any],
+    drawn: Mapping[str, Plot],
+) -> None:
+    """Write all files of an analysis into `folder`.
+
+    Args:
+        analyses: by the names of a model and of a text, as they stand in the table.
+        summary: what `SUMMARY_FILE` holds.
+        drawn: the plots by name.
+    """
+    write_table(folder / TABLE_FILE, analyses)
+    text = json.dumps(_without_nan(summary), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    for name, plot in drawn.items():
+        file = folder / f"{name}.svg"
+        file.write_text(svg_file(plot.drawing, plot.title), encoding="utf-8")
+
+
+def write_table(path: Path, analyses: "Mapping[tuple[str, str], Analysis]") -> None:
+    """One row for each model, text, sequence, layer, head and time.
+
+    `singular_values` is there for the last time and null before.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    tables = [
+        pyarrow.table(_columns(model, data, analysis))
+        for (model, data), analysis in analyses.items()
+    ]
+    parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
+
+
+def _columns(model: str, data: str, analysis: "Analysis") -> dict[str, Any]:
+    import pyarrow
+
+    shape = next(iter(analysis.values.values())).shape
+    sequences, layers, heads, times = shape
+    columns: dict[str, Any] = {"model": [model] * shape.numel(), "data": [data] * shape.numel()}
+    columns |= {
+        "sequence": _repeated(range(sequences), shape, 0),
+        "layer": _repeated(analysis.layers, shape, 1),
+        "head": _repeated(range(heads), shape, 2),
+        "tokens": _repeated(analysis.times, shape, 3),
+    }
+    columns |= {name: values.flatten().numpy() for name, values in analysis.values.items()}
+    lists = [
+        analysis.spectra[layer][sequence, head].tolist() if time == times - 1 else None
+        for sequence in range(sequences)
+        for layer in range(layers)
+        for head in range(heads)
+        for time in range(times)
+    ]
+    columns["singular_values"] = pyarrow.array(lists, pyarrow.list_(pyarrow.float64()))
+    return columns
+
+
+def _repeated(values: Sequence[int], shape: Sequence[int], dim: int) -> Any:
+    """`values` along one dimension of `shape`, flattened."""
+    import torch
+
+    view = [1] * len(shape)
+    view[dim] = shape[dim]
+    return torch.tensor(list(values)).view(view).expand(*shape).flatten().numpy()
+
+
+def model_summary(analysis: "Analysis") -> dict[str, Any]:
+    """Means by layer after the last token, and the groups of heads by every definition of rank."""
+    return {
+        "heads": analysis.values["beta"].shape[2],
+        "singular_values_a_state": [values.shape[-1] for values in analysis.spectra],
+        "layers": layer_means(analysis),
+        "groups": {rank: groups_summary(analysis, rank) for rank in RANKS},
+    }
+
+
+def layer_means(analysis: "Analysis") -> list[dict[str, Any]]:
+    """Every metric after the last token over sequences and heads, a row for each layer.
+
+    The mean, but of `sigma_ratio`, which a single head can make infinite, the median.
+    """
+    import torch
+
+    means = {}
+    for name, values in analysis.values.items():
+        last = values[..., -1].transpose(0, 1).flatten(1)
+        ratio = name == "sigma_ratio"
+        means[name] = (torch.median(last, 1).values if ratio else last.mean(1)).tolist()
+    return [
+        {"layer": layer, **{name: column[place] for name, column in means.items()}}
+        for place, layer in enumerate(analysis.layers)
+    ]
+
+
+def groups_summary(analysis: "Analysis", rank: str) -> dict[str, Any]:
+    """The heads of low and of high rank after the last token, and whether they were so before."""
+    from pruning.state_rank import split
+
+    groups = split(analysis.mean(rank).flatten())
+    heads = analysis.values[rank].shape[2]
+    high = groups.high.nonzero().flatten().tolist()
+    early = max(place for place, time in enumerate(analysis.times) if time <= EARLY)
+    return {
+        "bound": groups.bound,
+        "separation": groups.separation,
+        "low_heads": len(groups.high) - len(high),
+        "high_heads": len(high),
+        "high": [[analysis.layers[index // heads], index % heads] for index in high],
+        "over_time": {
+            "tokens": analysis.times[early],
+            **agreement(_states(analysis, rank, early), _states(analysis, rank, -1)),
+        },
+    }
+
+
+def compared(analysis: "Analysis", other: "Analysis") -> dict[str, Any]:
+    """How far two analyses agree after the last token, by every definition of rank.
+
+    None where they differ in layers or heads.
+    """
+    return {
+        rank: agreement(_states(analysis, rank, -1), _states(other, rank, -1)) for rank in RANKS
+    }
+
+
+def agreement(a: "tuple[Tensor, Tensor]", b: "tuple[Tensor, Tensor]") -> dict[str, Any]:
+    """Agreement of two pairs of heads' ranks and nuclear norms, each [heads of all layers].
+
+    `spearman` of the ranks, `norm_cosine` of the norms, and `same_group`, the share of heads that
+    both put into the same group; null where the numbers of heads differ or nothing varies.
+    """
+    from pruning.state_rank import cosine, spearman, split
+
+    if a[0].shape != b[0].shape:
+        return {"spearman": None, "norm_cosine": None, "same_group": None}
+    first, second = split(a[0]), split(b[0])
+    is_split = math.isfinite(first.bound) and math.isfinite(second.bound)
+    same = float((first.high == second.high).double().mean()) if is_split else None
+    return {
+        "spearman": spearman(a[0], b[0]),
+        "norm_cosine": cosine(a[1], b[1]),
+        "same_group": same,
+    }
+
+
+def _states(analysis: "Analysis", rank: str, time: int) -> "tuple[Tensor, Tensor]":
+    return analysis.mean(rank, time).flatten(), analysis.mean("nuclear_norm", time).flatten()
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with null for floats that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value

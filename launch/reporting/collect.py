@@ -1,0 +1,190 @@
+"""A report's data, put together from run folders and the result files beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError
+from launch.reporting.data import KeptChannels, ReportData
+from launch.reporting.run_folders import RunFolder, commands, find_runs
+from launch.reporting.run_results import Collector, Results, places_beside
+from launch.reporting.sentences import LABELS
+
+
+def collect(paths: Sequence[Path], title: str = "") -> ReportData:
+    """Everything that the runs and the files beside them say.
+
+    Args:
+        paths: run folders, or folders of runs.
+        title: of the page; by default from the names of the runs.
+
+    Raises:
+        UserError: a path holds no run, or there is nothing to say about any.
+    """
+    runs = find_runs(paths)
+    results = Collector(runs).read(places_beside(paths, runs))
+    plans = {name: run.folder / "plan.json" for name, run in runs.items() if run.plan is not None}
+    curves = _loss_curves(runs)
+    if not (plans or curves or results.files):
+        raise UserError(
+            f"nothing to report on {', '.join(map(str, paths))}: no plan, no losses and no "
+            "results beside it; slimstate eval RUN --perplexity --json FILE makes some"
+        )
+    kept, method = _kept(plans)
+    made = results.commands or list(commands(runs))
+    return ReportData(
+        title=title or f"slimstate report: {', '.join(r.folder.name for r in runs.values())}",
+        rows=_rows(runs, results),
+        plans={name: _plan_facts(runs[name].plan or {}) for name in plans},
+        tasks=results.tasks,
+        fidelity=results.fidelity,
+        recall=results.recall,
+        query_noise=[row for name in runs for row in results.query_noise.get(name, ())],
+        ranks=results.ranks,
+        bench=results.bench,
+        sweeps=results.sweeps,
+        loss_curves=curves,
+        kept=kept,
+        method=method,
+        seconds=results.seconds,
+        commands=made,
+        versions=results.versions or _plan_versions(runs),
+        facts={**_places(runs), **results.facts},
+        world_size=results.world_size,
+        seed=results.seed,
+    )
+
+
+def _rows(runs: Mapping[str, RunFolder], results: Results) -> dict[str, dict[str, Any]]:
+    """The table of models: sizes from the folders where no result has them."""
+    from launch.evaluation.perplexity import state_bytes
+
+    rows = {}
+    for name, run in runs.items():
+        row = {"state_bytes": state_bytes(dict(run.config)), **results.rows.get(name, {})}
+        row.setdefault("parameters", _parameters(run))
+        rows[name] = row
+    for name, speed in _decoded(results, runs).items():
+        rows[name].setdefault("decode_tokens_per_second", speed)
+    return rows
+
+
+def _parameters(run: RunFolder) -> int | None:
+    """Parameters by the shapes in the checkpoint; a tied embedding counts once."""
+    import math
+
+    from flame.checkpoint.reference import resolve
+
+    try:
+        source = resolve(run.folder).source()
+        shapes = {name: source.info(name).shape for name in source.names()}
+    except UserError:
+        return None
+    if run.config.get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _decoded(results: Results, runs: Mapping[str, RunFolder]) -> dict[str, float]:
+    """Decoded tokens a second, of the one benchmark that most runs are in, at its largest batch."""
+    records = [r for r in results.bench if any(m["name"] == "decode" for m in r["measures"])]
+    if not records:
+        return {}
+    record = max(records, key=lambda r: len(set(r["models"]) & set(runs)))
+    measures = [m for m in record["measures"] if m["name"] == "decode"]
+    largest = max(measures, key=lambda m: m["batch_size"])
+    results.facts.setdefault("decoding, batch size", largest["batch_size"])
+    return {n: v["median"] for n, v in largest["values"].items() if n in runs}
+
+
+def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], list[float]]]:
+    from launch.reporting.page import loss_curve
+
+    curves = {}
+    for name, run in runs.items():
+        if run.has_losses:
+            try:
+                curves[name] = loss_curve(run.folder)
+            except UserError:
+                continue
+    return curves
+
+
+def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
+    """What the plan of `pruned` kept, or else of the first pruned model, and its method."""
+    from pruning.planning.plan import planned_spaces
+    from pruning.planning.plan_file import read_plan
+
+    if not plans:
+        return [], ""
+    plan = read_plan(plans.get("pruned", next(iter(plans.values()))))
+    try:
+        spaces = {space.name: space for space in planned_spaces(plan, plan.config_before)}
+    except ValueError as error:
+        raise UserError(f"plan {plans}: {error}") from error
+    shown = [
+        KeptChannels(space.layer, space.head_dim, _rows_of(plan.kept[name]), space.kind)
+        for name, space in spaces.items()
+    ]
+    return sorted(shown, key=lambda layer: layer.layer), plan.method
+
+
+def _rows_of(kept: Sequence[Any]) -> list[list[int]]:
+    return [row.tolist() for row in kept]
+
+
+def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as a reader wants it: method, budget, widths, calibration."""
+    method, budget = plan.get("method", {}), plan.get("budget", {})
+    options = method.get("options") or {}
+    calibration = plan.get("calibration") or {}
+    data = calibration.get("data") or {}
+    spaces = plan.get("spaces", {})
+    facts = {
+        "method": method.get("name"),
+        "hyper-parameters": ", ".join(f"{k} {v}" for k, v in options.items() if v is not None),
+        "removed, as asked": budget.get("ratio"),
+        "width, as asked": budget.get("width"),
+        "most bytes of state, as asked": budget.get("state_bytes"),
+        "shared by scores": budget.get("allocate"),
+        "kind of space": budget.get("space"),
+        "width a multiple of": budget.get("multiple_of"),
+        "spaces pruned": len(spaces) or None,
+        "channels kept a head": _widths(spaces, "key"),
+        "value channels kept": _widths(spaces, "value"),
+        "heads kept a layer": _widths(spaces, "head"),
+        "calibration data": data.get("dataset"),
+        "calibration sequences": calibration.get("sequences"),
+        "calibration tokens": calibration.get("tokens"),
+        "fingerprint of the source": str(plan.get("fingerprint", ""))[:12],
+    }
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _widths(spaces: Mapping[str, Any], kind: str) -> str | None:
+    """What the spaces of a kind keep; their names end in it."""
+    of_kind = [rows for name, rows in spaces.items() if name.endswith(f".{kind}")]
+    return _range([len(row) for rows in of_kind for row in rows])
+
+
+def _range(widths: list[int]) -> str | None:
+    if not widths:
+        return None
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _plan_versions(runs: Mapping[str, RunFolder]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for run in runs.values():
+        found |= (run.plan or {}).get("versions", {})
+    return found
+
+
+def _places(runs: Mapping[str, RunFolder]) -> dict[str, str]:
+    """The folder of each row whose name is not its own."""
+    return {
+        f"folder, {LABELS.get(name, name)}": run.folder.name
+        for name, run in runs.items()
+        if run.folder.name != name
+    }

@@ -1,0 +1,377 @@
+"""Result files beside runs: evaluations, recall, benchmarks, analyses, and whose they are.
+
+A file is known by what is in it, not by its name; what belongs to none of the runs is passed over.
+"""
+
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError, first_line
+from launch.reporting.data import Figure, RankAnalysis, Recall
+from launch.reporting.run_folders import RunFolder, is_run, load_json
+
+LARGEST = 16 * 2**20
+"""Bytes above which a JSON file is not looked into."""
+
+PASSED_OVER = {"config.json", "plan.json", "tokenizer.json", "tokenizer_config.json", "base.json"}
+SUMMARY_FILE = "summary.json"
+SWEEP_FILE, SWEEP_RESULTS = "sweep.json", "results.json"
+SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
+METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
+
+
+@dataclass
+class Results:
+    """What the files hold, by the names of the runs."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recall: list[Recall] = field(default_factory=list)
+    query_noise: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ranks: list[RankAnalysis] = field(default_factory=list)
+    bench: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    world_size: int | None = None
+    seed: int | None = None
+    files: list[Path] = field(default_factory=list)
+    """Files that something was taken from."""
+
+
+class Collector:
+    """Reads result files, oldest first, so that of two that say the same the newest holds."""
+
+    def __init__(self, runs: Mapping[str, RunFolder]) -> None:
+        self.runs = runs
+        self.found = Results()
+        self._perplexities: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+        self._recalls: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+
+    def read(self, places: Sequence[Path]) -> Results:
+        """All that lies in `places` and is about the runs."""
+        for path in _files(places):
+            before = self._size()
+            try:
+                self._read_one(path)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{path} looks like a result, but {type(error).__name__} {first_line(error)}: "
+                    "move it away, or measure again"
+                ) from error
+            if self._size() != before:
+                self.found.files.append(path)
+        self._settle_perplexities()
+        self._settle_recall()
+        return self.found
+
+    def _read_one(self, path: Path) -> None:
+        if _is_sweep(path):
+            self._content(load_json(path / SWEEP_RESULTS))
+        elif path.is_dir():
+            self._analysis(path)
+        else:
+            self._content(load_json(path))
+
+    def _content(self, content: Any) -> None:
+        if not isinstance(content, dict | list):
+            return
+        if isinstance(content, dict) and content.get("kind") == "bench":
+            self._bench(content)
+        elif isinstance(content, dict) and content.get("kind") == "sweep":
+            self._sweep(content)
+        elif isinstance(content, dict) and "seconds" in content and "options" in content:
+            self._demo(content)
+        else:
+            for record in _records(content):
+                name = self._name(record.get("weights")) or self._name(record["model"])
+                if name is not None:
+                    self._evaluation(name, record)
+                    self._recall(name, record)
+
+    def _bench(self, record: dict[str, Any]) -> None:
+        """A benchmark with its models renamed as their runs are, if any of them is a run here."""
+        names = {
+            name: self._name(model.get("reference", name)) or name
+            for name, model in record.get("models", {}).items()
+        }
+        if not any(name in self.runs for name in names.values()):
+            return
+        against = record.get("against")
+        order = [*self.runs, *(name for name in names.values() if name not in self.runs)]
+        by_row = sorted(names, key=lambda name: order.index(names[name]))
+        renamed = {
+            **record,
+            "models": {names[name]: record["models"][name] for name in by_row},
+            "against": names.get(against, against),
+            "measures": [
+                {**m, "values": {names[n]: m["values"][n] for n in by_row if n in m["values"]}}
+                for m in record["measures"]
+            ],
+        }
+        # An older file of the same models and device has been measured again.
+        key = ("models", "device", "dtype")
+        older = [r for r in self.found.bench if _same(r, renamed, key)]
+        self.found.bench = [r for r in self.found.bench if r not in older] + [renamed]
+        self.found.versions |= record.get("versions", {})
+
+    def _sweep(self, results: dict[str, Any]) -> None:
+        """What `slimstate sweep` found, if it is about a run here."""
+        if any(self._name(results[key]) is not None for key in ("weights", "model")):
+            older = [r for r in self.found.sweeps if r["commands"] == results["commands"]]
+            self.found.sweeps = [r for r in self.found.sweeps if r not in older] + [results]
+            self.found.versions |= results.get("versions", {})
+
+    def _demo(self, summary: dict[str, Any]) -> None:
+        """The summary of `slimstate demo`."""
+        for name in self.runs:
+            if isinstance(summary.get(name), dict):
+                self.found.rows.setdefault(name, {}).update(summary[name])
+        self.found.seconds |= summary["seconds"]
+        self.found.versions |= summary.get("versions", {})
+        self.found.commands += summary.get("commands", [])
+        decoding = summary.get("decoding", {})
+        self.found.facts |= {
+            f"decoding, {key.replace('_', ' ')}": value for key, value in decoding.items()
+        }
+        self.found.world_size, self.found.seed = summary.get("world_size"), summary.get("seed")
+
+    def _evaluation(self, name: str, record: dict[str, Any]) -> None:
+        if _is_number(record.get("perplexity")):
+            text = (str(record.get("data", "")), record.get("seq_len"))
+            self._perplexities.setdefault(text, {})[name] = record
+        tasks = record.get("tasks")
+        tasks = tasks if isinstance(tasks, dict) else {}
+        scores = {**(tasks.get("results") or {}), **(tasks.get("groups") or {})}
+        for task, score in _task_scores(scores).items():
+            self.found.tasks.setdefault(task, {})[name] = score
+        fidelity = record.get("fidelity")
+        if isinstance(fidelity, dict):
+            for key, heading in METRIC_NAMES.items():
+                if _is_number(fidelity.get(key)):
+                    self.found.fidelity.setdefault(heading, {})[name] = fidelity[key]
+        versions = record.get("versions", {})
+        if _is_number(record.get("perplexity")) and isinstance(versions, dict):
+            self.found.versions |= versions
+
+    def _recall(self, name: str, record: dict[str, Any]) -> None:
+        """Accuracies by number of pairs, and by the depth of a needle for each length."""
+        task = str(record.get("task", ""))
+        points = [(cell["pairs"], cell["accuracy"]) for cell in record.get("mqar") or ()]
+        if points:
+            self._recalls.setdefault(_recall_heading(task), {})[name] = sorted(points)
+        by_length: dict[int, list[tuple[float, float]]] = {}
+        for cell in record.get("needle") or ():
+            by_length.setdefault(cell["length"], []).append((cell["depth"], cell["accuracy"]))
+        if record.get("query_noise"):
+            self.found.query_noise[name] = _by_layer(name, record["query_noise"])
+        for length, points in by_length.items():
+            heading = (f"Needle in a haystack of {length} words", "depth of the needle, %")
+            self._recalls.setdefault(heading, {})[name] = sorted(points)
+
+    def _analysis(self, folder: Path) -> None:
+        summary = load_json(folder / SUMMARY_FILE)
+        if not isinstance(summary, dict) or "model_reference" not in summary:
+            return
+        names = [self._name(summary.get(f"{key}_reference")) for key in ("model", "against")]
+        if names[0] is None and names[1] is None:
+            return
+        layers = [
+            {"model": name or Path(str(summary[f"{key}_reference"])).name, **row}
+            for key, name in zip(("model", "against"), names, strict=True)
+            for row in summary.get(key, {}).get("layers", [])
+        ]
+        figures = [
+            Figure(_title(text), _coloured(text, names) if path.stem == "against" else text)
+            for path in _drawings(folder)
+            for text in [path.read_text(encoding="utf-8")]
+        ]
+        texts = ", ".join(Path(str(text)).name for text in summary.get("data", []))
+        note = (
+            f"States after {summary.get('length')} tokens of {texts}, the mean over "
+            f"{summary.get('sequences')} sequences; definitions are in pruning/state_rank.py."
+        )
+        heading = f"Rank of the states of {names[0] or names[1]}"
+        others = [a for a in self.found.ranks if (a.heading, a.note) != (heading, note)]
+        self.found.ranks = [*others, RankAnalysis(heading, note, layers, figures)]
+
+    def _settle_perplexities(self) -> None:
+        """Rows compare models on one text: the one that most were measured on, and the newest."""
+        if not self._perplexities:
+            return
+        texts = list(self._perplexities)
+        chosen = max(texts, key=lambda text: (len(self._perplexities[text]), texts.index(text)))
+        for name, record in self._perplexities.pop(chosen).items():
+            known = {key: record[key] for key in SCORES if _is_number(record.get(key))}
+            self.found.rows.setdefault(name, {}).update(known)
+        self.found.facts |= {"held-out text": chosen[0], "sequence length": chosen[1]}
+        for (data, length), records in self._perplexities.items():
+            heading = f"perplexity of {Path(data).name}, rows of {length}"
+            for name, record in records.items():
+                self.found.tasks.setdefault(heading, {})[name] = record["perplexity"]
+
+    def _settle_recall(self) -> None:
+        for (heading, x_label), curves in self._recalls.items():
+            ordered = {name: curves[name] for name in self.runs if name in curves}
+            drawn = {n: ([x for x, _ in ps], [y for _, y in ps]) for n, ps in ordered.items()}
+            self.found.recall.append(Recall(heading, x_label, drawn))
+
+    def _name(self, reference: Any) -> str | None:
+        """The run that a result is of: by its path, or where that is gone, by the folder's name."""
+        if not isinstance(reference, str):
+            return None
+        path = Path(reference)
+        for name, run in self.runs.items():
+            if path.resolve().is_relative_to(run.folder):
+                return name
+        if path.exists():
+            return None
+        parts = [part for part in path.parts if part != "checkpoint" and part[:5] != "step-"]
+        same = [name for name, run in self.runs.items() if parts and run.folder.name == parts[-1]]
+        return same[0] if len(same) == 1 else None
+
+    def _size(self) -> int:
+        found = self.found
+        scores = sum(map(len, [*found.tasks.values(), *found.fidelity.values()]))
+        perplexities = sum(map(len, self._perplexities.values()))
+        recalls = sum(map(len, self._recalls.values())) + len(found.query_noise)
+        others = len(found.bench) + len(found.ranks) + len(found.seconds) + len(found.sweeps)
+        return scores + perplexities + recalls + others
+
+
+def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[Path]:
+    """Folders in which results of the runs are looked for: the runs, what was given, and beside."""
+    folders = [run.folder for run in runs.values()]
+    beside = [folder.parent for folder in folders]
+    return list(dict.fromkeys([*beside, *(path.resolve() for path in paths), *folders]))
+
+
+def _files(places: Sequence[Path]) -> list[Path]:
+    """JSON files of the places, and folders of analyses and sweeps in them; oldest first."""
+    found = {
+        path
+        for place in places
+        for path in _listed(place)
+        if _is_analysis(path) or _is_sweep(path) or _is_result(path)
+    }
+    found |= {place for place in places if _is_analysis(place)}
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where that is not for us to see."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_result(path: Path) -> bool:
+    if path.suffix != ".json" or path.name.startswith(".") or path.name in PASSED_OVER:
+        return False
+    return path.is_file() and path.stat().st_size <= LARGEST
+
+
+def _is_analysis(path: Path) -> bool:
+    return not is_run(path) and (path / SUMMARY_FILE).is_file() and any(path.glob("*.svg"))
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / SWEEP_FILE).is_file() and (path / SWEEP_RESULTS).is_file()
+
+
+def _drawings(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("*.svg"))
+
+
+def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Query noise by layer: the mean of the stable ranks, geometric means of the rest."""
+    from statistics import fmean, geometric_mean
+
+    layers: dict[int, list[Mapping[str, Any]]] = {}
+    for head in heads:
+        layers.setdefault(head["layer"], []).append(head)
+    return [
+        {
+            "model": name,
+            "layer": layer,
+            "stable_rank": fmean(head["stable_rank"] for head in found),
+            **{
+                key: geometric_mean(head[key] for head in found)
+                for key in ("amplification", "random_queries", "error_at_10_percent")
+            },
+        }
+        for layer, found in sorted(layers.items())
+    ]
+
+
+def _coloured(svg: str, names: Sequence[str | None]) -> str:
+    """A drawing of two models, as `pruned` and `dense`, in the colours of these rows instead."""
+    pruned, dense = (f"m-{name or 'other'}" for name in names)
+    colours = {"m-pruned": pruned, "m-dense": dense}
+    return re.sub(r"\bm-(?:pruned|dense)\b", lambda found: colours[found[0]], svg)
+
+
+def _title(svg: str) -> str:
+    """The title of a drawing, which screen readers read too."""
+    start = svg.find('aria-label="')
+    if start < 0:
+        return "Plot"
+    start += len('aria-label="')
+    return html.unescape(svg[start : svg.index('"', start)])
+
+
+def _records(content: Any) -> list[dict[str, Any]]:
+    """The records of models in a file: its top, a list of them, or a mapping under `models`."""
+    if isinstance(content, dict):
+        models = content.get("models")
+        content = list(models.values()) if isinstance(models, dict) else [content]
+    records = [record for record in content if isinstance(record, dict)]
+    return [record for record in records if isinstance(record.get("model"), str)]
+
+
+def _recall_heading(task: str) -> tuple[str, str]:
+    length = re.search(r"\blength=(\d+)", task)
+    size = f" in {length[1]} words" if length else ""
+    return f"Associative recall (MQAR){size}", "pairs of key and value"
+
+
+def _task_scores(results: Any) -> dict[str, str]:
+    """Scores of lm-eval's `results` with standard errors, by task and metric."""
+    found: dict[str, str] = {}
+    if not isinstance(results, dict):
+        return found
+    for task, scores in results.items():
+        for key, value in scores.items() if isinstance(scores, dict) else ():
+            metric, _, kind = key.partition(",")
+            if not _is_number(value) or not kind or metric.endswith("_stderr"):
+                continue
+            error = scores.get(f"{metric}_stderr,{kind}")
+            spread = f" ± {_score(error, value)}" if _is_number(error) and error > 0 else ""
+            named = metric if kind == "none" else f"{metric} ({kind})"
+            found[f"{task}, {named}"] = _score(value) + spread
+    return found
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Whether two records agree in `keys`; of models only the names count."""
+    return all(
+        list(one[key]) == list(other[key]) if key == "models" else one[key] == other[key]
+        for key in keys
+    )
+
+
+def _score(value: float, beside: float = 0.0) -> str:
+    """Four digits behind the point, or two for what is large or stands beside it."""
+    return f"{value:.4f}" if max(abs(value), abs(beside)) < 10 else f"{value:,.2f}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,188 @@
+"""The tables of a report, the same in HTML, Markdown and LaTeX."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from launch.drawing.table import Column, Table
+from launch.reporting.data import RankAnalysis, Recall, ReportData, Scores
+from launch.reporting.sentences import LABELS, Row
+from launch.speed.bench_table import bench_table, kernel_lines
+from launch.sweeping.tables import HEADING as SWEEP_HEADING
+from launch.sweeping.tables import NOTE as SWEEP_NOTE
+from launch.sweeping.tables import sweep_of
+
+COLUMNS = (
+    Column("model", "model", align="left"),
+    Column("perplexity", "perplexity", ",.3f"),
+    Column("bits_per_byte", "bits per byte", ".4f"),
+    Column("parameters", "parameters", ",.0f"),
+    Column("state_bytes", "state bytes a sequence", ",.0f"),
+    Column("decode_tokens_per_second", "decoded tokens/s", ",.1f"),
+)
+"""The columns of a run's summary, in every format of it."""
+
+RANK_COLUMNS = (
+    Column("model", "model", align="left"),
+    Column("layer", "layer", "d"),
+    Column("stable_rank", "stable rank", ".2f"),
+    Column("utilisation", "utilisation", ".3f"),
+    Column("threshold_rank", "threshold rank", ".2f"),
+    Column("entropy_rank", "entropy rank", ".2f"),
+    Column("nuclear_norm", "nuclear norm", ".4g"),
+    Column("sigma_ratio", "σ₁/σ_d", ".3g"),
+    Column("decay", "decay", ".4f"),
+    Column("beta", "β", ".3f"),
+)
+"""Means over heads of what `slimstate analyze` measures, a row a layer."""
+
+NOISE_COLUMNS = (
+    Column("model", "model", align="left"),
+    Column("layer", "layer", "d"),
+    Column("stable_rank", "stable rank", ".2f"),
+    Column("amplification", "amplification", ".3f"),
+    Column("random_queries", "of random queries", ".3f"),
+    Column("error_at_10_percent", "error at 10% noise", ".3f"),
+)
+NOISE_NOTE = (
+    "How much of the noise in a query reaches a layer's output: amplification is the squared "
+    "relative error of the output over that of the query, beside what random queries would see "
+    "in a state of that stable rank. Means over heads, geometric but for the rank."
+)
+
+
+class Titled(NamedTuple):
+    """A table under its heading, with a sentence that a reader of it needs."""
+
+    heading: str
+    note: str
+    table: Table
+
+
+def all_tables(data: ReportData) -> Iterator[Titled]:
+    """Every table that `data` has something for, in the order of the page."""
+    if data.rows:
+        yield Titled("All models on the same held-out text", models_note(data), models_table(data))
+    if data.plans:
+        yield Titled("What was pruned, and how", "", plans_table(data.plans))
+    if data.tasks:
+        yield Titled("Tasks", "", scores_table(data.tasks, data.rows))
+    if data.fidelity:
+        yield Titled("Fidelity", FIDELITY_NOTE, scores_table(data.fidelity, data.rows))
+    for recall in data.recall:
+        yield Titled(recall.heading, RECALL_NOTE, recall_table(recall))
+    if data.query_noise:
+        yield Titled("Query noise", NOISE_NOTE, noise_table(data.query_noise))
+    for analysis in data.ranks:
+        yield Titled(analysis.heading, analysis.note, ranks_table(analysis))
+    for record in data.bench:
+        yield Titled(bench_heading(record), " ".join(kernel_lines(record)), bench_table(record))
+    for results in data.sweeps:
+        for table in sweep_of(results).tables():
+            yield Titled(SWEEP_HEADING, SWEEP_NOTE, table)
+
+
+FIDELITY_NOTE = (
+    "KL divergence of the model's predictions from the dense model's, and the share of tokens for "
+    "which both put the same token first."
+)
+RECALL_NOTE = "Share of the values recalled that stood behind their keys."
+
+
+def models_note(data: ReportData) -> str:
+    """How to read the table of models."""
+    seed = f"One run with seed {data.seed}: there" if data.seed is not None else "There"
+    return (
+        "Perplexity is e to the mean negative log-likelihood of a token. The state is what "
+        "decoding keeps for one sequence over all layers, in fp32, without convolution caches. "
+        f"{seed} are no error bars."
+    )
+
+
+def models_table(data: ReportData) -> Table:
+    return summary_table(data.rows)
+
+
+def summary_table(rows: Mapping[str, Row]) -> Table:
+    """The table of a run's models, for the terminal and for the page.
+
+    A column of which no model has a value is left out.
+    """
+    known = {key for row in rows.values() for key, value in row.items() if value is not None}
+    columns = [column for column in COLUMNS if column.key in ("model", *known)]
+    return Table(columns, [{"model": label(name), **row} for name, row in rows.items()])
+
+
+def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row a fact of a plan, one column a pruned model."""
+    facts = list(dict.fromkeys(fact for plan in plans.values() for fact in plan))
+    columns = [Column("fact", " ", align="left"), *(Column(n, label(n)) for n in plans)]
+    rows = [
+        {"fact": fact, **{n: _text(plan.get(fact)) for n, plan in plans.items()}} for fact in facts
+    ]
+    return Table(columns, rows)
+
+
+def scores_table(scores: Scores, models: Mapping[str, Any]) -> Table:
+    """One row a quantity, one column a model, in the order of `models`."""
+    scored = {name for values in scores.values() for name in values}
+    names = [*(name for name in models if name in scored), *sorted(scored - set(models))]
+    columns = [Column("task", " ", align="left"), *(Column(n, label(n), ".4f") for n in names)]
+    return Table(columns, [{"task": task, **values} for task, values in scores.items()])
+
+
+def recall_table(recall: Recall) -> Table:
+    """One row a difficulty, one column a model."""
+    columns = [Column("x", recall.x_label, "g", align="left")]
+    columns += [Column(name, label(name), ".1%") for name in recall.curves]
+    xs = sorted({x for curve in recall.curves.values() for x in curve[0]})
+    points = {name: dict(zip(*curve, strict=True)) for name, curve in recall.curves.items()}
+    return Table(columns, [{"x": x, **{n: points[n].get(x) for n in points}} for x in xs])
+
+
+def noise_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each model and layer."""
+    return Table(NOISE_COLUMNS, [{**row, "model": label(row["model"])} for row in rows])
+
+
+def ranks_table(analysis: RankAnalysis) -> Table:
+    """One row for each model and layer, one column a metric."""
+    known = {key for row in analysis.layers for key in row}
+    return Table(
+        [column for column in RANK_COLUMNS if column.key in known],
+        [{**row, "model": label(row["model"])} for row in analysis.layers],
+    )
+
+
+def bench_heading(record: Mapping[str, Any]) -> str:
+    names = [name for name in record["models"] if name != record.get("against")]
+    against = f" against {record['against']}" if record.get("against") else ""
+    return f"Speed and memory of {', '.join(names)}{against}"
+
+
+def label(name: str) -> str:
+    """What a reader sees for a model."""
+    return LABELS.get(name, name)
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def markdown_tables(data: ReportData) -> Iterator[str]:
+    """Every table under its heading, as Markdown."""
+    for heading, note, table in all_tables(data):
+        yield "\n\n".join(part for part in (f"## {heading}", note, table.markdown()) if part)
+
+
+def latex_tables(data: ReportData) -> Iterator[str]:
+    """Every table as a booktabs `tabular`, its heading as a comment before it."""
+    for heading, _, table in all_tables(data):
+        yield f"% {_one_line([heading])}\n{table.latex()}"
+
+
+def _one_line(parts: Sequence[str]) -> str:
+    return " ".join(" ".join(parts).split())

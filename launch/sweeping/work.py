@@ -1,0 +1,224 @@
+"""One process of a sweep: takes points from the folder's list, prunes, recovers and measures them.
+
+A point is a job of one process: its stages run in this process as they would from the command line,
+in a process group of their own, so that the libraries are imported once for all points.
+"""
+
+import dataclasses
+import gc
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError, first_line
+from launch.evaluation.heldout_text import HeldoutText
+from launch.sweeping.folder import Record, SweepFolder
+from launch.sweeping.points import Point
+
+DENSE, CONTINUED = "dense", "dense-continued"
+"""Names of the controls among the points: the model itself, and trained on as a point recovers."""
+
+FAILURES = (UserError, RuntimeError, OSError, ArithmeticError, MemoryError, ValueError)
+"""What ends a point and not the sweep: a person's mistake, and what libraries raise when memory or
+the disk is full, a computation has no answer, or a kernel does not take a width."""
+
+MEASURED = ("perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+"""Environment of a job of one process; LOCAL_RANK stays, which says the device."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How pruned models are trained on."""
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    """`--section.key VALUE …` of `slimstate train`."""
+
+    def words(self, start: Path | str, out: Path) -> list[str]:
+        """The command line of `slimstate train` from `start` into `out`."""
+        places = ["--model.init", str(start), "--job.dump_folder", str(out)]
+        return ["--config", str(self.recipe), *self.overrides, *places]
+
+
+@dataclass(frozen=True)
+class TextInMemory(HeldoutText):
+    """Held-out text that is read and cut once, for all models of a process."""
+
+    rows: dict[tuple[int, bool], list[Any]] = field(default_factory=dict, compare=False)
+
+    def sequences(self, vocab_size: int, apart: bool) -> Iterator[Any]:
+        key = (vocab_size, apart)
+        if key not in self.rows:
+            self.rows[key] = list(super().sequences(vocab_size, apart))
+        return iter(self.rows[key])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker must know to measure any point."""
+
+    folder: SweepFolder
+    model: str
+    text: HeldoutText
+    dtype: str = "auto"
+    recovery: Recovery | None = None
+    budget_words: tuple[str, ...] = ()
+    """Options of `slimstate prune` for every point."""
+
+    keep: bool = False
+
+    def measure(self, name: str, points: Mapping[str, Point]) -> None:
+        """Measure a point and keep its record, or the reason why it has none."""
+        models = self.folder.models(name)
+        shutil.rmtree(models, ignore_errors=True)
+        try:
+            with _logged(self.folder.log(name)):
+                record = self._record(name, points.get(name), models)
+            # Before the record: a point that is killed here is measured again, and clears up then.
+            self._discard(models)
+            self.folder.keep(name, record)
+        except FAILURES as error:
+            self.folder.fail(name, first_line(error))
+        finally:
+            self._discard(models)
+            gc.collect()
+
+    def _discard(self, models: Path) -> None:
+        if not self.keep:
+            shutil.rmtree(models, ignore_errors=True)
+
+    def _record(self, name: str, point: Point | None, models: Path) -> Record:
+        clock = Clock()
+        record: Record = {"name": name}
+        if point is None:
+            start = self.model
+        else:
+            start = str(models / "pruned")
+            record |= {"words": list(self._pruning_words(point)), **self._pruned(point, start)}
+            clock.lap("prune")
+        if name != CONTINUED:
+            record["before"] = self._measured(start, name)
+            clock.lap("evaluate")
+        if self.recovery is not None and name != DENSE:
+            out = models / "recovered"
+            _train(self.recovery.words(start, out))
+            clock.lap("recover")
+            record["recovered"] = self._measured(str(out), name)
+            clock.lap("evaluate recovered")
+        return record | {"seconds": clock.laps}
+
+    def _pruning_words(self, point: Point) -> tuple[str, ...]:
+        return (*self.budget_words, *point.words)
+
+    def _pruned(self, point: Point, out: str) -> Record:
+        """Write the pruned model; what its plan says."""
+        from pruning import prune
+
+        words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
+        if prune.parse(words).method.needs:
+            words += ["--stats", str(self.folder.statistics)]
+        options = prune.parse(words)
+        prune.check(options)
+        prune.run(options)
+        plan = self.folder.keep_plan(point.file_name, Path(out))
+        return {"widths": _widths(plan["spaces"]), "notes": plan.get("notes") or []}
+
+    def _measured(self, model: str, name: str) -> Record:
+        from flame.checkpoint.reference import resolve
+        from launch.evaluation.perplexity import compute_dtype, measure_perplexity
+        from launch.lm.network import load_network
+
+        reference, dtype = resolve(model), compute_dtype(self.dtype)
+        network = load_network(reference, dtype, "whole").model
+        found = measure_perplexity(network, reference, self.text, dtype, name).record()
+        return {key: found[key] for key in MEASURED}
+
+
+@dataclass
+class Clock:
+    """Seconds of what was done, by name."""
+
+    laps: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def in_memory(text: HeldoutText) -> TextInMemory:
+    """`text` that is read when it is first asked for, and kept."""
+    values = {f.name: getattr(text, f.name) for f in dataclasses.fields(HeldoutText)}
+    return TextInMemory(**values)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process by itself, on the device that it has in its job."""
+    import torch.distributed as dist
+
+    from flame.process.distributed import free_port, process_group
+
+    assert not dist.is_initialized()
+    # torchrun's agent keeps the store of its own job; a job of one process opens its own.
+    place = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    before = {name: os.environ.get(name) for name in {**ALONE, **place}}
+    os.environ.update({**ALONE, **place})
+    try:
+        with process_group():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _widths(spaces: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[int]]:
+    """By kind of space, the fewest and the most channels that a head keeps."""
+    found: dict[str, list[int]] = {}
+    for name, kept in spaces.items():
+        kind, rows = name.rpartition(".")[2], [len(row) for row in kept]
+        low, high = found.get(kind, rows[:1] * 2)
+        found[kind] = [min(low, *rows), max(high, *rows)]
+    return found
+
+
+def _train(words: Sequence[str]) -> None:
+    from flame import train
+
+    train.run(train.parse(list(words)))
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send what this process writes on stdout and stderr to the file `path`, and a traceback."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        yield
+    except FAILURES:
+        os.write(log, traceback.format_exc().encode())
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        with suppress(OSError):
+            os.close(log)

@@ -1,0 +1,258 @@
+"""Collecting: a model runs over calibration sequences under FSDP2 and its taps feed statistics.
+
+Every sequence is a batch of its own, dealt to the ranks in turn, so that what a sequence adds does
+not depend on the number of processes. A rank without a sequence in the last round runs one token
+that nothing counts, since FSDP2's gathers need every rank. Memory is the model's and the sums';
+it does not grow with the number of tokens. Gradients are made only if a statistic needs them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flame.checkpoint.load import build_sharded
+from flame.checkpoint.reference import ModelReference
+from flame.errors import UserError
+from flame.process.distributed import (
+    data_parallel_mesh,
+    device_type,
+    gather_objects,
+    local_device,
+    rank,
+    world_size,
+)
+from flame.process.peers import Peers
+from flame.process.progress import progress
+from pruning.adapters import adapter_for
+from pruning.calibration.data import CalibrationData
+from pruning.calibration.feeding import Feed
+from pruning.calibration.gradients import ReadRows, WeightGradients
+from pruning.calibration.stats_file import AddGradient, Collected, Meta, zeros
+from pruning.spaces import Space
+from pruning.statistics import Source, Statistic
+from pruning.statistics.row_sample import row_sample
+
+Write = Callable[[Collected, Meta], AbstractContextManager[AddGradient]]
+
+
+@dataclass(frozen=True)
+class ResumePoints:
+    """Where statistics are saved on the way: after about every so many sequences."""
+
+    every: int
+    """Rounded up to a multiple of the virtual shards, so that every world size can go on."""
+    write: Write
+    """Entered on rank 0 with the sums so far; gradients are added in its body."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an earlier calibration left: each rank gives the same, the sums count on rank 0."""
+
+    collected: Collected
+    meta: Meta
+    gradients: ReadRows
+
+
+def collect(
+    reference: ModelReference,
+    kinds: tuple[type[Statistic], ...],
+    data: CalibrationData,
+    fingerprint: str,
+    points: ResumePoints | None = None,
+    resumed: Resumed | None = None,
+) -> tuple[Collected, Meta]:
+    """Statistics of the model of `reference` over `data`, the sums of all ranks on every rank.
+
+    Collective over all ranks; needs a process group.
+
+    Args:
+        reference: the model.
+        kinds: which statistics, for each of the model's spaces.
+        data: what to run the model on.
+        fingerprint: the model's, to be recorded.
+        points: where to save on the way.
+        resumed: what to go on from.
+
+    Raises:
+        UserError: on every rank: the data is shorter than asked for, or an activation, a state or
+            a gradient is NaN or infinite (layer and sequence are named).
+    """
+    collector = _Collector(reference, kinds, data, fingerprint, resumed)
+    return collector.run(points)
+
+
+def compute_dtype() -> torch.dtype:
+    """float32 on a CPU; bfloat16 on a GPU, where fla's kernels take no float32."""
+    return torch.float32 if device_type() == "cpu" else torch.bfloat16
+
+
+class _Collector:
+    """One calibration in progress."""
+
+    def __init__(
+        self,
+        reference: ModelReference,
+        kinds: tuple[type[Statistic], ...],
+        data: CalibrationData,
+        fingerprint: str,
+        resumed: Resumed | None,
+    ) -> None:
+        self.data, self.kinds, self.fingerprint = data, kinds, fingerprint
+        self.tokens = self.done = 0
+        self.peers = Peers()
+        adapter = adapter_for(reference.config)
+        self.spaces = adapter.spaces(reference.config)
+        self.model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
+        self.hidden_size = _hidden_size(self.model, self.spaces)
+        self.collected = zeros(self.spaces, kinds, self.hidden_size, local_device())
+        self.gradients = self._gradients()
+        sample = row_sample(data.sequences, data.seq_len, data.config.seed)
+        self.feed = Feed(self.collected, self.spaces, adapter, sample)
+        self.loader = data.loader(rank(), world_size())
+        if resumed is not None:
+            self._resume(resumed)
+
+    def run(self, points: ResumePoints | None) -> tuple[Collected, Meta]:
+        batches = iter(self.loader)
+        rounds = range(self.done, self.data.sequences, world_size())
+        try:
+            with self.feed.attached(self.model):
+                for first in progress(rounds, "calibrate", len(rounds)):
+                    self._round(first, batches)
+                    if points and self._is_due(points):
+                        self._save_point(points)
+        finally:
+            self.loader.close()
+        self._add_gradients()
+        return self.collected, self._reduce()
+
+    def _round(self, first: int, batches: Iterator[Any]) -> None:
+        """One sequence on every rank, or none on the last ones."""
+        mine = first + rank() < self.data.sequences
+        batch = self.peers.agree(lambda: self._next(batches) if mine else None)
+        self.feed.start(first + rank() if batch is not None else None)
+        _run(self.model, batch, self.gradients)
+        self.tokens += batch[1].numel() if batch is not None else 0
+        self.done = min(first + world_size(), self.data.sequences)
+        self.peers.agree(lambda: self._take(first))
+
+    def _take(self, first: int) -> None:
+        """Complain of what was not finite in this round; otherwise add its gradients."""
+        self.feed.complain()
+        if self.gradients is not None:
+            self.gradients.add(_sequences(first + 1, self.done))
+
+    def _next(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], Tensor]:
+        batch = next(batches, None)
+        if batch is None:
+            raise UserError(self.data.too_short())
+        return batch
+
+    def _gradients(self) -> WeightGradients | None:
+        kinds = [kind for kind in self.kinds if kind.source is Source.WEIGHT_GRADIENT]
+        served = {space_kind for kind in kinds for space_kind in kind.kinds}
+        spaces = [space for space in self.spaces if space.kind in served]
+        return WeightGradients(self.model, spaces) if spaces else None
+
+    def _add_gradients(self) -> None:
+        """Let the statistics that are made of the whole gradient see this rank's share of it."""
+        if self.gradients is None:
+            return
+        for space in self.spaces:
+            for statistic in self.collected[space.name].values():
+                if statistic.source is Source.WEIGHT_GRADIENT:
+                    statistic.update(self.gradients.share(space, self.tokens))
+
+    def _is_due(self, points: ResumePoints) -> bool:
+        shards = self.data.config.virtual_shards
+        every = -(-points.every // shards) * shards
+        return self.done % every == 0 and self.done < self.data.sequences
+
+    def _save_point(self, points: ResumePoints) -> None:
+        meta = self._reduce()
+        first, agree = rank() == 0, self.peers.agree
+        with ExitStack() as stack:
+            write = points.write(self.collected, meta)
+            add = agree(lambda: stack.enter_context(write) if first else None)
+            for gradient in self.gradients.whole() if self.gradients else ():
+                agree(partial(add, *gradient) if add else _do_nothing)
+            agree(stack.close)
+        self.tokens = meta.tokens if first else 0
+        if not first:
+            for total in _sums(self.collected):
+                total.zero_()
+
+    def _reduce(self) -> Meta:
+        """Sum the statistics over the ranks, and say what they are sums of. Collective."""
+        for of_space in self.collected.values():
+            for statistic in of_space.values():
+                statistic.all_reduce_()
+        return Meta(
+            fingerprint=self.fingerprint,
+            data=self.data.record(),
+            seq_len=self.data.seq_len,
+            seed=self.data.config.seed,
+            wanted=self.data.sequences,
+            sequences=self.done,
+            tokens=sum(gather_objects(self.tokens)),
+            hidden_size=self.hidden_size,
+            statistics=sorted(kind.__name__ for kind in self.kinds),
+            cursor=self.loader.merge_states(gather_objects(self.loader.state_dict())),
+        )
+
+    def _resume(self, resumed: Resumed) -> None:
+        self.loader.load_state_dict(resumed.meta.cursor)
+        self.done = resumed.meta.sequences
+        if self.gradients is not None:
+            gradients = self.gradients
+            self.peers.agree(lambda: gradients.load(resumed.gradients))
+        if rank() > 0:
+            return
+        self.tokens = resumed.meta.tokens
+        for space, of_space in resumed.collected.items():
+            for kind, statistic in of_space.items():
+                self.collected[space][kind].load_state_dict(statistic.state_dict())
+
+
+def _run(
+    model: nn.Module,
+    batch: tuple[dict[str, Tensor], Tensor] | None,
+    gradients: WeightGradients | None,
+) -> None:
+    """One pass over a sequence, or over a token that does not count, with gradients if wanted."""
+    nothing = torch.zeros((1, 1), dtype=torch.int64)
+    inputs, labels = batch if batch is not None else ({"input": nothing}, nothing)
+    given = {name: value.to(local_device()) for name, value in inputs.items()}
+    if gradients is not None:
+        gradients.backward(model, given, labels.to(local_device()), counts=batch is not None)
+        return
+    # Logits are not looked at, and those of all tokens would take most of the memory.
+    with torch.no_grad():
+        model(input_ids=given.pop("input"), use_cache=False, logits_to_keep=1, **given)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _sequences(first: int, last: int) -> str:
+    return f"calibration sequence{f's {first} to' if last > first else ''} {last}"
+
+
+def _hidden_size(model: nn.Module, spaces: list[Space]) -> int:
+    """Numbers of a token that enter a mixer: the columns of its projections."""
+    axes = (axis for space in spaces for axis in space.axes)
+    name = next(axis.fqn for axis in axes if axis.role == "projection" and axis.dim == 0)
+    return dict(model.named_parameters())[name].shape[1]
+
+
+def _sums(collected: Collected) -> Iterator[Tensor]:
+    for of_space in collected.values():
+        for statistic in of_space.values():
+            yield from statistic.state_dict().values()

@@ -1,0 +1,112 @@
+"""Feeding: what the taps of a model deliver, checked, goes to the statistics of its spaces."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flame.errors import UserError
+from pruning.adapters import Adapter
+from pruning.spaces import Space
+from pruning.states.samples import sampled_states
+from pruning.statistics import Source, Statistic
+from pruning.statistics.row_sample import RowSample
+from pruning.taps import OpCall, operator_for, tap_mixer_inputs, tap_ops
+
+OP_TENSORS = ("q", "k", "v", "beta", "g")
+
+
+class Feed:
+    """Gives statistics what they are summed from, one sequence at a time.
+
+    What is not finite is complained of, and nothing more is fed. The complaint is kept until
+    `complain`: raised in the middle of a forward pass, it would leave the other ranks waiting in a
+    gather.
+    """
+
+    def __init__(
+        self,
+        collected: Mapping[str, Mapping[type[Statistic], Statistic]],
+        spaces: Iterable[Space],
+        adapter: Adapter,
+        sample: RowSample,
+    ) -> None:
+        self.adapter, self.sample = adapter, sample
+        # Looked up before a tap takes its place, or the states' own calls would be tapped.
+        self.operator = operator_for(adapter)
+        self.sequence: int | None = None
+        self.complaint: UserError | None = None
+        self.fed: dict[Source, dict[int, list[Statistic]]] = {}
+        for space in spaces:
+            for statistic in collected[space.name].values():
+                of_layer = self.fed.setdefault(statistic.source, {})
+                of_layer.setdefault(space.layer, []).append(statistic)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Open the taps that the statistics need."""
+        with ExitStack() as stack:
+            if {Source.OP, Source.STATE} & self.fed.keys():
+                stack.enter_context(tap_ops(model, self.adapter, self._on_call))
+            if Source.MIXER_INPUT in self.fed:
+                stack.enter_context(tap_mixer_inputs(model, self.adapter, self._on_input))
+            yield
+
+    def start(self, sequence: int | None) -> None:
+        """Say the number of the sequence that comes next, from 0; None for one not to count."""
+        self.sequence = sequence
+
+    def complain(self) -> None:
+        """Raise what there is to complain of."""
+        if self.complaint is not None:
+            raise self.complaint
+
+    @torch.no_grad()
+    def _on_call(self, call: OpCall) -> None:
+        given = {name: getattr(call, name) for name in OP_TENSORS}
+        if not self._accepts(call.layer, given, "at the tap of the delta-rule call"):
+            return
+        assert self.sequence is not None
+        call.sampled = self.sample.of_sequence(self.sequence)
+        self._give(Source.OP, call.layer, call)
+        if Source.STATE in self.fed:
+            self._on_states(call)
+
+    def _on_states(self, call: OpCall) -> None:
+        for states in sampled_states(call, self.operator):
+            if not self._accepts(call.layer, {"a recurrent state": states}, "of the delta rule"):
+                return
+            self._give(Source.STATE, call.layer, states)
+
+    def _on_input(self, layer: int, hidden: Tensor) -> None:
+        if self._accepts(layer, {"the token mixer's input": hidden}, "before the projections"):
+            self._give(Source.MIXER_INPUT, layer, hidden)
+
+    def _accepts(self, layer: int, given: Mapping[str, Tensor | None], where: str) -> bool:
+        """Whether this counts; what is not finite does not, and is complained of."""
+        if self.sequence is None or self.complaint is not None:
+            return False
+        bad = first_not_finite(given)
+        if bad is not None:
+            self.complaint = UserError(
+                f"layer {layer}, calibration sequence {self.sequence + 1}: {bad} holds a NaN or an "
+                f"infinity {where}: check the model's weights and the precision that calibration "
+                "runs in"
+            )
+        return bad is None
+
+    def _give(self, source: Source, layer: int, seen: Any) -> None:
+        for statistic in self.fed.get(source, {}).get(layer, []):
+            statistic.update(seen)
+
+
+def first_not_finite(given: Mapping[str, Tensor | None]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity; None if all are finite."""
+    tensors = {name: x for name, x in given.items() if x is not None}
+    # A sum is fast and shows every NaN and infinity; that it may overflow is looked at then.
+    totals = torch.stack([x.sum().double() for x in tensors.values()])
+    if bool(totals.isfinite().all()):
+        return None
+    return next((name for name, x in tensors.items() if not bool(x.isfinite().all())), None)

@@ -1,0 +1,263 @@
+"""Statistics on a disk: a folder with the sums and with what they are sums of.
+
+`statistics.safetensors` holds the sums, `meta.json` the model's fingerprint, the data with a cursor
+into it, and the number of tokens. A folder whose calibration was cut short says so, and the cursor
+lets it go on, at another world size too. Where the calibration needs gradients, such a folder also
+has a file for each tensor with the gradient so far; a complete one has only the sums made of them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flame.errors import UserError, first_line
+from flame.process.atomic_output import replacing_folder
+from flame.storage.checksums import hash_file
+from pruning.methods import METHODS
+from pruning.spaces import Space
+from pruning.statistics import Statistic
+
+FORMAT = 2
+SUMS_FILE = "statistics.safetensors"
+META_FILE = "meta.json"
+
+AddGradient = Callable[[str, Tensor], None]
+
+Collected = dict[str, dict[type[Statistic], Statistic]]
+"""Statistics by the space's name and their type."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What the sums of a statistics folder are sums of."""
+
+    fingerprint: str
+    """Of the model."""
+    data: dict[str, Any]
+    """The data's configuration, without its seed."""
+    seq_len: int
+    seed: int
+    """Of the order of the documents."""
+    wanted: int
+    """Sequences asked for."""
+    sequences: int
+    """Sequences seen; fewer than wanted if the calibration was cut short."""
+    tokens: int
+    """Tokens seen."""
+    hidden_size: int
+    """Numbers of a token that enter a mixer."""
+    statistics: list[str]
+    """Names of the statistics, sorted."""
+    cursor: dict[str, Any]
+    """State of the data loader after the sequences seen."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.sequences == self.wanted
+
+    def for_plan(self) -> dict[str, Any]:
+        """What a plan records of the calibration."""
+        return {
+            "data": self.data,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+        }
+
+
+def known_statistics() -> dict[str, type[Statistic]]:
+    """The statistics that registered methods need, by name."""
+    return {kind.__name__: kind for method in METHODS.values() for kind in method.needs}
+
+
+def zeros(
+    spaces: Iterable[Space],
+    kinds: Iterable[type[Statistic]],
+    hidden_size: int,
+    device: torch.device | str = "cpu",
+) -> Collected:
+    """Statistics of these kinds for each space that they are summed for, before any token."""
+    kinds = list(kinds)
+    return {
+        space.name: {
+            kind: kind.zeros(space, hidden_size, device)
+            for kind in kinds
+            if space.kind in kind.kinds
+        }
+        for space in spaces
+    }
+
+
+def save_statistics(
+    path: Path, collected: Collected, meta: Meta, overwrite: bool = False, locked: bool = False
+) -> None:
+    """Write a statistics folder, whole or not at all. One process does it alone.
+
+    Args:
+        locked: this process holds the folder's `writer_lock`.
+    """
+    with writing_statistics(path, collected, meta, overwrite, locked):
+        pass
+
+
+@contextmanager
+def writing_statistics(
+    path: Path, collected: Collected, meta: Meta, overwrite: bool = False, locked: bool = False
+) -> Iterator[AddGradient]:
+    """As `save_statistics`, with the gradients so far that the body adds one by one."""
+    with replacing_folder(path, overwrite, locked) as folder:
+        files: dict[str, list[str]] = {}
+
+        def add(name: str, gradient: Tensor) -> None:
+            file = f"gradient-{len(files):05d}.safetensors"
+            save_file({name: gradient}, folder / file)
+            files[name] = [file, hash_file(folder / file)]
+
+        yield add
+        save_file(_tensors(collected), folder / SUMS_FILE)
+        content = {"format": FORMAT, "hash": hash_file(folder / SUMS_FILE), **asdict(meta)}
+        text = json.dumps({**content, "gradients": files}, indent=1, sort_keys=True)
+        (folder / META_FILE).write_text(text + "\n")
+
+
+def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
+    """Reads rows of the gradients that a calibration which was cut short has saved.
+
+    Raises:
+        UserError: from the reader, if a file is damaged or missing.
+    """
+    files = _read_json(Path(path) / META_FILE).get("gradients", {})
+
+    def read(name: str, rows: slice) -> Tensor:
+        if name not in files:
+            raise UserError(f"{path} has no gradient of {name}: calibrate again")
+        file, recorded = files[name]
+        _check_hash(path / file, recorded)
+        with safe_open(path / file, framework="pt") as tensors:
+            return tensors.get_slice(name)[rows]
+
+    return read
+
+
+def read_meta(path: Path) -> Meta:
+    """What the statistics folder `path` says of itself; UserError if it is none."""
+    content = _read_json(Path(path) / META_FILE)
+    found = content.get("format")
+    if type(found) is not int or found > FORMAT:
+        raise UserError(
+            f"{path} has statistics of format {found}, this slimstate reads up to {FORMAT}: "
+            "calibrate again, or install a newer slimstate"
+        )
+    names = [field.name for field in fields(Meta)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise UserError(f"{Path(path) / META_FILE} lacks {missing[0]}: calibrate again")
+    return Meta(**{name: content[name] for name in names})
+
+
+def load_statistics(
+    path: Path,
+    spaces: Iterable[Space],
+    kinds: Iterable[type[Statistic]],
+    device: torch.device | str = "cpu",
+) -> Collected:
+    """The statistics of these kinds that a folder holds for `spaces`.
+
+    Raises:
+        UserError: the folder is damaged, or lacks a statistic or a space.
+    """
+    path, kinds = Path(path), list(kinds)
+    collected = zeros(spaces, kinds, read_meta(path).hidden_size, device)
+    tensors = _read_sums(path)
+    for key, statistic in _named(collected).items():
+        own = {field: tensors.get(f"{key}/{field}") for field in statistic.state_dict()}
+        lacking = [field for field, tensor in own.items() if tensor is None]
+        if lacking:
+            raise UserError(f"{path} has no {key}: calibrate again for this model and method")
+        try:
+            statistic.load_state_dict({n: t for n, t in own.items() if t is not None})
+        except ValueError as error:
+            raise UserError(f"{path}: {key}: {first_line(error)}") from error
+    return collected
+
+
+def check_kinds(path: Path, meta: Meta, kinds: Iterable[type[Statistic]], method: str) -> None:
+    """Raise UserError unless a statistics folder is complete and has what `method` needs."""
+    if not meta.is_complete:
+        raise UserError(
+            f"{path} holds {meta.sequences} of {meta.wanted} sequences: finish it with "
+            "slimstate calibrate … --resume"
+        )
+    lacking = sorted({kind.__name__ for kind in kinds} - set(meta.statistics))
+    if lacking:
+        has = ", ".join(meta.statistics)
+        raise UserError(f"{method} needs {lacking[0]}, {path} has {has}: calibrate again")
+
+
+def check_model(path: Path, meta: Meta, fingerprint: str) -> None:
+    """Raise UserError unless the statistics are of the model of this fingerprint."""
+    if meta.fingerprint != fingerprint:
+        raise UserError(
+            f"{path} has statistics of another model (fingerprint {meta.fingerprint[:12]}, this "
+            f"model's is {fingerprint[:12]}): calibrate this one"
+        )
+
+
+def _named(collected: Mapping[str, Mapping[type[Statistic], Statistic]]) -> dict[str, Statistic]:
+    return {
+        f"{space}/{kind.__name__}": statistic
+        for space, of_space in collected.items()
+        for kind, statistic in of_space.items()
+    }
+
+
+def _tensors(collected: Collected) -> dict[str, Tensor]:
+    return {
+        f"{key}/{field}": total.detach().cpu().contiguous()
+        for key, statistic in _named(collected).items()
+        for field, total in statistic.state_dict().items()
+    }
+
+
+def _read_sums(path: Path) -> dict[str, Tensor]:
+    file = path / SUMS_FILE
+    recorded = _read_json(path / META_FILE).get("hash")
+    _check_hash(file, recorded)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _check_hash(file: Path, recorded: object) -> None:
+    try:
+        found = hash_file(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    if found != recorded:
+        raise UserError(f"{file} is damaged (its hash differs): calibrate again")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"no statistics at {path.parent}: make them with slimstate calibrate"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: calibrate again")
+    return content
