@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError, run_command
 from flame.recipe import data_config, read_tables
+from flame.versions import versions
 from launch.drawing.table import Table
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
-from launch.evaluation.perplexity import versions, vocabulary
+from launch.evaluation.perplexity import vocabulary
 from launch.ranks.analysis_files import compared, layer_means, model_summary, write_analysis
 from launch.ranks.rank_plots import NAMES, Series, plots
 from launch.reporting.tables import RANK_COLUMNS

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError, run_command
 from flame.process.atomic_output import check_output, replacing_file
+from flame.versions import versions
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def benchmark(
         against: the model that ratios are over.
     """
     from flame.checkpoint.load import load_model
-    from flame.process.distributed import local_device
-    from launch.evaluation.perplexity import compute_dtype
+    from flame.process.distributed import compute_dtype, local_device
 
     dtype, device = compute_dtype(options.dtype), local_device()
     work = workload(options, device.type)
@@ -221,8 +221,6 @@ def _described(name: str, reference: Any, ran: dict[str, Any]) -> dict[str, Any]
 
 def _machine(device: "torch.device") -> dict[str, Any]:
     import torch
-
-    from launch.evaluation.perplexity import versions
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     memory = (

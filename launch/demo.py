@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command
+from flame.versions import versions
 
 RECIPES = Path(__file__).parent / "recipes"
 SUMMARY_FILE = "summary.json"
@@ -282,7 +283,6 @@ class Demo:
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:
         from flame.process.atomic_output import replacing_file
         from flame.process.distributed import world_size
-        from launch.evaluation.perplexity import versions
 
         self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
         summary = {
@@ -305,7 +305,6 @@ class Demo:
         from dataclasses import replace
 
         from flame.process.distributed import world_size
-        from launch.evaluation.perplexity import versions
         from launch.reporting.collect import collect
         from launch.reporting.page import write_report
 

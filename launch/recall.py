@@ -18,6 +18,7 @@ from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError, run_command
 from flame.process.atomic_output import check_output, replacing_file
 from flame.recipe import data_config, read_tables
+from flame.versions import versions
 from launch.drawing.table import Column, Table
 from launch.evaluation.perplexity import DTYPES
 
@@ -115,8 +116,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
     from flame.checkpoint.load import build_sharded
-    from flame.process.distributed import data_parallel_mesh, world_size
-    from launch.evaluation.perplexity import compute_dtype, state_bytes, versions
+    from flame.process.distributed import compute_dtype, data_parallel_mesh, world_size
+    from launch.evaluation.perplexity import state_bytes
     from launch.evaluation.recall_score import accuracy
     from launch.evaluation.recall_tasks import mqar_examples, needle_examples
 

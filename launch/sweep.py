@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from flame.errors import UserError, run_command
+from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutText
 from launch.sweeping.checks import check_sweep, settings
 from launch.sweeping.options import Options, calibration_words, parse_options
@@ -160,7 +161,6 @@ def _write(options: Options, text: HeldoutText) -> None:
 def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     """What `launch.sweeping.page` writes and reads."""
     from flame.checkpoint.reference import resolve
-    from launch.evaluation.perplexity import versions
 
     found = {name: options.out.record(name) for name in options.names}
     records = {name: record for name, record in found.items() if record is not None}

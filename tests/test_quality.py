@@ -15,7 +15,7 @@ LAYERS = ("kernels", "flame", "pruning", "launch")
 
 FLAME_FOR_PRUNING = {
     "checkpoint", "config", "data", "errors", "model", "models", "process", "recipe", "register",
-    "stage", "storage",
+    "stage", "storage", "versions",
 }  # fmt: skip
 """Rooms of flame that pruning may use: what it reads, writes and says, not how flame trains."""
 

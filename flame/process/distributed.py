@@ -28,6 +28,16 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def compute_dtype(name: str = "auto") -> torch.dtype:
+    """Return the torch dtype called `name`.
+
+    `auto` is float32 on a CPU and bfloat16 on CUDA, where fla's kernels take no float32.
+    """
+    if name == "auto":
+        name = "float32" if device_type() == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
 def local_device() -> torch.device:
     """This process's device: `cuda:LOCAL_RANK`, or the CPU."""
     if device_type() == "cpu":

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
@@ -41,7 +40,7 @@ from flame.model import (
     shard,
     sum_replicated_gradients,
 )
-from flame.process.distributed import device_type, gather_objects
+from flame.process.distributed import compute_dtype, device_type, gather_objects
 from flame.recovery.lora import initialise_adapters, inject, load_adapters
 from flame.recovery.trainable import freeze_others
 from flame.training.optimizer import build_optimizers
@@ -140,7 +139,7 @@ def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
     return shard(
         model,
         data_mesh(parallel_dims),
-        compute_dtype(job.training.mixed_precision_param),
+        training_dtype(job),
         reshard_after_forward=policy != "never",
     )
 
@@ -154,9 +153,11 @@ def data_mesh(parallel_dims: Any) -> DeviceMesh:
     return init_device_mesh(device_type(), (replicas, shards), mesh_dim_names=names)
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """The recipe's compute dtype on CUDA; fp32 on a CPU."""
-    return TORCH_DTYPE_MAP[name] if device_type() == "cuda" else torch.float32
+def training_dtype(job: Any) -> torch.dtype:
+    """Return the dtype to compute in: `training.mixed_precision_param`, or float32 on a CPU."""
+    return compute_dtype(
+        "float32" if device_type() == "cpu" else job.training.mixed_precision_param
+    )
 
 
 def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:

@@ -55,8 +55,7 @@ class Trainer(TitanTrainer):
         super().__init__(without_checkpoints(job))
         self.job_config = job
         model = self.model_parts[0]
-        dtype = flame.training.train_spec.compute_dtype(job.training.mixed_precision_param)
-        self.objective = build_objective(job, model, dtype)
+        self.objective = build_objective(job, model, flame.training.train_spec.training_dtype(job))
         checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
         self.signals = StopSignals()
         self.stop_asked = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
+from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
 from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
 from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
@@ -74,7 +75,7 @@ class _Bench:
     """What all models share: the tasks with their data, and the model to compare with."""
 
     def __init__(self, measures: Measures) -> None:
-        from launch.evaluation.perplexity import compute_dtype
+        from flame.process.distributed import compute_dtype
 
         self.measures = measures
         self.dtype = compute_dtype(measures.dtype)
@@ -162,7 +163,7 @@ def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
 def _description(reference: ModelReference, network: "Network") -> Record:
     from flame.model import count_parameters
     from flame.process.distributed import world_size
-    from launch.evaluation.perplexity import state_bytes, versions
+    from launch.evaluation.perplexity import state_bytes
 
     return {
         "weights": str(reference.weights),

@@ -5,7 +5,6 @@ processes only to rounding.
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flame.errors import UserError
+from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ Item = TypeVar("Item")
 
 DTYPES = ("auto", "float32", "bfloat16")
 """Compute dtypes; `auto` is bfloat16 on CUDA and float32 on a CPU."""
-
-PROGRAMS = ("slimstate", "torch", "transformers", "flash-linear-attention")
-"""Distributions whose version a figure depends on."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def evaluate_perplexity(
     """
     from flame.checkpoint.load import build_sharded
     from flame.checkpoint.reference import ModelReference, resolve
-    from flame.process.distributed import data_parallel_mesh
+    from flame.process.distributed import compute_dtype, data_parallel_mesh
 
     reference = model if isinstance(model, ModelReference) else resolve(model)
     chosen = heldout_text(reference, text or HeldoutOptions())
@@ -213,17 +210,6 @@ def state_bytes(config: dict[str, Any]) -> int | None:
     return None if adapter is None else adapter.state_bytes(config)
 
 
-def compute_dtype(name: str) -> "torch.dtype":
-    """The dtype of a name of `DTYPES`."""
-    import torch
-
-    from flame.process.distributed import device_type
-
-    if name == "auto":
-        name = "bfloat16" if device_type() == "cuda" else "float32"
-    return getattr(torch, name)
-
-
 def keeps_documents_apart(config: dict[str, Any]) -> bool:
     """Whether the model takes `cu_seqlens`: fla's and ours do; others read a row as one text."""
     from flame.model import stock_config
@@ -250,14 +236,3 @@ def _check_finite(sums: Sums, reference: "ModelReference") -> None:
             f"{reference.weights} gives logits that are not finite, though its weights are: "
             "try --dtype float32"
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the programs that a figure depends on; those that are installed."""
-    found = {}
-    for name in PROGRAMS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -133,7 +133,8 @@ class Work:
 
     def _measured(self, model: str, name: str) -> Record:
         from flame.checkpoint.reference import resolve
-        from launch.evaluation.perplexity import compute_dtype, measure_perplexity
+        from flame.process.distributed import compute_dtype
+        from launch.evaluation.perplexity import measure_perplexity
         from launch.lm.network import load_network
 
         reference, dtype = resolve(model), compute_dtype(self.dtype)

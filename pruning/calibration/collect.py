@@ -19,8 +19,8 @@ from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.process.distributed import (
+    compute_dtype,
     data_parallel_mesh,
-    device_type,
     gather_objects,
     local_device,
     rank,
@@ -85,11 +85,6 @@ def collect(
     """
     collector = _Collector(reference, kinds, data, fingerprint, resumed)
     return collector.run(points)
-
-
-def compute_dtype() -> torch.dtype:
-    """float32 on a CPU; bfloat16 on a GPU, where fla's kernels take no float32."""
-    return torch.float32 if device_type() == "cpu" else torch.bfloat16
 
 
 class _Collector:

@@ -13,13 +13,14 @@ from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
 from flame.models.widths import SHAPES
 from flame.process.progress import progress
+from flame.versions import versions
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.methods import METHODS, Method
 from pruning.planning.allocation import groups, shared_widths
 from pruning.planning.applicable import why_not
 from pruning.planning.budgets import Budget, kept_heads, uniform_widths
-from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds, versions
+from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
 from pruning.spaces import Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
 
@@ -98,7 +99,7 @@ def choose(
         config_after=pruned_config(config, kept, budget.pad),
         kept=kept,
         calibration=calibration if method.needs else None,
-        versions=versions(),
+        versions=versions(("slimstate", "torch")),
         pad=budget.pad,
         notes=tuple(_notes(method, config, budget.kinds)),
         projected=projected,

@@ -3,7 +3,6 @@
 What a plan is, and whether it fits a model; `pruning.planning.plan_file` writes and reads it.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -144,21 +143,9 @@ def spaces_of_kinds(adapter: Adapter, config: Config, kinds: Iterable[Kind]) -> 
     return [space for space in spaces if space.kind in kinds]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the programs that a plan depends on."""
-    return {name: _version(name) for name in ("slimstate", "torch")}
-
-
 def options_of(method: Any) -> dict[str, Any]:
     """The hyper-parameters of a method, by name."""
     return {field.name: getattr(method, field.name) for field in fields(method)}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _differing(one: Config, other: Config) -> str:

@@ -19,6 +19,7 @@ from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.models.widths import LayerWidths
 from flame.process.distributed import (
+    compute_dtype,
     data_parallel_mesh,
     gather_objects,
     local_device,
@@ -28,7 +29,6 @@ from flame.process.distributed import (
 from flame.process.peers import Peers
 from flame.process.progress import progress
 from pruning.adapters import ADAPTERS, PRUNED, Adapter
-from pruning.calibration.collect import compute_dtype
 from pruning.spaces import Space
 from pruning.state_rank import (
     EPSILON,

@@ -18,10 +18,11 @@ from flame.checkpoint.steps import save_step
 from flame.data.tokenizer import load_tokenizer, train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
+from flame.versions import versions
 from launch import evaluate
 from launch.evaluate import check, main, parse
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
-from launch.evaluation.perplexity import Perplexity, evaluate_perplexity, rounds, versions
+from launch.evaluation.perplexity import Perplexity, evaluate_perplexity, rounds
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import FAMILIES, stock_model
 
