@@ -173,13 +173,14 @@ def _lasting(job: Any) -> Any:
 
 def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> None:
     from flame.checkpoint.fingerprint import fingerprint
-    from flame.checkpoint.reference import BASE_FILE, read_json, resolve
+    from flame.checkpoint.reference import BASE_FILE, resolve
     from flame.recovery.lora import write_adapter_files
+    from flame.storage.json_file import read_object
 
     base = resolve(job.model.init)
     mark = fingerprint(base.config, base.source())
     recorded = folder / BASE_FILE
-    if recorded.is_file() and read_json(recorded).get("fingerprint") != mark:
+    if recorded.is_file() and read_object(recorded).get("fingerprint") != mark:
         raise UserError(
             f"{job.model.init} is not the base that the adapters in {folder} were trained on: "
             "give that base, or another job.dump_folder"

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError, run_command
 from flame.recipe import data_config, read_tables
 from flame.versions import versions
 from launch.drawing.table import Table
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
-from launch.evaluation.perplexity import vocabulary
 from launch.ranks.analysis_files import compared, layer_means, model_summary, write_analysis
 from launch.ranks.rank_plots import NAMES, Series, plots
 from launch.reporting.tables import RANK_COLUMNS
@@ -265,7 +265,7 @@ def _texts(options: Options, reference: "ModelReference") -> list[HeldoutText]:
 
 def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor]":
     """The sequences, int64 [1, length] each; UserError if the text is too short for them."""
-    size = min(vocabulary(reference.config) for reference in references)
+    size = min(vocabulary_size(reference.config) for reference in references)
     rows = [inputs["input"] for inputs, _, _ in text.sequences(size, apart=False)]
     whole = [row for row in rows if row.shape[1] == text.seq_len]
     wanted = text.max_sequences or 1

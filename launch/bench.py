@@ -120,7 +120,7 @@ def benchmark(
     work = workload(options, device.type)
 
     def load(as_dtype: "torch.dtype") -> "Models":
-        return {n: load_model(r, as_dtype, str(device)) for n, r in references.items()}
+        return {n: load_model(r, as_dtype, device) for n, r in references.items()}
 
     ran: dict[str, Any] = {}
     measures = list(_measures(load, dtype, work, options.measure, ran))

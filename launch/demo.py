@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, run_command
+from flame.storage.json_file import read_object, read_object_if_any
 from flame.versions import versions
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -357,7 +358,7 @@ def _is_finished(options: Options) -> bool:
 def _print_summary(folder: Path) -> None:
     from launch.reporting.page import summary_table
 
-    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    summary = read_object(folder / SUMMARY_FILE)
     print(summary_table({name: summary[name] for name in EVALUATED}).text())
     print(f"\n{folder / REPORT_FILE} shows it; {folder / SUMMARY_FILE} has the numbers")
 
@@ -369,7 +370,7 @@ def _check_same_demo(options: Options) -> None:
         if options.out.is_dir() and any(options.out.iterdir()) and not begun.is_file():
             raise UserError(f"{options.out} is not empty and no demo: choose another --out")
         return
-    if json.loads(begun.read_text()) != _plain_options(options):
+    if read_object(begun) != _plain_options(options):
         raise UserError(
             f"{options.out} was begun with other options: choose another --out, or --overwrite"
         )
@@ -387,8 +388,7 @@ def _plain_options(options: Options) -> dict[str, Any]:
 
 
 def _read_times(folder: Path) -> dict[str, float]:
-    path = folder / TIMES_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object_if_any(folder / TIMES_FILE)
 
 
 def _is_trained(folder: Path, steps: int) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError, run_command
 from launch.drawing.table import Column, Table
 from launch.evaluation.heldout_text import HeldoutOptions, check_text, heldout_text
@@ -24,7 +25,7 @@ from launch.evaluation.measures import (
     expanded,
     loaded_tasks,
 )
-from launch.evaluation.perplexity import DTYPES, vocabulary
+from launch.evaluation.perplexity import DTYPES
 from launch.evaluation.results_file import ResultsFile
 from launch.lm.tasks import TaskOptions, check_tasks, headline
 
@@ -206,7 +207,7 @@ def _check_model(reference: Any, measures: Measures) -> None:
         return
     if text is not None:
         from_recipe = not measures.text.data
-        check_text(text, vocabulary(reference.config), from_recipe=from_recipe)
+        check_text(text, vocabulary_size(reference.config), from_recipe=from_recipe)
     if measures.tasks is not None:
         check_tokenizer(reference, measures.text.tokenizer)
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import ModelReference, resolve
+from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError, run_command
 from flame.process.atomic_output import check_output, replacing_file
@@ -186,14 +186,13 @@ def task_of(options: Options, reference: ModelReference) -> Mqar:
 def encoder_of(options: Options, reference: ModelReference) -> Any:
     """The encoder of words for a model, its tokenizer checked against its vocabulary."""
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
-    from launch.evaluation.perplexity import vocabulary
     from launch.evaluation.recall_score import WordEncoder
 
     folder = options.tokenizer or (str(reference.tokenizer) if reference.tokenizer else "")
     if not folder:
         raise UserError(f"{reference.folder} has no tokenizer: give --tokenizer FOLDER")
     tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, vocabulary(reference.config))
+    check_vocabulary(tokenizer, vocabulary_size(reference.config))
     return WordEncoder(tokenizer)
 
 

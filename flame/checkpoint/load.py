@@ -52,14 +52,22 @@ def check_weights(model: nn.Module, source: TensorSource) -> None:
 
 
 def load_model(
-    reference: "ModelReference", dtype: torch.dtype = torch.float32, device: str = "cpu"
+    reference: "ModelReference",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The model of `reference` in its stock class, in evaluation mode, whole on one device."""
-    from flame.model import meta_model, restore_after_to_empty
+    """Return the model of `reference` in its stock class, in evaluation mode, whole on one device.
+
+    Weights are cast to `dtype`, but those that FSDP2 would leave in fp32 stay in fp32: a model
+    computes the same whether it is loaded here or by `build_sharded`.
+    """
+    from flame.model import full_precision_parameters, meta_model, restore_after_to_empty
 
     model = meta_model(reference.config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    kept = full_precision_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     restore_after_to_empty(model)
     load_weights(model, reference.source())

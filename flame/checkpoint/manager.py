@@ -28,6 +28,7 @@ from flame.checkpoint.steps import (
 )
 from flame.errors import UserError
 from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
+from flame.storage.json_file import read_object
 
 LOADER_FILE = "dataloader.json"
 OPTIONAL = ("train_state.skipped_steps",)
@@ -148,9 +149,8 @@ class CheckpointManager:
         return json.dumps(self.loader.merge_states(states), sort_keys=True).encode()
 
     def _load_loader(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path.parent} has no {path.name}: it is not a training checkpoint")
-        self.loader.load_state_dict(json.loads(path.read_text()))
+        missing = f"{path.parent} has no {path.name}: it is not a training checkpoint"
+        self.loader.load_state_dict(read_object(path, missing))
 
 
 def latest(folder: Path) -> int:

@@ -9,9 +9,9 @@ from flame.checkpoint.reference import (
     ADAPTER_WEIGHTS,
     BASE_FILE,
     ModelReference,
-    read_json,
 )
 from flame.errors import UserError
+from flame.storage.json_file import read_object
 
 
 def check_adapters(reference: ModelReference) -> None:
@@ -28,13 +28,13 @@ def write_adapters(folder: Path, reference: ModelReference) -> None:
     """
     from safetensors.torch import save_file
 
-    config = read_json(reference.folder / ADAPTER_FILE)
+    config = read_object(reference.folder / ADAPTER_FILE)
     named = config.get("base_model_name_or_path")
     beside = reference.folder / str(named)
     base = str(beside.resolve()) if beside.exists() else named
     _write_json(folder / ADAPTER_FILE, {**config, "base_model_name_or_path": base})
     if (reference.folder / BASE_FILE).is_file():
-        record = read_json(reference.folder / BASE_FILE)
+        record = read_object(reference.folder / BASE_FILE)
         _write_json(folder / BASE_FILE, {**record, "reference": base})
     source = reference.own_source()
     tensors = {name: source.read(name).contiguous() for name in source.names()}

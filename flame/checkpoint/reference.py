@@ -4,7 +4,6 @@ A run folder (its latest whole step), a step folder, a Hugging Face folder or a 
 reads small JSON files only and imports no torch, so every command does it before work starts.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_st
 from flame.errors import UserError, first_line
 from flame.process.atomic_output import check_output
 from flame.storage.checksums import METADATA
+from flame.storage.json_file import read_object
 
 if TYPE_CHECKING:
     from flame.checkpoint.source import TensorSource
@@ -76,7 +76,7 @@ class ModelReference:
         own = self.own_source()
         if not self.is_lora:
             return own
-        config = read_json(self.folder / ADAPTER_FILE)
+        config = read_object(self.folder / ADAPTER_FILE)
         return LoraSource(self._base_source(), own, config)
 
     def own_source(self) -> "TensorSource":
@@ -139,7 +139,7 @@ def check_destination(
 
 def read_config(path: Path) -> dict[str, Any]:
     """A model's `config.json`; `UserError` if it is missing, not JSON or names no family."""
-    config = read_json(path)
+    config = read_object(path, missing=f"{path.parent} has no {path.name}: a model is {_KINDS}")
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} has no model_type: it is not a model's configuration")
     return config
@@ -151,21 +151,6 @@ def vocabulary_size(config: dict[str, Any]) -> int:
     if not isinstance(size, int) or size < 1:
         raise UserError(f"config.json: vocab_size is {size!r}, expected a positive integer")
     return size
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: a model is {_KINDS}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
 
 
 def _resolve_folder(path: Path, step: int | None) -> ModelReference:
@@ -188,11 +173,11 @@ def _recorded_base(folder: Path) -> tuple[str, str | None]:
     peft's own folders name a base and have no fingerprint.
     """
     if (folder / BASE_FILE).is_file() or not _is_peft_folder(folder):
-        path, base = folder / BASE_FILE, read_json(folder / BASE_FILE)
+        path, base = folder / BASE_FILE, read_object(folder / BASE_FILE)
         recorded, mark = base.get("reference"), base.get("fingerprint")
     else:
         path = folder / ADAPTER_FILE
-        recorded, mark = read_json(path).get("base_model_name_or_path"), None
+        recorded, mark = read_object(path).get("base_model_name_or_path"), None
     if not isinstance(recorded, str):
         raise UserError(f"{path} names no base model")
     return recorded, mark

@@ -3,7 +3,6 @@
 Every source reads row slices too (slices of dimension 0), so that a rank can read just its shard.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from flame.errors import UserError
+from flame.storage.json_file import read_object
 from flame.storage.safe_reader import Check, SafeReader, load_bytes
 from flame.storage.safetensors_file import DTYPES, SafetensorsFile, open_safetensors
 
@@ -265,11 +265,10 @@ def _weight_files(folder: Path, file: str) -> dict[str, Path]:
 
 
 def _indexed_files(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = {str(name): index.parent / Path(file).name for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not a safetensors index: copy the model again") from error
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{index} is not a safetensors index: copy the model again")
+    files = {name: index.parent / Path(file).name for name, file in weight_map.items()}
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise UserError(f"{index} names {path.name}, which is missing: copy the model again")

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.load import build_sharded
-from flame.checkpoint.reference import ModelReference, read_json, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
+from flame.storage.json_file import read_object
 from flame.training.headless import output_head, run_headless
 
 TEACHER_FILE = "teacher.json"
@@ -123,7 +124,7 @@ def record_teacher(name: str, folder: Path, into: Path) -> None:
     reference = resolve(name)
     mark = fingerprint(reference.config, reference.source())
     noted = folder / TEACHER_FILE
-    if noted.is_file() and (recorded := read_json(noted)).get("fingerprint") != mark:
+    if noted.is_file() and (recorded := read_object(noted)).get("fingerprint") != mark:
         raise UserError(
             f"{name} is not the teacher that {folder} learnt from ({recorded.get('reference')}): "
             "give that one, or another job.dump_folder"

@@ -14,6 +14,7 @@ import xxhash
 
 from flame.errors import UserError
 from flame.storage.direct_file import DirectFile
+from flame.storage.json_file import read_object
 
 ALGORITHM = "xxh3_128"
 CHECKSUMS = "checksums.json"
@@ -126,15 +127,11 @@ def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
 def read_checksums(folder: Path) -> dict[str, str]:
     """The hash of each file of a step, by name; raises `UserError` if the list is not usable."""
     path = folder / CHECKSUMS
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {CHECKSUMS}: it was not written to its end, or not by slimstate; "
-            "use another step"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}): use another step") from error
+    content = read_object(
+        path,
+        missing=f"{folder} has no {CHECKSUMS}: it was not written to its end, or not by slimstate; "
+        "use another step",
+    )
     if not _is_valid(content):
         raise UserError(f"{path} is not a list of {ALGORITHM} hashes: use another step")
     return content["files"]
@@ -172,8 +169,8 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _is_valid(content: Any) -> bool:
-    if not isinstance(content, dict) or content.get("algorithm") != ALGORITHM:
+def _is_valid(content: Mapping[str, Any]) -> bool:
+    if content.get("algorithm") != ALGORITHM:
         return False
     files = content.get("files")
     return isinstance(files, dict) and all(

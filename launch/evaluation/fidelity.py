@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ class Fidelity:
 
 def check_comparable(model: "ModelReference", against: "ModelReference") -> None:
     """Refuse two models whose predictions are not about the same tokens."""
-    from launch.evaluation.perplexity import vocabulary
 
-    sizes = [vocabulary(reference.config) for reference in (model, against)]
+    sizes = [vocabulary_size(reference.config) for reference in (model, against)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{model.weights} has a vocabulary of {sizes[0]} and {against.weights} one of "
@@ -72,10 +72,10 @@ def measure_fidelity(
     Raises:
         UserError: the text cannot be used, or a model's logits are not finite.
     """
-    from launch.evaluation.perplexity import keeps_documents_apart, vocabulary
+    from launch.evaluation.perplexity import keeps_documents_apart
 
     apart = all(keeps_documents_apart(each.config) for each in (reference, dense))
-    rows = text.sequences(vocabulary(reference.config), apart)
+    rows = text.sequences(vocabulary_size(reference.config), apart)
     kl, agreeing, tokens = sum_divergences(model, against, rows)
     if tokens == 0:
         raise UserError("the held-out text has no token to predict: give longer documents")

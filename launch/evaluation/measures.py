@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.reference import ModelReference, resolve
+from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
@@ -187,10 +187,9 @@ def check_tokenizer(reference: ModelReference, given: str) -> None:
         UserError: so it is, or the tokenizer has no end of text.
     """
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
-    from launch.evaluation.perplexity import vocabulary
 
     tokenizer = load_tokenizer(tokenizer_name(reference, given))
-    check_vocabulary(tokenizer, vocabulary(reference.config))
+    check_vocabulary(tokenizer, vocabulary_size(reference.config))
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {reference.folder} has no end-of-text token, which tasks begin and "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
@@ -122,7 +123,9 @@ def measure_perplexity(
     from flame.model import count_parameters
     from flame.process.distributed import world_size
 
-    rows = text.sequences(vocabulary(reference.config), keeps_documents_apart(reference.config))
+    rows = text.sequences(
+        vocabulary_size(reference.config), keeps_documents_apart(reference.config)
+    )
     sums = sum_losses(network, rows)
     _check_finite(sums, reference)
     return Perplexity(
@@ -215,13 +218,6 @@ def keeps_documents_apart(config: dict[str, Any]) -> bool:
     from flame.model import stock_config
 
     return type(stock_config(config)).__module__.startswith(("fla.", "flame."))
-
-
-def vocabulary(config: dict[str, Any]) -> int:
-    size = config.get("vocab_size")
-    if not isinstance(size, int):
-        raise UserError("the model's config.json has no vocab_size: it is not a language model's")
-    return size
 
 
 def _check_finite(sums: Sums, reference: "ModelReference") -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.process.atomic_output import check_file_output, replacing_file
+from flame.storage.json_file import read_object_if_any
 
 SETTINGS = "settings"
 IDENTITY = "identity"
@@ -91,11 +92,8 @@ def _matters(file: Path) -> bool:
 
 def _resumable(path: Path, settings: Mapping[str, Any]) -> dict[str, Record]:
     """The records in `path`; none if there is no such file, or it is not a file of records."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict) or SETTINGS not in content:
+    content = read_object_if_any(path)
+    if SETTINGS not in content:
         return {}
     if content[SETTINGS] != json.loads(json.dumps(settings)):
         raise UserError(

@@ -15,13 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flame.checkpoint.load import build_sharded, load_weights
-from flame.model import (
-    count_parameters,
-    full_precision_parameters,
-    meta_model,
-    restore_after_to_empty,
-)
+from flame.checkpoint.load import build_sharded, load_model
+from flame.model import count_parameters, meta_model
 from flame.process.distributed import (
     data_parallel_mesh,
     device_type,
@@ -90,25 +85,9 @@ def load_network(
     if sharded:
         model = build_sharded(reference, data_parallel_mesh(), dtype)
     else:
-        model = build_whole(reference, dtype)
+        model = load_model(reference, dtype, local_device())
     _read_generation_config(model, reference.folder)
     return Network(model, dtype, sharded)
-
-
-def build_whole(reference: "ModelReference", dtype: torch.dtype) -> nn.Module:
-    """The model of `reference` in evaluation mode on this rank's device, its weights in `dtype`.
-
-    What FSDP2 would leave in fp32 stays so here: the placement does not change a figure.
-    """
-    model = meta_model(reference.config)
-    kept = {id(parameter) for parameter in full_precision_parameters(model).values()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=local_device())
-    restore_after_to_empty(model)
-    load_weights(model, reference.source())
-    return model.eval()
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:

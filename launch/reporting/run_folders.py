@@ -80,14 +80,15 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> RunFolder:
-    from flame.checkpoint.reference import read_config, read_json
+    from flame.checkpoint.reference import read_config
     from flame.recipe import read_tables
+    from flame.storage.json_file import read_object
 
     plan, recipe = folder / PLAN_FILE, folder / RECIPE_FILE
     return RunFolder(
         folder=folder,
         config=read_config(folder / "config.json"),
-        plan=read_json(plan) if plan.is_file() else None,
+        plan=read_object(plan) if plan.is_file() else None,
         recipe=read_tables(recipe) if recipe.is_file() else {},
         has_losses=any(folder.glob("tb/**/events.out.*")),
     )

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 from launch.sweeping.folder import FORMAT
 from launch.sweeping.options import Options, calibration_words
@@ -88,10 +89,9 @@ def _widths(options: Options, point: Point, reference: "ModelReference") -> Any:
 
 def _check_text(options: Options, reference: "ModelReference") -> None:
     from launch.evaluation.heldout_text import check_text, heldout_text
-    from launch.evaluation.perplexity import vocabulary
 
     text = heldout_text(reference, options.text)
-    check_text(text, vocabulary(reference.config), from_recipe=not options.text.data)
+    check_text(text, vocabulary_size(reference.config), from_recipe=not options.text.data)
 
 
 def _check_calibration(options: Options, world_size: int) -> None:

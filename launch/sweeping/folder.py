@@ -23,6 +23,7 @@ from typing import Any
 
 from flame.errors import UserError
 from flame.process.atomic_output import check_output, replacing_file
+from flame.storage.json_file import read_object, read_object_if_any
 
 SETTINGS_FILE = "sweep.json"
 FORMAT = 2
@@ -100,11 +101,7 @@ class SweepFolder:
 
     def record(self, name: str) -> Record | None:
         """What was measured of a point; None if it was not, or is not to be trusted."""
-        try:
-            content = json.loads((self.path / "points" / f"{name}.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) else None
+        return read_object_if_any(self.path / "points" / f"{name}.json") or None
 
     def keep(self, name: str, record: Mapping[str, Any]) -> None:
         _write(self.path / "points" / f"{name}.json", record)
@@ -143,9 +140,7 @@ class SweepFolder:
 
     def keep_plan(self, name: str, pruned: Path) -> Record:
         """Copy the plan out of a pruned model; returns its content."""
-        from flame.checkpoint.reference import read_json
-
-        plan = read_json(pruned / "plan.json")
+        plan = read_object(pruned / "plan.json")
         folder = self.path / "plans" / name
         folder.mkdir(exist_ok=True)
         shutil.copy(pruned / "plan.json", folder)
@@ -155,12 +150,8 @@ class SweepFolder:
         return plan
 
     def _settings(self) -> Record:
-        path = self.path / SETTINGS_FILE
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict) or content.get("kind") != f"{KIND} settings":
+        content = read_object_if_any(self.path / SETTINGS_FILE)
+        if content.get("kind") != f"{KIND} settings":
             raise UserError(f"{self.path} is not empty and no sweep: choose another folder")
         return content
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from flame.errors import UserError, first_line
 from flame.process.atomic_output import replacing_folder
 from flame.storage.checksums import hash_file
+from flame.storage.json_file import read_object
 from pruning.methods import METHODS
 from pruning.spaces import Space
 from pruning.statistics import Statistic
@@ -135,7 +136,7 @@ def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
     Raises:
         UserError: from the reader, if a file is damaged or missing.
     """
-    files = _read_json(Path(path) / META_FILE).get("gradients", {})
+    files = _read_meta_file(path).get("gradients", {})
 
     def read(name: str, rows: slice) -> Tensor:
         if name not in files:
@@ -150,7 +151,7 @@ def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
 
 def read_meta(path: Path) -> Meta:
     """What the statistics folder `path` says of itself; UserError if it is none."""
-    content = _read_json(Path(path) / META_FILE)
+    content = _read_meta_file(path)
     found = content.get("format")
     if type(found) is not int or found > FORMAT:
         raise UserError(
@@ -230,7 +231,7 @@ def _tensors(collected: Collected) -> dict[str, Tensor]:
 
 def _read_sums(path: Path) -> dict[str, Tensor]:
     file = path / SUMS_FILE
-    recorded = _read_json(path / META_FILE).get("hash")
+    recorded = _read_meta_file(path).get("hash")
     _check_hash(file, recorded)
     try:
         return load_file(file)
@@ -247,17 +248,6 @@ def _check_hash(file: Path, recorded: object) -> None:
         raise UserError(f"{file} is damaged (its hash differs): calibrate again")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"no statistics at {path.parent}: make them with slimstate calibrate"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: calibrate again")
-    return content
+def _read_meta_file(folder: Path) -> dict[str, Any]:
+    missing = f"no statistics at {folder}: make them with slimstate calibrate"
+    return read_object(Path(folder) / META_FILE, missing)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
+from flame.storage.json_file import read_object
 from pruning.planning.plan import Plan, Replaced
 from pruning.spaces import Kept
 
@@ -58,23 +59,15 @@ def read_plan(path: Path) -> Plan:
         UserError: the file is missing or not JSON, its format is newer, or a value in it is not
             what a plan has there.
     """
-    path = Path(path)
+    content = read_object(path, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     try:
-        return parse_plan(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read plan {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"plan {path} is not JSON: it is not text") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"plan {path} is not JSON: {first_line(error)}") from error
+        return _plan(content)
     except ValueError as error:
         raise UserError(f"plan {path}: {first_line(error)}") from error
 
 
-def parse_plan(text: str) -> Plan:
-    """The plan that `text` writes; ValueError if it is none."""
-    content = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-    if not isinstance(content, dict) or "spaces" not in content:
+def _plan(content: dict[str, Any]) -> Plan:
+    if "spaces" not in content:
         raise ValueError("this is JSON but not a plan: it has no spaces")
     _check_format(content.get("format"))
     method = _get(content, "method", dict)

@@ -189,8 +189,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty index": (lambda step: os.truncate(step / METADATA, 0), r"\.metadata is damaged"),
     "flipped index": (lambda step: _flip_byte(step / METADATA), r"\.metadata is damaged"),
     "no checksums": (lambda step: (step / CHECKSUMS).unlink(), "has no checksums.json"),
-    "bad checksums": (lambda step: (step / CHECKSUMS).write_text("{"), "checksums.json is damaged"),
-    "other checksums": (lambda step: (step / CHECKSUMS).write_text("[]"), "is not a list"),
+    "bad checksums": (
+        lambda step: (step / CHECKSUMS).write_text("{"),
+        "checksums.json is not JSON",
+    ),
+    "no object": (lambda step: (step / CHECKSUMS).write_text("[]"), "json is not a JSON object"),
+    "other checksums": (lambda step: (step / CHECKSUMS).write_text("{}"), "is not a list"),
     "empty but hashed index": (lambda step: _rewrite(step, METADATA, b""), "not a DCP index"),
     "another pickle": (
         lambda step: _rewrite(step, METADATA, pickle.dumps({"a": 1})),
