@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flame.checkpoint.adapter_names import MAGNITUDE
 from flame.errors import UserError, first_line
 from flame.process.distributed import rank
 
@@ -98,7 +99,7 @@ def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in ("A_log", "dt_bias") or ".lora_magnitude_vector." in name
+        if name.rpartition(".")[2] in ("A_log", "dt_bias") or f".{MAGNITUDE}." in name
     }
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from flame.checkpoint.adapter_names import base_name, is_adapter
 from flame.checkpoint.source import TensorSource
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding
 from flame.errors import UserError, some
 from flame.process.progress import progress
-from flame.recovery.lora import base_name, is_adapter
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame.checkpoint.adapter_names import split_peft_name
 from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.errors import UserError
-
-_PEFT_PREFIX = "base_model.model."
-_ADAPTER_NAME = re.compile(
-    rf"{re.escape(_PEFT_PREFIX)}(?P<module>.+)\."
-    r"(?:lora_(?P<part>[AB])(?:\.[^.]+)?\.weight|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)"
-)
 
 
 class LoraSource:
@@ -85,12 +80,11 @@ class LoraSource:
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _sort_in(self, name: str) -> None:
-        match = _ADAPTER_NAME.fullmatch(name)
-        target = f"{match['module']}.weight" if match else _plain_name(name)
+        target, part = split_peft_name(name)
         if target not in self._names:
             raise UserError(f"the adapters hold {name}, for which the base model has no parameter")
-        if match:
-            self._low_rank.setdefault(target, {})[match["part"] or "m"] = name
+        if part is not None:
+            self._low_rank.setdefault(target, {})[part] = name
         else:
             self._full[target] = name
             self._check_shape(name, self._adapters.info(name).shape, self._base.info(target).shape)
@@ -116,10 +110,6 @@ class LoraSource:
             raise UserError(
                 f"adapter {name} makes shape {found}, its base model has {base}: another base?"
             )
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _check_adapter_config(config: Mapping[str, Any]) -> None:

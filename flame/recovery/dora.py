@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flame.checkpoint.adapter_names import MAGNITUDE
 from flame.model import copy_full
-
-MAGNITUDE = "lora_magnitude_vector"
-"""peft's name of the modules that hold `m`."""
 
 
 class Magnitude(nn.Module):

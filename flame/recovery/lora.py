@@ -13,18 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flame.checkpoint.adapter_names import ADAPTER, base_name, is_adapter, peft_name
 from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
 from flame.model import copy_full, named_tensors
-from flame.recovery.dora import MAGNITUDE, initialise_magnitudes, use_own_layers
+from flame.recovery.dora import initialise_magnitudes, use_own_layers
 from flame.recovery.trainable import suggestion
-
-ADAPTER = "default"
-"""peft's name of the one adapter."""
-
-PEFT_PREFIX = "base_model.model."
-"""What peft puts before every name in its adapter files."""
 
 
 def inject(model: nn.Module, lora: Any) -> None:
@@ -90,23 +85,6 @@ def load_adapters(model: nn.Module, source: TensorSource) -> None:
         if found != wanted:
             raise UserError(f"lora.init's {name} has shape {found}, [lora] asks for {wanted}")
         copy_full(targets[name], source.read(name))
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def base_name(name: str) -> str:
-    """The name that parameter `name` of an adapted model has in the model without adapters."""
-    return name.replace(".base_layer.", ".")
-
-
-def peft_name(name: str) -> str:
-    """The name of parameter `name` of an adapted model in peft's adapter files."""
-    if is_adapter(name):
-        name = name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name
-        name = f"{name}.".replace(f".{ADAPTER}.", ".").removesuffix(".")
-    return PEFT_PREFIX + name
 
 
 def write_adapter_files(

@@ -25,11 +25,11 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 from torchtitan.train import Trainer as TitanTrainer
 
 import flame.training.train_spec
+from flame.checkpoint.adapter_names import peft_name
 from flame.checkpoint.manager import CheckpointManager
 from flame.process.distributed import world_size
 from flame.process.silence import naming_silent_ranks
 from flame.process.stopping import StopSignals
-from flame.recovery.lora import peft_name
 from flame.training.nonfinite import NonfiniteSteps
 from flame.training.objective import build_objective
 from flame.training.optimizer import clip_gradients

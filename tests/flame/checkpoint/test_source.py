@@ -232,7 +232,7 @@ def _adapted(**options: Any) -> tuple[nn.Module, dict[str, Tensor], Any]:
     """A model with trained adapters and norms, its LoRA run's tensors, and peft's configuration."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from flame.recovery.lora import peft_name
+    from flame.checkpoint.adapter_names import peft_name
 
     model = build(GATED_DELTANET)
     config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "o_proj"], **options)

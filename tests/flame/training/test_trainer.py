@@ -262,11 +262,12 @@ def test_merged_model_equals_base_plus_adapters(
     from transformers import AutoModelForCausalLM
 
     import flame.register  # noqa: F401
+    from flame.checkpoint.adapter_names import peft_name
     from flame.checkpoint.convert import convert
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
     from flame.config import Lora
-    from flame.recovery.lora import peft_config, peft_name
+    from flame.recovery.lora import peft_config
 
     adapted = load_model(resolve(str(two_ranks)))
     inject_adapter_in_model(peft_config(Lora(rank=4, alpha=8.0)), adapted)
