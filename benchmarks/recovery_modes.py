@@ -199,7 +199,7 @@ def trained_parameters(run_folder: Path, step: int) -> int:
     """Parameters that have optimizer moments in the last step."""
     from math import prod
 
-    from flame.checkpoint.source import DcpSource
+    from flame.checkpoint.dcp_source import DcpSource
     from flame.checkpoint.steps import step_folder
 
     source = DcpSource(step_folder(run_folder / "checkpoint", step), everything=True)

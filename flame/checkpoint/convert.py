@@ -23,7 +23,8 @@ from flame.checkpoint.reference import (
     check_destination,
     resolve,
 )
-from flame.checkpoint.source import SAFETENSORS_INDEX, TensorInfo, total_bytes
+from flame.checkpoint.safetensors_source import SAFETENSORS_INDEX
+from flame.checkpoint.source import TensorInfo, total_bytes
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError

@@ -1,19 +1,24 @@
-"""Whether the Hugging Face hub can be reached, known within seconds.
+"""The Hugging Face hub: whether it can be reached, and models from it.
 
-The hub's clients retry for 20 to 50 s before they say that there is no network.
+The hub's own clients retry for 20 to 50 s before they say that there is no network; the check here
+takes seconds.
 """
 
 import socket
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from flame.errors import UserError, first_line
 
 TIMEOUT = 5.0
 """Seconds to wait for a name server and a connection."""
 
 
 def hub_problem() -> str | None:
-    """Why the hub cannot be used now, in words for an error line, or `None` if it can."""
+    """Return why the hub cannot be used now, in words for an error line, or None if it can."""
     from huggingface_hub import constants, is_offline_mode
 
     if is_offline_mode():
@@ -23,7 +28,12 @@ def hub_problem() -> str | None:
 
 
 def reachable(url: str, timeout: float = TIMEOUT) -> bool:
-    """Whether the host of `url`, or the proxy that leads to it, accepts a connection."""
+    """Return whether the host of `url`, or the proxy for it, accepts a connection in time.
+
+    Args:
+        url: the address, with its scheme.
+        timeout: seconds to wait.
+    """
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if proxy:
@@ -37,6 +47,31 @@ def reachable(url: str, timeout: float = TIMEOUT) -> bool:
     worker.start()
     worker.join(timeout)
     return bool(answers and answers[0])
+
+
+def download(name: str, patterns: Sequence[str]) -> Path:
+    """Return the local folder of a hub model, brought up to date if the hub can be reached.
+
+    Args:
+        name: the model's name on the hub.
+        patterns: glob patterns of the files to fetch.
+
+    Raises:
+        UserError: the model is neither on the hub nor in the local cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    problem = hub_problem()
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(problem))
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(
+            f"no model {name}: no such folder, and not to be had from the hub "
+            f"({problem or first_line(error)}); give a local folder"
+        ) from error
 
 
 def _connects(host: str, port: int, timeout: float) -> bool:

@@ -1,8 +1,8 @@
-"""Where the numbers of a tensor lie in a file that `torch.save` wrote them into.
+"""Finding the numbers of a tensor in a file that `torch.save` wrote.
 
-With that a tensor, or rows of it, is read straight into its place: no copy, nothing that was not
-asked for. An archive is a zip with a pickle that describes the tensor, and its numbers as they are
-in memory. The pickle goes through an unpickler that knows that description and nothing else.
+A tensor, or rows of it, can then be read straight into place, without a copy and without reading
+anything else. An archive is a zip that holds a pickle, which describes the tensor, and the numbers
+as they were in memory. The unpickler here knows such descriptions and nothing else.
 """
 
 import collections
@@ -25,7 +25,7 @@ BLOCK = 8 << 20
 """Bytes that are read at a time."""
 
 READ_AHEAD = 32 << 20
-"""Bytes that the system may read before they are asked for."""
+"""Bytes that the operating system may read ahead."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -39,28 +39,29 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-"""Names in the pickle; tensors of other dtypes are left to `torch.load`."""
+"""Dtypes by their names in the pickle; tensors of other dtypes are left to `torch.load`."""
 
 _LOCAL_HEADER = 30
-"""Bytes of a zip entry's header before its name, whose last four are two lengths."""
+"""Bytes of a zip entry's header before its name; the last four are the lengths of two fields."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Block:
     """A contiguous tensor in a file."""
 
     offset: int
-    """Of its first byte in the file."""
+    """Position of the tensor's first byte in the file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def locate(descriptor: int, start: int, length: int) -> Place | None:
-    """Where the tensor of an archive lies; None if it is not one plain contiguous block.
+def locate(descriptor: int, start: int, length: int) -> Block | None:
+    """Return where the numbers of an archived tensor lie, None unless they are one plain block.
 
     Args:
-        descriptor: of the open file.
-        start, length: bytes of the file that `torch.save` wrote of one tensor.
+        descriptor: file descriptor of the open file.
+        start: first byte of the archive in the file.
+        length: bytes that `torch.save` wrote for this one tensor.
     """
     archive = io.BufferedReader(_Window(descriptor, start, length), 4096)
     try:
@@ -77,17 +78,17 @@ def locate(descriptor: int, start: int, length: int) -> Place | None:
         return None
     dtype = tensor.storage.dtype
     offset = start + _data_offset(archive, entry) + tensor.offset * dtype.itemsize
-    return Place(offset, tensor.shape, dtype)
+    return Block(offset, tensor.shape, dtype)
 
 
 def read_into(descriptor: int, path: Path, offset: int, target: Tensor) -> memoryview:
     """Fill a contiguous CPU tensor with the bytes of a file from `offset` on.
 
-    The system is asked to read on meanwhile: what follows in the file is likely to be next.
+    Afterwards the operating system is asked to read ahead, as what follows is likely to be next.
 
     Args:
-        descriptor: of the open file.
-        path: its name, for messages.
+        descriptor: file descriptor of the open file.
+        path: the file's name, for messages.
 
     Returns:
         The bytes of the tensor.
@@ -111,7 +112,7 @@ def read_into(descriptor: int, path: Path, offset: int, target: Tensor) -> memor
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a stream of their own."""
+    """`length` bytes of a file, from `start` on, as a stream of their own."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
         self._descriptor, self._start, self._length = descriptor, start, length
@@ -154,9 +155,10 @@ def _description(
     stride: Any,
     requires_grad: bool,
     hooks: Any,
-    marks: Any = None,
+    metadata: Any = None,
 ) -> _Description:
-    if marks:
+    """Stand in for torch's `_rebuild_tensor_v2`: note the arguments instead of building."""
+    if metadata:
         raise pickle.UnpicklingError("the tensor is a conjugate or negative view")
     return _Description(storage, offset, tuple(shape), tuple(stride))
 
@@ -177,7 +179,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 def _is_plain(tensor: _Description, entry: zipfile.ZipInfo) -> bool:
-    """Whether the tensor is its storage's numbers in order, and they are all in the archive."""
+    """Whether the tensor's numbers lie in order in its storage, whole and uncompressed."""
     step = 1
     strides: list[int] = []
     for size in reversed(tensor.shape):

@@ -24,25 +24,20 @@ _BLOCK = 1 << 20
 
 
 def hash_bytes(data: bytes) -> str:
-    """The hash of `data`, 32 hexadecimal digits."""
+    """Return the hash of `data` as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def hash_file(path: Path) -> str:
-    """The hash of a file, read in blocks of 1 MiB."""
-    hasher = xxhash.xxh3_128()
-    block = memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as stream:
-        while size := stream.readinto(block):
-            hasher.update(block[:size])
-    return hasher.hexdigest()
+    """Return the hash of a whole file as 32 hexadecimal digits."""
+    return HashAlong(path).finish()
 
 
 class HashAlong:
-    """The hash of a file that is taken while parts of it are read, so that no byte is read twice.
+    """Hashes a file while others read parts of it, so that most bytes are read only once.
 
-    Parts that are read in the order of the file are hashed as they are; what lies between them, or
-    was read in another order, is read again when its turn comes.
+    Parts that come in the order of the file are hashed as they are. Bytes between parts, and parts
+    that come out of order, are read from the file when their turn comes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +46,7 @@ class HashAlong:
         self._done = 0
 
     def take(self, offset: int, data: memoryview) -> None:
-        """Hash `data`, which was read at `offset`, and all that lies before it."""
+        """Hash `data`, which was read at `offset`, after what lies before it."""
         if offset < self._done:
             return
         self._advance(offset)
@@ -59,18 +54,17 @@ class HashAlong:
         self._done += len(data)
 
     def finish(self) -> str:
-        """Hash what is left; the hash of the whole file."""
+        """Hash the rest of the file and return the hash of the whole."""
         self._advance(None)
         return self._hasher.hexdigest()
 
     def _advance(self, stop: int | None) -> None:
-        """Read and hash up to offset `stop`, None for all."""
+        """Read and hash the file up to offset `stop`; None means to its end."""
         block = memoryview(bytearray(_BLOCK if stop is None else min(stop - self._done, _BLOCK)))
         with open(self._path, "rb", buffering=0) as stream:
             stream.seek(self._done)
             while stop is None or self._done < stop:
-                wanted = len(block) if stop is None else stop - self._done
-                size = stream.readinto(block[:wanted])
+                size = stream.readinto(block if stop is None else block[: stop - self._done])
                 if not size:
                     break
                 self._hasher.update(block[:size])
@@ -78,7 +72,7 @@ class HashAlong:
 
 
 class HashingFile:
-    """A new file that hashes what is written to it, in order; as a context, closed at its end."""
+    """A new file whose content is hashed while it is written; a context manager closes it."""
 
     def __init__(self, path: Path) -> None:
         self._file = DirectFile(path)
@@ -97,7 +91,7 @@ class HashingFile:
         return self._file.tell()
 
     def flush(self) -> None:
-        """Does nothing, for writers that ask for it: `finish` brings all to the disk."""
+        """Do nothing; `torch.save` calls it, but only `finish` brings the content to the disk."""
 
     def finish(self) -> str:
         """Bring the content to the disk, close the file and return its hash."""
@@ -112,20 +106,24 @@ class HashingFile:
 
 
 def write_file(path: Path, data: bytes) -> str:
-    """Write a small file through to the disk; return its hash."""
+    """Write a small file through to the disk and return its hash."""
     with HashingFile(path) as stream:
         stream.write(data)
         return stream.finish()
 
 
 def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Write `checksums.json` for files of `folder`, by name."""
+    """Write `checksums.json` into `folder`; `hashes` maps file names to hashes."""
     content = {"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}
     write_file(folder / CHECKSUMS, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The hash of each file of a step, by name; raises `UserError` if the list is not usable."""
+    """Return the recorded hash of each file of a step, by file name.
+
+    Raises:
+        UserError: `checksums.json` is missing, or is not a list of such hashes.
+    """
     path = folder / CHECKSUMS
     content = read_object(
         path,
@@ -160,7 +158,7 @@ def check_hash(path: Path, found: str, recorded: str) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn the system's complaints about reading a step's file into a `UserError`."""
+    """Turn an `OSError` of the block, which reads a step's file, into a `UserError`."""
     try:
         yield
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Writing large files past the page cache, block by block, while the next block is prepared.
+"""Writing large files past the page cache: one block goes to the disk while the next is filled.
 
-What a checkpoint writes nobody reads soon. Through the page cache it would cost a copy and a fresh
-page for each 4 KiB, and push out what is needed; here a thread hands full blocks to the disk. Where
-a file system does not take direct writes, they go through the cache.
+A checkpoint is not read soon after it is written. Through the page cache it would cost an extra
+copy, and push out pages that are needed. A file system that refuses direct writes gets the blocks
+through the cache.
 """
 
 import errno
@@ -20,9 +20,10 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class DirectFile:
-    """A new file that is written in order, to be closed by `finish` or, unfinished, by `close`.
+    """A new file that is written in order and closed by `finish`, or by `close` to give it up.
 
-    An error of the disk is raised by a later call, at the latest by `finish`.
+    A thread writes full blocks, so an error of the disk is raised by a later call, at the latest
+    by `finish`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +34,7 @@ class DirectFile:
         self._current, self._filled = 0, 0
         self._worker: ThreadPoolExecutor | None = None
         self._written = 0
-        """Bytes in blocks that were handed to the disk."""
+        """Bytes of the blocks that were handed to the thread."""
 
     def tell(self) -> int:
         return self._written + self._filled
@@ -49,7 +50,7 @@ class DirectFile:
             data = data[taken:]
 
     def finish(self) -> None:
-        """Bring everything to the disk, and close the file."""
+        """Write what is left, wait until everything is on the disk, and close the file."""
         try:
             self._wait()
             self._set_direct(False)
@@ -60,7 +61,7 @@ class DirectFile:
             self.close()
 
     def close(self) -> None:
-        """Close the file as it is."""
+        """Close the file as it is; calling it again does nothing."""
         if self._worker is not None:
             self._worker.shutdown(wait=True)
             self._worker = None
@@ -70,12 +71,12 @@ class DirectFile:
 
     def _block(self) -> mmap.mmap:
         while len(self._blocks) <= self._current:
-            # Memory of its own pages: direct writes want it aligned.
+            # mmap gives memory that is aligned to pages, as direct writes need.
             self._blocks.append(mmap.mmap(-1, BLOCK))
         return self._blocks[self._current]
 
     def _hand_over(self) -> None:
-        """Let the worker write the full block, and go on with the other one when that is free."""
+        """Give the full block to the thread, and wait until the other block may be filled."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "write")
             self._set_direct(True)

@@ -1,17 +1,13 @@
-"""Reading DCP checkpoints without running what they contain, and without trusting their bytes.
+"""Reading DCP steps without running what they contain, and without trusting their bytes.
 
-DCP keeps its index `.metadata` as a pickle, and some entries of a state as pickles too: as stock
-readers load them, a checkpoint is a program. Here the index goes through an unpickler that knows
-the index's own classes and nothing else, entries through `torch.load(weights_only=True)`, and every
-file is compared with its recorded hash before it is used.
+Pickles are read by `flame.storage.safe_unpickling` alone, and every file is compared with its
+recorded hash before it is used.
 """
 
 import io
 import math
-import pathlib
-import pickle
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -46,41 +36,9 @@ from flame.storage.checksums import (
     read_checksums,
     readable,
 )
+from flame.storage.safe_unpickling import UNPICKLING_ERRORS, load_entry, load_index
 
 Check = Literal["first", "along", "never"]
-
-_METADATA_CLASSES = (
-    "Metadata",
-    "MetadataIndex",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-)
-_ALLOWED: dict[tuple[str, str], Any] = {
-    **{(metadata.__name__, name): getattr(metadata, name) for name in _METADATA_CLASSES},
-    (filesystem.__name__, "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
-}
-_UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def read_checkpoint(
@@ -105,13 +63,13 @@ def read_checkpoint(
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of step folders, with checked hashes and an allow-list for the index.
+    """DCP's reader of step folders, with an allow-list for the index and hashes that are checked.
 
     Args:
         path: the step folder.
-        check: when files are compared with their hashes. `first`: a file whole, before something
-            in it is used. `along`: while they are read, so that a mismatch shows in `finish` only;
-            for work that can be thrown away then. `never`: they have been, or will be.
+        check: when files are compared with their hashes. `first`: the whole file, before anything
+            in it is used. `along`: while it is read, so that only `finish` finds a mismatch; for
+            work that can be thrown away then. `never`: another reader checks them.
     """
 
     def __init__(self, path: Path, check: Check = "first") -> None:
@@ -124,90 +82,107 @@ class SafeReader(FileSystemReader):
         self._along: dict[str, HashAlong] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The step's index; raises `UserError` if it is missing, damaged or hostile."""
+        """Return the step's index; raise `UserError` if it is missing, damaged or hostile."""
         if self._index is None:
-            content = _read_index(self._folder / METADATA)
+            path = self._folder / METADATA
+            content = _read_index(path)
             self._hashes = read_checksums(self._folder)
             if hash_bytes(content) != self._hashes.get(METADATA):
-                raise UserError(
-                    f"{self._folder / METADATA} is damaged (its hash differs): use another step"
-                )
-            self._index = load_index(content, self._folder / METADATA)
+                raise UserError(f"{path} is damaged (its hash differs): use another step")
+            self._index = load_index(content, path)
             self.storage_data = self._index.storage_data
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the items of `plan`, after checking the hash of each file once."""
         for item in plan.items:
-            self._checked_entry(item)
-        with self._explained(plan.items):
+            self._checked_place(item.storage_index)
+        with self._explained(item.storage_index.fqn for item in plan.items):
             return super().read_data(plan, planner)
 
-    def read_rows(self, item: ReadItem, target: Tensor) -> bool:
-        """Read whole rows of a stored chunk straight from its file, without unpickling numbers.
+    def read_rows(self, chunk: MetadataIndex, first: int, target: Tensor) -> None:
+        """Fill `target` with whole rows of a stored chunk of a tensor.
+
+        The numbers come straight from the file where the chunk is stored as one contiguous block.
 
         Args:
-            item: asks for rows of one chunk, whole along the other dimensions.
-            target: contiguous, of the shape that the item asks for and the chunk's dtype.
+            chunk: the chunk's key in the index.
+            first: the chunk's first row that is read.
+            target: a CPU tensor of the chunk's dtype, and of its shape but for dimension 0.
 
-        Returns:
-            False if the chunk is not stored as one contiguous block: `read_data` can read it.
+        Raises:
+            UserError: the chunk is damaged or has fewer rows.
         """
-        entry = self._checked_entry(item)
-        if getattr(entry, "transform_descriptors", None):
-            return False
-        path = self._folder / entry.relative_path
-        with self._explained([item]), open(path, "rb", buffering=0) as stream:
-            place = locate(stream.fileno(), entry.offset, entry.length)
-            if place is None or place.dtype != target.dtype:
-                return False
-            if place.shape[1:] != target.shape[1:] or len(place.shape) != target.dim():
-                return False
-            first = item.storage_offsets[0] if place.shape else 0
-            if place.shape and first + target.shape[0] > place.shape[0]:
-                return False
-            skipped = first * math.prod(place.shape[1:]) * place.dtype.itemsize
-            data = read_into(stream.fileno(), path, place.offset + skipped, target)
-        if self._check == "along":
-            with readable(path):
-                self._hash_along(entry.relative_path).take(place.offset + skipped, data)
-        return True
+        rows = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
+        if not self._read_block(chunk, first, rows):
+            rows = self.read_entry(chunk)
+            if isinstance(rows, Tensor) and rows.dim() == target.dim() > 0:
+                rows = rows[first : first + target.shape[0]]
+            if not isinstance(rows, Tensor) or rows.shape != target.shape:
+                raise UserError(f"cannot read {chunk.fqn} of {self._folder}: its shape differs")
+        if rows is not target:
+            target.copy_(rows)
+
+    def read_entry(self, index: MetadataIndex) -> Any:
+        """Return a stored entry, unpickled as plain data; raise `UserError` if it is damaged."""
+        place = self._checked_place(index)
+        with self._explained([index.fqn]), open(self._folder / place.relative_path, "rb") as stream:
+            stream.seek(place.offset)
+            return load_entry(index.fqn, io.BytesIO(stream.read(place.length)))
 
     def offset(self, index: MetadataIndex) -> int:
-        """Where a stored chunk begins in its file; 0 if the step does not say."""
-        entry = self.storage_data.get(index)
-        return entry.offset if entry is not None else 0
+        """Return where a stored chunk begins in its file, 0 if the index does not say."""
+        place = self.storage_data.get(index)
+        return place.offset if place is not None else 0
 
     def finish(self) -> None:
-        """Check the hash of every file of the step, from where it was taken `along` to."""
+        """Check the hash of every file of the step; what was read `along` is not read again."""
         for name in sorted(self._hashes):
             path = self._folder / name
             with readable(path):
                 found = self._hash_along(name).finish()
             check_hash(path, found, self._hashes[name])
 
+    def _read_block(self, chunk: MetadataIndex, first: int, rows: Tensor) -> bool:
+        """Read rows from one contiguous block; return False if they do not lie in one."""
+        place = self._checked_place(chunk)
+        path = self._folder / place.relative_path
+        with self._explained([chunk.fqn]), open(path, "rb", buffering=0) as stream:
+            block = locate(stream.fileno(), place.offset, place.length)
+            if block is None or block.dtype != rows.dtype or len(block.shape) != rows.dim():
+                return False
+            if block.shape[1:] != rows.shape[1:]:
+                return False
+            if block.shape and first + rows.shape[0] > block.shape[0]:
+                return False
+            begin = block.offset + first * math.prod(block.shape[1:]) * block.dtype.itemsize
+            data = read_into(stream.fileno(), path, begin, rows)
+        if self._check == "along":
+            with readable(path):
+                self._hash_along(place.relative_path).take(begin, data)
+        return True
+
     @contextmanager
-    def _explained(self, items: Sequence[ReadItem]) -> Iterator[None]:
+    def _explained(self, names: Iterable[str]) -> Iterator[None]:
         try:
             yield
-        except (*_UNPICKLING_ERRORS, OSError) as error:
-            entries = some(sorted({item.storage_index.fqn for item in items}), 3)
+        except (*UNPICKLING_ERRORS, OSError) as error:
+            entries = some(sorted(set(names)), 3)
             raise UserError(
                 f"cannot read {entries} of {self._folder}: {first_line(error)}"
             ) from error
 
-    def _checked_entry(self, item: ReadItem) -> _StorageInfo:
-        """Where an item is stored, its file checked as `check` says."""
-        entry = self.storage_data.get(item.storage_index)
-        if entry is None:
-            name = item.storage_index.fqn
-            raise UserError(f"{self._folder / METADATA} does not say where {name} is")
-        name = entry.relative_path
+    def _checked_place(self, index: MetadataIndex) -> _StorageInfo:
+        """Return where an entry is stored, after checking its file if `check` says so."""
+        place = self.storage_data.get(index)
+        if place is None:
+            raise UserError(f"{self._folder / METADATA} does not say where {index.fqn} is")
+        name = place.relative_path
         check_listed(self._folder, name, self._hashes)
         if self._check == "first" and name not in self._checked:
             check_file(self._folder, name, self._hashes)
             self._checked.add(name)
-        return entry
+        return place
 
     def _hash_along(self, name: str) -> HashAlong:
         if name not in self._along:
@@ -216,10 +191,10 @@ class SafeReader(FileSystemReader):
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner with `weights_only=True` and complaints that a person can read.
+    """DCP's load planner with `weights_only=True` and messages that a person can act on.
 
     Args:
-        optional: entries that keep the value which they have where the step lacks them.
+        optional: names of entries that keep their present value if the step lacks them.
     """
 
     def __init__(self, optional: Collection[str] = ()) -> None:
@@ -234,66 +209,12 @@ class SafeLoadPlanner(DefaultLoadPlanner):
             lacking = some(missing, 3)
             raise UserError(f"the checkpoint lacks {lacking}: it is of another model or run")
         for name in self.state_dict.keys() & saved.keys():
-            value = self.state_dict[name]
-            _check_kind(name, value, saved[name])
+            _check_form(name, self.state_dict[name], saved[name])
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[name], load_bytes(name, value))
-
-
-def load_bytes(name: str, value: io.BytesIO) -> Any:
-    """Unpickle the entry `name` as data: numbers, strings, containers and tensors."""
-    try:
-        return torch.load(value, map_location="cpu", weights_only=True)
-    except _UNPICKLING_ERRORS as error:
-        reason = f"{type(error).__name__}"
-        raise UserError(f"entry {name} of the checkpoint is not plain data: {reason}") from error
-
-
-def load_index(content: bytes, path: Path) -> Metadata:
-    """Unpickle DCP's index with nothing but its own classes; `path` is named in errors."""
-    try:
-        index = _IndexUnpickler(io.BytesIO(content)).load()
-    except _Forbidden as error:
-        raise UserError(
-            f"{path} asks for {error}, which no checkpoint index needs: do not use this file"
-        ) from None
-    except _UNPICKLING_ERRORS as error:
-        reason = type(error).__name__
-        raise UserError(f"{path} is not a DCP index ({reason}): use another step") from error
-    if not _is_index(index):
-        raise UserError(f"{path} is not a DCP index: use another step")
-    return index
-
-
-class _Forbidden(pickle.UnpicklingError):
-    """The index names a class or function that is not on the list."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name))
-        if found is None and module == "torch" and "." not in name:
-            candidate = getattr(torch, name, None)
-            found = candidate if isinstance(candidate, torch.dtype) else None
-        if found is None:
-            raise _Forbidden(f"{module}.{name}")
-        return found
-
-
-def _is_index(index: Any) -> bool:
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        return False
-    entries = index.state_dict_metadata
-    kinds = (TensorStorageMetadata, BytesStorageMetadata)
-    return (
-        isinstance(entries, dict)
-        and all(isinstance(name, str) and isinstance(e, kinds) for name, e in entries.items())
-        and all(isinstance(key, MetadataIndex) for key in index.storage_data)
-        and all(isinstance(place, _StorageInfo) for place in index.storage_data.values())
-    )
+        set_element(self.original_state_dict, self.mappings[name], load_entry(name, value))
 
 
 def _read_index(path: Path) -> bytes:
@@ -305,7 +226,8 @@ def _read_index(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_kind(name: str, value: Any, saved: Any) -> None:
+def _check_form(name: str, value: Any, saved: Any) -> None:
+    """Raise `UserError` if a stored tensor is to be loaded into a value of another form."""
     if not isinstance(saved, TensorStorageMetadata):
         return
     if not isinstance(value, torch.Tensor):

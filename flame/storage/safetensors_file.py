@@ -1,7 +1,7 @@
-"""safetensors files, written and read tensor by tensor: memory holds one.
+"""Writing and reading safetensors files tensor by tensor, so that memory holds only one.
 
-The format: the length of a header in 8 bytes, little-endian; the header in JSON, with dtype, shape
-and place of each tensor; the tensors' bytes without gaps (github.com/huggingface/safetensors).
+The format (github.com/huggingface/safetensors) is the header's length in 8 bytes, little-endian;
+the header in JSON, with each tensor's dtype, shape and position; the tensors' bytes without gaps.
 """
 
 import json
@@ -37,22 +37,22 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
-"""The tensors begin at a multiple of so many bytes."""
+"""The header is padded, so that the tensors begin at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file."""
+    """What a file's header says of a tensor."""
 
     shape: tuple[int, ...]
     code: str
-    """Its dtype in the format's words."""
+    """The dtype as the format names it, such as `BF16`."""
     offset: int
-    """Of its first byte in the file."""
+    """Position of the tensor's first byte in the file."""
 
 
 class SafetensorsFile:
-    """A file that was checked when it was opened: header, places and its length fit together.
+    """A file to read tensors from, checked when it is opened: header and length fit together.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -72,7 +72,7 @@ class SafetensorsFile:
         }
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of a tensor, or a scalar."""
+        """Return rows `start:stop` of a tensor, or a whole scalar, in the stored dtype."""
         entry = self.entries[name]
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
         target = torch.empty(shape, dtype=DTYPES[entry.code])
@@ -90,11 +90,16 @@ def write_safetensors(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write a file, through to the disk.
+    """Write a safetensors file through to the disk.
 
     Args:
-        tensors: shape and dtype of each tensor by name; written widest dtype first, then by name.
-        read: gives a tensor; called once for each, in the order of the file.
+        path: the file, which is replaced if it exists.
+        tensors: shape and dtype of each tensor by name; the widest dtype comes first in the file,
+            and within a dtype names are sorted.
+        read: returns a tensor by its name; called once for each, in the order of the file.
+
+    Raises:
+        ValueError: `read` returns another shape or dtype.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
     with closing(DirectFile(path)) as file:
@@ -105,7 +110,7 @@ def write_safetensors(
 
 
 def open_safetensors(path: Path) -> Any:
-    """An open handle of a safetensors file; `UserError` if it is missing or damaged."""
+    """Open a file with the safetensors library; raise `UserError` if it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import check_finite
 from flame.checkpoint.load import check_weights
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import DcpSource
 from flame.checkpoint.steps import (
     is_whole,
     latest_whole_step,

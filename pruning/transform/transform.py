@@ -23,19 +23,15 @@ from flame.checkpoint.convert import (
     write_hf,
     write_run,
 )
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, ModelReference
-from flame.checkpoint.source import (
-    DcpSource,
-    TensorInfo,
-    TensorSource,
-    open_safetensors,
-    total_bytes,
-)
+from flame.checkpoint.source import TensorInfo, TensorSource, total_bytes
 from flame.checkpoint.steps import METADATA, save_step
 from flame.errors import UserError
 from flame.storage.checksums import check_file, hash_file, read_checksums
 from flame.storage.safe_reader import Check
+from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
 from pruning.planning.choose import check_tensor_finite
 from pruning.planning.plan import Plan, check_fingerprint

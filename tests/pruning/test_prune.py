@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import DcpSource
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS

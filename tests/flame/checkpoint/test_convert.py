@@ -17,7 +17,8 @@ from flame.checkpoint import convert as conversion
 from flame.checkpoint.convert import convert, write_hf
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import SafetensorsSource, TensorInfo
+from flame.checkpoint.safetensors_source import SafetensorsSource
+from flame.checkpoint.source import TensorInfo
 from flame.checkpoint.steps import METADATA, load_step, save_step, verify_step
 from flame.convert import Options, check, main, parse
 from flame.errors import UserError
@@ -64,7 +65,7 @@ def test_a_run_resolves_to_its_latest_whole_step(run: Path) -> None:
 def test_a_hugging_face_folder_resolves(hf: Path) -> None:
     found = resolve(str(hf))
     assert found.kind == "hf" and found.folder == found.weights == found.tokenizer == hf
-    assert found.run_folder is None and found.step_folder is None and found.recipe is None
+    assert found.kind == "hf" and found.step_folder is None and found.recipe is None
     (hf / "tokenizer.json").unlink()
     assert resolve(hf).tokenizer is None
 

@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.load import load_model, load_weights
 from flame.checkpoint.lora_source import LoraSource
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import (
-    DcpSource,
-    SafetensorsSource,
-    TensorInfo,
-    TensorSource,
-)
+from flame.checkpoint.safetensors_source import SafetensorsSource
+from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.checkpoint.steps import save_step
 from flame.errors import UserError
 from tests.distributed import run_distributed
@@ -31,6 +28,7 @@ from tests.flame.tiny import (
     write_hf_folder,
     write_run,
 )
+from tests.memory_source import MemorySource
 
 
 def _assert_holds(source: TensorSource, expected: dict[str, Tensor]) -> None:
@@ -214,20 +212,6 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 # --- adapters ---------------------------------------------------------------------------------
 
 
-class _InMemory:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return sorted(self.tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name][rows] if rows is not None else self.tensors[name]
-
-
 def _adapted(**options: Any) -> tuple[nn.Module, dict[str, Tensor], Any]:
     """A model with trained adapters and norms, its LoRA run's tensors, and peft's configuration."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -269,8 +253,8 @@ def _merged_by_peft(model: nn.Module) -> dict[str, Tensor]:
 )
 def test_adapters_merge_as_in_peft(options: dict[str, Any]) -> None:
     model, trained, config = _adapted(**options)
-    base = _InMemory(stored_tensors(build(GATED_DELTANET)))
-    source = LoraSource(base, _InMemory(trained), config.to_dict())
+    base = MemorySource(stored_tensors(build(GATED_DELTANET)))
+    source = LoraSource(base, MemorySource(trained), config.to_dict())
     expected = _merged_by_peft(model)
     assert source.names() == sorted(expected)
     changed = 0
@@ -284,7 +268,7 @@ def test_adapters_merge_as_in_peft(options: dict[str, Any]) -> None:
 def test_adapters_on_a_bf16_base_are_merged_in_fp32() -> None:
     model, trained, config = _adapted()
     rounded = {n: t.bfloat16() for n, t in stored_tensors(build(GATED_DELTANET)).items()}
-    source = LoraSource(_InMemory(rounded), _InMemory(trained), config.to_dict())
+    source = LoraSource(MemorySource(rounded), MemorySource(trained), config.to_dict())
     name = "model.layers.0.attn.q_proj.weight"
     assert source.info(name).dtype == source.read(name).dtype == torch.float32
     prefix = "base_model.model.model.layers.0.attn.q_proj"
@@ -294,7 +278,7 @@ def test_adapters_on_a_bf16_base_are_merged_in_fp32() -> None:
 
 def test_adapters_that_do_not_fit_are_named() -> None:
     _, trained, config = _adapted()
-    base = _InMemory(stored_tensors(build(GATED_DELTANET)))
+    base = MemorySource(stored_tensors(build(GATED_DELTANET)))
     prefix = "base_model.model.model.layers.0.attn.q_proj"
     lonely = {k: v for k, v in trained.items() if k != f"{prefix}.lora_B.weight"}
     cases = {
@@ -304,9 +288,9 @@ def test_adapters_that_do_not_fit_are_named() -> None:
     }
     for message, tensors in cases.items():
         with pytest.raises(UserError, match=message):
-            LoraSource(base, _InMemory(tensors), config.to_dict())
+            LoraSource(base, MemorySource(tensors), config.to_dict())
     with pytest.raises(UserError, match="use_dora"):
-        LoraSource(base, _InMemory(trained), {**config.to_dict(), "use_dora": True})
+        LoraSource(base, MemorySource(trained), {**config.to_dict(), "use_dora": True})
 
 
 def _lora_run(folder: Path, base: Path) -> tuple[Path, nn.Module]:
@@ -401,7 +385,7 @@ def test_sharded_models_load_from_sharded_steps(
 
 
 def test_a_model_with_adapters_loads_its_base(tmp_path: Path) -> None:
-    base = _InMemory(stored_tensors(build(GATED_DELTANET, seed=1)))
+    base = MemorySource(stored_tensors(build(GATED_DELTANET, seed=1)))
     model, _, _ = _adapted()
     adapters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     load_weights(model, base)
@@ -414,11 +398,11 @@ def test_what_does_not_fit_a_model_is_listed() -> None:
     tensors = stored_tensors(build(GATED_DELTANET))
     model = build(GATED_DELTANET)
     norm = tensors.pop("model.norm.weight")
-    source = _InMemory({**tensors, "extra": torch.ones(1)})
+    source = MemorySource({**tensors, "extra": torch.ones(1)})
     with pytest.raises(UserError, match=r"lacks model\.norm\.weight and has extra, which"):
         load_weights(model, source)
     load_weights(model, source, strict=False)
-    source = _InMemory({**tensors, "model.norm.weight": norm[:5]})
+    source = MemorySource({**tensors, "model.norm.weight": norm[:5]})
     with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(5,\).*\(24,\)"):
         load_weights(model, source)
 
@@ -443,30 +427,30 @@ def test_the_fingerprint_ignores_form_and_noise(tmp_path: Path) -> None:
         "vocab_size": 31.0,
         "sliding_window": None,
     }
-    assert mark == fingerprint({**LLAMA, **noise}, _InMemory(tensors))
-    assert mark != fingerprint({**LLAMA, "num_attention_heads": 4}, _InMemory(tensors))
+    assert mark == fingerprint({**LLAMA, **noise}, MemorySource(tensors))
+    assert mark != fingerprint({**LLAMA, "num_attention_heads": 4}, MemorySource(tensors))
 
 
 def test_the_fingerprint_sees_every_tensor() -> None:
     tensors = stored_tensors(build(GATED_DELTANET))
-    marks = {fingerprint(GATED_DELTANET, _InMemory(tensors))}
+    marks = {fingerprint(GATED_DELTANET, MemorySource(tensors))}
     for name in tensors:
         changed = tensors[name].clone()
         changed.view(-1)[-1] += 1
-        marks.add(fingerprint(GATED_DELTANET, _InMemory({**tensors, name: changed})))
+        marks.add(fingerprint(GATED_DELTANET, MemorySource({**tensors, name: changed})))
     assert len(marks) == len(tensors) + 1
     renamed = {f"{name}s" if name == "lm_head.weight" else name: t for name, t in tensors.items()}
     half = {name: t.bfloat16() for name, t in tensors.items()}
-    marks |= {fingerprint(GATED_DELTANET, _InMemory(t)) for t in (renamed, half)}
+    marks |= {fingerprint(GATED_DELTANET, MemorySource(t)) for t in (renamed, half)}
     assert len(marks) == len(tensors) + 3
 
 
 def test_broken_weights_are_named() -> None:
     tensors = stored_tensors(build(GATED_DELTANET))
-    check_finite(_InMemory(tensors))
+    check_finite(MemorySource(tensors))
     name = "model.layers.1.attn.k_proj.weight"
     for value in (float("nan"), float("inf")):
         broken = tensors[name].clone()
         broken[3, 4] = value
         with pytest.raises(UserError, match=f"{name} holds 1 NaN"):
-            check_finite(_InMemory({**tensors, name: broken}))
+            check_finite(MemorySource({**tensors, name: broken}))

@@ -18,6 +18,7 @@ from tests.flame.tiny import (
     build,
     stored_tensors,
 )
+from tests.memory_source import MemorySource
 
 TOKENS = torch.arange(40)[None] % 67
 
@@ -163,7 +164,6 @@ def test_merging_equals_pefts_to_the_rounding_of_the_dtype(dtype: torch.dtype, d
     """In bf16 the sum is taken in fp32 and rounded once: never further off than peft's own."""
     from flame.checkpoint.lora_source import LoraSource
     from flame.recovery.lora import peft_config
-    from tests.flame.checkpoint.test_source import _InMemory
 
     lora = Lora(rank=4, alpha=8.0, dora=dora, target_modules=["q_proj", "o_proj"])
     theirs = by_peft(lora)
@@ -172,7 +172,7 @@ def test_merging_equals_pefts_to_the_rounding_of_the_dtype(dtype: torch.dtype, d
     named = by_peft_name(theirs).items()
     trained = {name: p.detach().to(dtype) for name, p in named if ".lora_" in name}
     base = {n: t.to(dtype) for n, t in stored_tensors(build(GATED_DELTANET)).items()}
-    source = LoraSource(_InMemory(base), _InMemory(trained), peft_config(lora).to_dict())
+    source = LoraSource(MemorySource(base), MemorySource(trained), peft_config(lora).to_dict())
     merged = theirs.to(dtype).merge_and_unload()
     for name, parameter in merged.named_parameters():
         if "q_proj" not in name and "o_proj" not in name:
@@ -282,11 +282,10 @@ def test_peft_folders_are_started_from(
 
 
 def test_adapters_of_another_shape_are_not_started_from(tmp_path: Path) -> None:
-    from tests.flame.checkpoint.test_source import _InMemory
 
     model = by_us(Lora(rank=4))
     stored = {peft_name(n): p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    load_adapters(model, _InMemory(stored))
+    load_adapters(model, MemorySource(stored))
     name = "base_model.model.model.layers.0.attn.q_proj.lora_A.weight"
     cases = {
         "the model to be trained has no other": {**stored, "other": torch.zeros(1)},
@@ -295,7 +294,7 @@ def test_adapters_of_another_shape_are_not_started_from(tmp_path: Path) -> None:
     }
     for words, tensors in cases.items():
         with pytest.raises(UserError, match=words):
-            load_adapters(model, _InMemory(tensors))
+            load_adapters(model, MemorySource(tensors))
 
 
 def test_merge_is_an_option_of_the_command() -> None:

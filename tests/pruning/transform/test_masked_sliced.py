@@ -207,7 +207,7 @@ def test_an_optimizer_step_on_both_is_the_same(case: str, kind: str, tmp_path: P
 
 
 def surviving(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    from tests.pruning.memory_source import MemorySource
+    from tests.memory_source import MemorySource
 
     source = SlicedSource(MemorySource(tensors), cuts_of(plan, plan.config_before))
     return {name: source.read(name) for name in source.names()}

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.source import DcpSource, SafetensorsSource
+from flame.checkpoint.safetensors_source import SafetensorsSource
 from flame.checkpoint.steps import save_step, verify_step
 from flame.errors import UserError
 from flame.storage.checksums import hash_file

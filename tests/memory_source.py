@@ -1,4 +1,4 @@
-"""Tensors in memory as a source of the transform."""
+"""Tensors in memory as a `TensorSource`."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,89 @@
+"""The tensors of a step folder, as a source."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from flame.checkpoint.source import TensorInfo, row_bounds
+from flame.errors import UserError
+from flame.storage.safe_reader import Check, SafeReader
+
+TRAINING_PREFIXES = ("optimizer.", "lr_scheduler.", "train_state.", "dataloader.")
+"""Beginnings of the names in a step that belong to the training state, not to the model."""
+
+
+class DcpSource:
+    """The tensors of a step folder: the model's, or with `everything` the training state's too.
+
+    A tensor may lie in chunks over many files. Only the chunks that overlap the wanted rows are
+    read, one at a time.
+
+    Args:
+        step: the step folder.
+        everything: include the training state.
+        check: when files are compared with their hashes (see `SafeReader`).
+    """
+
+    def __init__(self, step: Path, everything: bool = False, check: Check = "first") -> None:
+        self._reader = SafeReader(step, check)
+        self._step = step
+        entries = self._reader.read_metadata().state_dict_metadata
+        left_out = () if everything else TRAINING_PREFIXES
+        own = {name: e for name, e in entries.items() if not name.startswith(left_out)}
+        self._tensors = {n: e for n, e in own.items() if isinstance(e, TensorStorageMetadata)}
+        self._values = {n for n, e in own.items() if isinstance(e, BytesStorageMetadata)}
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise UserError(f"{self._step} has no tensor {name}")
+        entry = self._tensors[name]
+        return TensorInfo(tuple(entry.size), entry.properties.dtype)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        info = self.info(name)
+        start, stop = row_bounds(name, info, rows)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        target = torch.empty(shape, dtype=info.dtype)
+        chunks = self._tensors[name].chunks
+        parts = [(chunk, _covered(target, chunk, start)) for chunk in chunks]
+        if sum(part.numel() for _, part in parts) != target.numel():
+            raise UserError(f"{self._step} does not hold all of {name}: use another step")
+        for chunk, part in parts:
+            if part.numel() > 0:
+                first = max(start - chunk.offsets[0], 0) if info.shape else 0
+                self._reader.read_rows(MetadataIndex(name, chunk.offsets), first, part)
+        return target
+
+    def values(self) -> dict[str, Any]:
+        """Return the entries that are not tensors (numbers, strings, lists), by flat name."""
+        return {name: self._reader.read_entry(MetadataIndex(name)) for name in sorted(self._values)}
+
+    def stored_order(self) -> list[str]:
+        """Return the names in the order in which the tensors lie on disk, the fastest to read."""
+
+        def offset(name: str) -> int:
+            return self._reader.offset(MetadataIndex(name, self._tensors[name].chunks[0].offsets))
+
+        return sorted(self._tensors, key=lambda name: (offset(name), name))
+
+    def finish(self) -> None:
+        """Compare every file with its hash; raise `UserError` naming the first that differs."""
+        self._reader.finish()
+
+
+def _covered(target: Tensor, chunk: ChunkStorageMetadata, start: int) -> Tensor:
+    """Return the part of `target`, the tensor's rows from `start` on, that a chunk covers."""
+    begins = [offset - (start if dim == 0 else 0) for dim, offset in enumerate(chunk.offsets)]
+    ends = [begin + size for begin, size in zip(begins, chunk.sizes, strict=True)]
+    return target[tuple(slice(max(b, 0), max(e, 0)) for b, e in zip(begins, ends, strict=True))]
