@@ -115,13 +115,13 @@ def _analyse(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> "list[Analysis]":
     """The model on the first text, then what was asked for of the other model and text."""
-    from pruning.state_rank import times
+    from pruning.state_rank import token_counts
     from pruning.states.analysis import analyse_states
 
-    moments = times(texts[0].seq_len, options.per_octave)
+    counts = token_counts(texts[0].seq_len, options.per_octave)
     rows = [_rows(text, references) for text in texts]
-    found = [analyse_states(model, rows[0], moments, options.epsilon) for model in references]
-    found += [analyse_states(references[0], more, moments, options.epsilon) for more in rows[1:]]
+    found = [analyse_states(model, rows[0], counts, options.epsilon) for model in references]
+    found += [analyse_states(references[0], more, counts, options.epsilon) for more in rows[1:]]
     return found
 
 

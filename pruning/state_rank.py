@@ -10,7 +10,7 @@ All of them are at least 1 and at most d; a state of zeros has rank 0. Everythin
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,7 @@ from torch import Tensor
 EPSILON = 1e-4
 """Singular values above this share of the largest count for the threshold rank."""
 
-TIMES_PER_OCTAVE = 2
-
-Operator = Callable[..., tuple[Tensor, Tensor | None]]
-"""A delta-rule operator: fla's signature, without `g` if the rule has no decay."""
+COUNTS_PER_OCTAVE = 2
 
 
 @dataclass(frozen=True)
@@ -53,57 +50,17 @@ class Groups:
     evenly and 0.64 for normal ones, so two groups are there only well above these."""
 
 
-def times(length: int, per_octave: int = TIMES_PER_OCTAVE) -> list[int]:
+def token_counts(length: int, per_octave: int = COUNTS_PER_OCTAVE) -> list[int]:
     """Log-spaced numbers of tokens from 1 to `length`, powers of two and `length` among them."""
     if length < 1 or per_octave < 1:
-        raise ValueError(f"times for {length} tokens, {per_octave} an octave: both at least 1")
+        raise ValueError(f"counts for {length} tokens, {per_octave} an octave: both at least 1")
     steps = range(math.floor(math.log2(length) * per_octave) + 1)
     return sorted({*(round(2 ** (step / per_octave)) for step in steps), length})
 
 
-def states_at(
-    operator: Operator,
-    moments: Sequence[int],
-    k: Float[Tensor, "B T Hk K"],
-    v: Float[Tensor, "B T H V"],
-    beta: Float[Tensor, "B T H"],
-    g: Float[Tensor, "B T H"] | None,
-    normalize: bool = True,
-    steps: int = 1,
-) -> Iterator[Float[Tensor, "B H K V"]]:
-    """The states after each of `moments` tokens, one batch at a time.
-
-    The operator runs over the tokens between two moments, from the state of the first to that of
-    the second, so the cost is one pass over the tokens and no other state is kept.
-
-    Args:
-        operator: the chunk operator to run.
-        moments: numbers of tokens, increasing, from 1 to T / steps.
-        k: keys as the operator takes them.
-        g: log-decays; None for a rule without decay.
-        normalize: the operator divides the keys by their L2 norm.
-        steps: rows of a token.
-    """
-    state, start = None, 0
-    for end in moments:
-        part = slice(start * steps, end * steps)
-        inputs = {"q": k[:, part], "k": k[:, part], "v": v[:, part], "beta": beta[:, part]}
-        if g is not None:
-            inputs["g"] = g[:, part]
-        _, state = operator(
-            **{name: tensor.contiguous() for name, tensor in inputs.items()},
-            initial_state=state,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=normalize,
-        )
-        assert state is not None
-        yield state
-        start = end
-
-
-def segment_means(x: Float[Tensor, "... T H"], moments: Sequence[int]) -> Float[Tensor, "n ... H"]:
-    """Means over the tokens from each moment's predecessor (0 for the first) to the moment."""
-    ends = torch.tensor([0, *moments], device=x.device)
+def segment_means(x: Float[Tensor, "... T H"], counts: Sequence[int]) -> Float[Tensor, "n ... H"]:
+    """Means over the tokens between successive `counts`, the first from token 0."""
+    ends = torch.tensor([0, *counts], device=x.device)
     return torch.stack(
         [part.double().mean(-2) for part in x[..., : ends[-1], :].split(ends.diff().tolist(), -2)]
     )

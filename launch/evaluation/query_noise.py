@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from launch.drawing.table import Column, Table
 from pruning.adapters import ADAPTERS
-from pruning.state_rank import measure, singular_values, states_at
-from pruning.taps import OpCall, tap_ops
+from pruning.state_rank import measure, singular_values
+from pruning.states.rollout import Operator, states_after
+from pruning.taps import OpCall, operator_for, tap_ops
 
 COLUMNS = (
     Column("layer", "layer", "d"),
@@ -70,19 +71,6 @@ def amplification(
     return (mean_gain[..., None] / gains).log().mean(-1).exp()
 
 
-def noisy_error(
-    states: Float[Tensor, "... K V"], queries: Float[Tensor, "... n K"], noise: float, seed: int
-) -> Float[Tensor, "... n"]:
-    """Relative errors of the outputs for one draw of noise of relative size `noise`, float64."""
-    states, queries = states.double(), queries.double()
-    generator = torch.Generator(queries.device).manual_seed(seed)
-    errors = torch.randn(
-        queries.shape, generator=generator, dtype=torch.float64, device=queries.device
-    )
-    errors *= noise * queries.norm(dim=-1, keepdim=True) / queries.shape[-1] ** 0.5
-    return (errors @ states).norm(dim=-1) / (queries @ states).norm(dim=-1)
-
-
 def random_query_amplification(rank: Float[Tensor, "..."], key_dim: int) -> Float[Tensor, "..."]:
     """Amplification for random queries of a state whose `rank` singular values are equal."""
     rank = torch.as_tensor(rank, dtype=torch.float64)
@@ -109,19 +97,22 @@ def query_noise(
     """
     records: list[QueryNoise] = []
     adapter = ADAPTERS[config["model_type"]]
-    with tap_ops(model, adapter, lambda call: records.extend(call_noise(call, asked, length))):
+    # Looked up before a tap takes its place, or the rollout's own calls would be tapped.
+    operator = operator_for(adapter)
+
+    def on_call(call: OpCall) -> None:
+        records.extend(call_noise(call, operator, asked, length))
+
+    with tap_ops(model, adapter, on_call):
         model(input_ids=tokens, use_cache=False)
     return sorted(records, key=lambda record: (record.layer, record.head))
 
 
-def call_noise(call: OpCall, asked: Int[Tensor, "B n"], length: int) -> list[QueryNoise]:
-    """The heads of one call of the delta rule, its documents being the rows."""
-    from kernels.gated_delta_rule import chunk_gated_delta_rule
-    from kernels.kda import chunk_kda
-
-    g = torch.zeros_like(call.beta) if call.g is None else call.g
-    operator = chunk_gated_delta_rule if g.ndim == 3 else chunk_kda
-    (states,) = states_at(operator, [length], call.k, call.v, call.beta, g, steps=call.steps)
+def call_noise(
+    call: OpCall, operator: Operator, asked: Int[Tensor, "B n"], length: int
+) -> list[QueryNoise]:
+    """The heads of one call of the delta rule, whose rows are documents."""
+    (states,) = states_after(call, operator, [length])
     ranks = measure(singular_values(states))
     rows = torch.arange(len(asked), device=asked.device)[:, None]
     queries = call.q[rows, asked].repeat_interleave(states.shape[1] // call.q.shape[2], dim=2)

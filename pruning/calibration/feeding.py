@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from pruning.adapters import Adapter
 from pruning.spaces import Space
-from pruning.states.samples import sampled_states
+from pruning.states.rollout import sampled_states
 from pruning.statistics import Source, Statistic
 from pruning.statistics.row_sample import RowSample
 from pruning.taps import OpCall, operator_for, tap_mixer_inputs, tap_ops

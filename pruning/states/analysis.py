@@ -6,7 +6,7 @@ Sequences are dealt to the ranks in turn, each a batch of its own, so that figur
 the number of processes. On a CPU the states are made in float64 from the activations of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -32,13 +32,12 @@ from pruning.adapters import ADAPTERS, PRUNED, Adapter
 from pruning.spaces import Space
 from pruning.state_rank import (
     EPSILON,
-    Operator,
     RankMeasures,
     measure,
     segment_means,
     singular_values,
-    states_at,
 )
+from pruning.states.rollout import Operator, states_after
 from pruning.taps import OpCall, operator_for, tap_ops
 
 MEASURES = tuple(f.name for f in fields(RankMeasures))
@@ -120,18 +119,18 @@ def analyse_states(
     """
     adapter, _ = linear_spaces(reference.config)
     model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
-    watch = _Watch(operator_for(adapter), list(times), epsilon)
+    measuring = _Measuring(operator_for(adapter), list(times), epsilon)
     peers, own = Peers(), {}
     rounds = range(0, len(rows), world_size())
-    with torch.no_grad(), tap_ops(model, adapter, watch):
+    with torch.no_grad(), tap_ops(model, adapter, measuring):
         for first in progress(rounds, "analyze", len(rounds)):
             mine = first + rank()
-            watch.start(counting=mine < len(rows))
+            measuring.start(counting=mine < len(rows))
             # FSDP2's gathers need every rank: one without a row reads a token that nothing counts.
             _forward(model, rows[mine] if mine < len(rows) else rows[0][:, :1])
-            peers.agree(watch.complain)
+            peers.agree(measuring.complain)
             if mine < len(rows):
-                own[mine] = {layer: _joined(parts) for layer, parts in watch.found.items()}
+                own[mine] = {layer: _joined(parts) for layer, parts in measuring.found.items()}
     found = {row: seen for part in gather_objects(own) for row, seen in part.items()}
     return _gathered([found[row] for row in range(len(rows))], list(times))
 
@@ -157,8 +156,8 @@ def _joined(parts: list[_Seen]) -> _Seen:
     return _Seen(values, torch.cat(spectra)[order])
 
 
-class _Watch:
-    """Measures every call of a forward pass; after a complaint it measures no more."""
+class _Measuring:
+    """Measures every call of a forward pass; after the first state that is not finite, none."""
 
     def __init__(self, operator: Operator, times: list[int], epsilon: float) -> None:
         self.operator, self.times, self.epsilon = operator, times, epsilon
@@ -183,9 +182,10 @@ class _Watch:
             self.complaint = error
 
     def _measure(self, call: OpCall) -> _Seen:
+        states = states_after(call, self.operator, self.times)
         spectra = [
             singular_values(_finite(state[0], call, time)).cpu()
-            for time, state in zip(self.times, self._states(call), strict=True)
+            for time, state in zip(self.times, states, strict=True)
         ]
         measures = measure(torch.stack(spectra, 1), self.epsilon)
         means = {"decay": call.decay, "beta": call.strength}
@@ -193,15 +193,6 @@ class _Watch:
         for name, x in means.items():
             values[name] = segment_means(x[0], self.times).T.cpu()
         return _Seen(values, spectra[-1], call.heads)
-
-    def _states(self, call: OpCall) -> Iterator[Float[Tensor, "1 H K V"]]:
-        keys = call.k if call.given_k is None else call.given_k
-        inputs = [keys, call.v, call.beta, call.g]
-        if keys.device.type == "cpu":
-            inputs = [None if x is None else x.double() for x in inputs]
-        k, v, beta, g = inputs
-        assert k is not None and v is not None and beta is not None
-        return states_at(self.operator, self.times, k, v, beta, g, call.normalizes, call.steps)
 
 
 def _finite(state: Float[Tensor, "H K V"], call: OpCall, time: int) -> Tensor:

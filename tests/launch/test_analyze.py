@@ -18,7 +18,7 @@ from launch.drawing.heatmaps import heat_map, histogram, svg_file
 from launch.ranks.analysis_files import RANKS, SUMMARY_FILE, agreement, groups_summary
 from launch.ranks.rank_plots import NAMES, Series, plots
 from launch.ranks.spectra import spectra_of
-from pruning.state_rank import times
+from pruning.state_rank import token_counts
 from pruning.states.analysis import METRICS, Analysis
 from tests.distributed import run_distributed
 from tests.pruning.models import DELTA_NET, GATED_DELTANET, weights, write_hf, write_text
@@ -79,7 +79,7 @@ def test_one_and_two_processes_write_the_same_bytes(outputs: list[Path]) -> None
 
 def test_the_table_has_a_row_for_each_state(outputs: list[Path]) -> None:
     columns = table(outputs[0])
-    moments = times(LENGTH)
+    moments = token_counts(LENGTH)
     assert set(METRICS) < set(columns)
     keys = list(zip(*(columns[n] for n in ("model", "data", "sequence", "layer", "head", "tokens"))))  # fmt: skip  # noqa: B905, E501
     expected = {

@@ -26,11 +26,10 @@ from pruning.state_rank import (
     singular_values,
     spearman,
     split,
-    states_at,
-    times,
+    token_counts,
 )
 from pruning.states.analysis import MEASURES, Analysis, analyse_states, linear_spaces
-from pruning.states.samples import sampled_states
+from pruning.states.rollout import sampled_states, states_after
 from pruning.taps import OpCall, tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import CONFIGS
@@ -58,7 +57,7 @@ def rows(number: int, length: int = LENGTH) -> list[Tensor]:
 
 def analysed(folder: Path, texts: list[Tensor]) -> Analysis:
     with process_group():
-        return analyse_states(resolve(folder), texts, times(texts[0].shape[1]))
+        return analyse_states(resolve(folder), texts, token_counts(texts[0].shape[1]))
 
 
 def calls_of(folder: Path, tokens: Tensor) -> tuple[dict[int, OpCall], list[tuple[int, Tensor]]]:
@@ -114,7 +113,7 @@ def by_definition(state: np.ndarray) -> dict[str, float]:
 def test_figures_are_those_of_a_rollout_token_by_token(name: str, home: Path) -> None:
     texts = rows(2)
     analysis = analysed(home / name, texts)
-    assert analysis.times == times(LENGTH) and analysis.times[-1] == LENGTH
+    assert analysis.times == token_counts(LENGTH) and analysis.times[-1] == LENGTH
     calls, _ = calls_of(home / name, texts[1])
     assert analysis.layers == sorted(calls)
     for place, layer in enumerate(analysis.layers):
@@ -160,7 +159,7 @@ def test_decay_and_beta_are_means_since_the_time_before(home: Path) -> None:
 
 
 def on_this_rank(folder: Path, number: int) -> Analysis:
-    return analyse_states(resolve(folder), rows(number, 64), times(64))
+    return analyse_states(resolve(folder), rows(number, 64), token_counts(64))
 
 
 def test_every_number_of_processes_gives_the_same_figures(home: Path) -> None:
@@ -174,7 +173,7 @@ def test_every_number_of_processes_gives_the_same_figures(home: Path) -> None:
 
 def complaint(folder: Path) -> str:
     with pytest.raises(UserError) as error:
-        analyse_states(resolve(folder), rows(1, 40), times(40))
+        analyse_states(resolve(folder), rows(1, 40), token_counts(40))
     return str(error.value)
 
 
@@ -201,9 +200,9 @@ def test_states_come_from_one_pass_over_the_tokens(gated: bool) -> None:
         seen.append(inputs["k"].shape[1])
         return operator(**inputs)
 
-    moments = [1, 2, 31, 33, 50]
-    found = states_at(counted, moments, k, v, beta, g if gated else None)
-    for end, state in zip(moments, found, strict=True):
+    counts = [1, 2, 31, 33, 50]
+    call = OpCall(0, k, k, v, beta, g if gated else None, None)
+    for end, state in zip(counts, states_after(call, counted, counts), strict=True):
         part = {"q": k[:, :end], "k": k[:, :end], "v": v[:, :end], "beta": beta[:, :end]}
         part |= {"g": g[:, :end]} if gated else {}
         flags = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
@@ -263,12 +262,12 @@ def test_measures_of_known_spectra() -> None:
 
 
 def test_times_are_log_spaced_with_powers_of_two_and_the_end() -> None:
-    assert times(8) == [1, 2, 3, 4, 6, 8]
-    assert times(1) == [1]
-    assert times(100, per_octave=1) == [1, 2, 4, 8, 16, 32, 64, 100]
-    assert {128, 1024, 2048} <= set(times(2048)) and len(times(2048)) == 22
+    assert token_counts(8) == [1, 2, 3, 4, 6, 8]
+    assert token_counts(1) == [1]
+    assert token_counts(100, per_octave=1) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert {128, 1024, 2048} <= set(token_counts(2048)) and len(token_counts(2048)) == 22
     with pytest.raises(ValueError, match="0 tokens"):
-        times(0)
+        token_counts(0)
 
 
 def test_segment_means() -> None:

@@ -10,8 +10,7 @@ from flame.errors import UserError
 from pruning.adapters import ADAPTERS
 from pruning.planning.plan import spaces_of_kinds
 from pruning.spaces import Space
-from pruning.state_rank import states_at
-from pruning.states.samples import sampled_states
+from pruning.states.rollout import sampled_states, states_after
 from pruning.statistics import KeySquares, QueryKeyGram, ValueSquares
 from pruning.taps import OpCall, operator_for, tap_ops
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
@@ -37,12 +36,10 @@ def test_states_are_those_that_the_layer_keeps(name: str, length: int) -> None:
     calls, kept = calls_of(name, tokens(2, length))
     operator = operator_for(ADAPTERS[tiny_config(name)["model_type"]])
     for call, state in zip(calls, kept, strict=True):
-        moments = [1, length // 2, length]
-        given = (call.k, call.v, call.beta, call.g)
-        last = list(states_at(operator, moments, *given, call.normalizes, call.steps))[-1]
-        torch.testing.assert_close(last, state, atol=1e-5, rtol=1e-4)
+        *_, last = states_after(call, operator, [1, length // 2, length])
+        torch.testing.assert_close(last.float(), state, atol=1e-5, rtol=1e-4)
         *_, sampled = sampled_states(call, operator)
-        torch.testing.assert_close(sampled.float(), last, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(sampled, last, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from launch.evaluation.query_noise import (
     amplification,
-    noisy_error,
     query_noise,
     random_query_amplification,
     table,
@@ -33,6 +32,15 @@ def flat_state(rank: int, seed: int = 0) -> Tensor:
 def random_queries(number: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(number, KEY_DIM, generator=generator, dtype=torch.float64)
+
+
+def noisy_error(state: Tensor, queries: Tensor, noise: float, seed: int) -> Tensor:
+    """Relative errors of the outputs for one draw of noise of relative size `noise`, [n]."""
+    draws = torch.randn(
+        queries.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    errors = draws * noise * queries.norm(dim=-1, keepdim=True) / queries.shape[-1] ** 0.5
+    return (errors @ state).norm(dim=-1) / (queries @ state).norm(dim=-1)
 
 
 def test_low_rank_amplifies_and_full_rank_does_not() -> None:
@@ -86,10 +94,11 @@ PRODUCT = {
     "num_householder": 2,
     "use_forget_gate": True,
 }
-CONFIGS = [GATED_DELTANET, DELTA_NET, KDA, PRODUCT]
+SUM_NORM = {**DELTA_NET, "qk_norm": "sum", "qk_activation": "relu"}
+CONFIGS = [GATED_DELTANET, DELTA_NET, KDA, PRODUCT, SUM_NORM]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["model_type"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["model_type"] + c.get("qk_norm", ""))
 def test_a_models_heads_as_from_a_rollout(config: dict) -> None:
     model = build(config, seed=0).eval()
     tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -122,7 +131,10 @@ def rollout(
         share = call.v.shape[2] // call.k.shape[2]
         q, k = (x.double().repeat_interleave(share, 2) for x in (call.q, call.k))
         g = torch.zeros_like(call.beta) if call.g is None else call.g
-        k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        if config.get("qk_norm") == "sum":
+            k = k / k.sum(-1, keepdim=True)
+        else:
+            k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         state = torch.zeros(*k.shape[:1], *k.shape[2:], call.v.shape[-1], dtype=torch.float64)
         for t in range(length * call.steps):
             decay = g[:, t].double().exp()
