@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, top_channels
-from pruning.methods.scoring import relative
+from pruning.methods.interface import Statistics, Weights, summed
+from pruning.methods.scoring import ScoringMethod
 from pruning.spaces import Kind, Space
 from pruning.statistics import KeySquares, Statistic, ValueSquares
 
 
 @dataclass(frozen=True)
-class ActivationNorm:
+class ActivationNorm(ScoringMethod):
     """Score of a channel: the root of the mean square of its activation at the delta-rule call.
 
     After convolution and activation and before the L2 norm: q and k together for a key channel,
@@ -25,24 +25,11 @@ class ActivationNorm:
     kinds: ClassVar[tuple[Kind, ...]] = ("key", "value")
     needs: ClassVar[tuple[type[Statistic], ...]] = (KeySquares, ValueSquares)
 
-    def select(
-        self, space: Space, k: int, weights: Weights, statistics: Statistics
-    ) -> Int64[Tensor, "H k"]:
-        """The k channels of each head with the largest scores, ties to the lower index."""
-        return top_channels(space, k, _norms(space, statistics))
-
-    def scores(
+    def channel_scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "H d"]:
-        """Norms over the mean of their head, in float64."""
-        return relative(_norms(space, statistics))
-
-
-def _norms(space: Space, statistics: Statistics) -> Float64[Tensor, "H d"]:
-    statistic = statistics[KeySquares if space.kind == "key" else ValueSquares]
-    assert isinstance(statistic, KeySquares | ValueSquares)
-    if int(statistic.terms) == 0:
-        raise ValueError(
-            f"{space.name}: no tokens were seen, so activation-norm has nothing to go by"
-        )
-    return (statistic.squares / statistic.terms).sqrt().cpu()
+        """Roots of mean squares, in float64."""
+        kind: type[KeySquares | ValueSquares]
+        kind = KeySquares if space.kind == "key" else ValueSquares
+        statistic = summed(statistics, kind, space, self)
+        return (statistic.squares / statistic.terms).sqrt().cpu()

@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.linalg import check_bound, strong_rrqr
-from pruning.methods.interface import Statistics, Weights, option
+from pruning.methods.interface import Statistics, Weights, option, summed
 from pruning.methods.seeds import permutations
 from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import QueryKeyGram, QueryKeySample, Statistic
@@ -64,9 +64,6 @@ class DeltaRuleRRQR:
         return order.gather(1, kept).sort(dim=-1).values
 
     def _gram(self, space: Space, statistics: Statistics) -> Float64[Tensor, "H d d"]:
-        statistic = statistics[QueryKeyGram if self.rows is None else QueryKeySample]
-        assert isinstance(statistic, QueryKeyGram | QueryKeySample)
-        seen = statistic.tokens if isinstance(statistic, QueryKeyGram) else statistic.rows
-        if int(seen) == 0:
-            raise ValueError(f"{space.name}: no tokens were seen, so drrqr has nothing to go by")
-        return statistic.gram.cpu()
+        kind: type[QueryKeyGram | QueryKeySample]
+        kind = QueryKeyGram if self.rows is None else QueryKeySample
+        return summed(statistics, kind, space, self).gram.cpu()

@@ -1,8 +1,8 @@
-"""What a selection method is, and what its options and choices have in common."""
+"""What a selection method is, and what methods share: statistics, the k largest scores."""
 
 from collections.abc import Mapping
 from dataclasses import Field, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float64, Int64
@@ -11,6 +11,7 @@ from torch import Tensor
 from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import Statistic
 
+S = TypeVar("S", bound=Statistic)
 Statistics = Mapping[type[Statistic], Statistic]
 Weights = Mapping[str, Tensor]
 
@@ -62,6 +63,15 @@ class Method(Protocol):
 def option(default: Any, help: str) -> Any:
     """A dataclass field that is also a command-line option with this help text."""
     return field(default=default, metadata={"help": help})
+
+
+def summed(statistics: Statistics, kind: type[S], space: Space, method: type[Method] | Method) -> S:
+    """The statistic of one kind; ValueError if nothing has been summed into it."""
+    statistic = statistics[kind]
+    assert isinstance(statistic, kind)
+    if statistic.is_empty:
+        raise ValueError(f"{space.name}: no data were seen, so {method.name} has nothing to go by")
+    return statistic
 
 
 def top_channels(space: Space, k: int, scores: Float64[Tensor, "H d"]) -> Int64[Tensor, "H k"]:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, option, top_channels
+from pruning.methods.interface import Statistics, Weights, option, summed
+from pruning.methods.scoring import ScoringMethod
 from pruning.spaces import Kind, Space
 from pruning.state_rank import EPSILON
 from pruning.statistics import StateSpectra, Statistic
@@ -16,7 +17,7 @@ DIRECTIONS = ("high", "low")
 
 
 @dataclass(frozen=True)
-class JointRankNorm:
+class JointRankNorm(ScoringMethod):
     """Joint Rank-Norm Pruning (arXiv 2602.02195): S_h = α r_h / d + (1 − α) n_h / max_j n_j.
 
     r_h is the threshold rank of head h's states, n_h their nuclear norm, both means over states
@@ -29,6 +30,7 @@ class JointRankNorm:
     name: ClassVar[str] = "jrnp"
     kinds: ClassVar[tuple[Kind, ...]] = ("head",)
     needs: ClassVar[tuple[type[Statistic], ...]] = (StateSpectra,)
+    comparable: ClassVar[bool] = True
 
     alpha: float = option(0.5, "weight of the rank against the norm, 0 to 1")
     epsilon: float = option(
@@ -45,21 +47,11 @@ class JointRankNorm:
             raise ValueError(f"direction is {self.direction!r}: choose from high, low")
         epsilon_bin(self.epsilon)
 
-    def select(
-        self, space: Space, k: int, weights: Weights, statistics: Statistics
-    ) -> Int64[Tensor, "1 k"]:
-        """The k heads with the largest scores, ties to the lower index."""
-        return top_channels(space, k, self.scores(space, weights, statistics))
-
-    def scores(
+    def channel_scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "1 d"]:
         """S where low heads are removed, 1 − S where high ones are: within 0 and 1 in any layer."""
-        statistic = statistics[StateSpectra]
-        assert isinstance(statistic, StateSpectra)
-        if int(statistic.states) == 0:
-            raise ValueError(f"{space.name}: no states were seen, so jrnp has nothing to go by")
-        joint = self._joint(statistic).cpu()[None]
+        joint = self._joint(summed(statistics, StateSpectra, space, self)).cpu()[None]
         return joint if self.direction == "low" else 1 - joint
 
     def _joint(self, statistic: StateSpectra) -> Float64[Tensor, " d"]:

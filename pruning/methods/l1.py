@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, top_channels
-from pruning.methods.scoring import relative, summed_scores
+from pruning.methods.interface import Statistics, Weights
+from pruning.methods.scoring import ScoringMethod, summed_scores
 from pruning.spaces import KINDS, Kind, Space
 from pruning.statistics import Statistic
 from pruning.statistics.gradients import projections
 
 
 @dataclass(frozen=True)
-class L1:
+class L1(ScoringMethod):
     """Score of a channel: the sum of |W| over what it has of every projection.
 
     For key channels that is the row sum of |W_q| + |W_k| (arXiv 2602.04852). Convolutions do not
@@ -25,18 +25,8 @@ class L1:
     kinds: ClassVar[tuple[Kind, ...]] = KINDS
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
 
-    def select(
-        self, space: Space, k: int, weights: Weights, statistics: Statistics
-    ) -> Int64[Tensor, "H k"]:
-        """The k channels of each head with the largest scores, ties to the lower index."""
-        return top_channels(space, k, _absolute_sums(space, weights))
-
-    def scores(
+    def channel_scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "H d"]:
-        """Absolute sums over the mean of their head, in float64."""
-        return relative(_absolute_sums(space, weights))
-
-
-def _absolute_sums(space: Space, weights: Weights) -> Float64[Tensor, "H d"]:
-    return summed_scores(space, projections(space), weights, lambda rows: rows.abs().sum(1))
+        """Absolute sums, in float64."""
+        return summed_scores(space, projections(space), weights, lambda rows: rows.abs().sum(1))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, option
+from pruning.methods.interface import Statistics, Weights, option, summed
 from pruning.spaces import Axis, Kind, Space, check_count, positions
 from pruning.statistics import NormalisedGrams, Statistic
 
@@ -92,10 +92,7 @@ class PCA:
         return values.flip(-1).clamp_min(0), vectors * signs
 
     def _moment(self, space: Space, statistics: Statistics) -> Float64[Tensor, "H d d"]:
-        statistic = statistics[NormalisedGrams]
-        assert isinstance(statistic, NormalisedGrams)
-        if int(statistic.keys) == 0:
-            raise ValueError(f"{space.name}: no tokens were seen, so pca has nothing to go by")
+        statistic = summed(statistics, NormalisedGrams, space, self)
         gram, total, rows = statistic.key_gram, statistic.key_sum, statistic.keys
         if self.queries:
             gram, total = gram + statistic.query_gram, total + statistic.query_sum

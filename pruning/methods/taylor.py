@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, top_channels
+from pruning.methods.interface import Statistics, Weights, summed
+from pruning.methods.scoring import ScoringMethod
 from pruning.spaces import KINDS, Kind, Space
 from pruning.statistics import Statistic, WeightGradientProducts
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(ScoringMethod):
     """Score of a channel: the sum of |W_ij G_ij| over its entries in all projections.
 
     G is the gradient of the loss summed over all calibration tokens. It is the element-wise first
@@ -22,19 +23,11 @@ class Taylor:
     name: ClassVar[str] = "taylor"
     kinds: ClassVar[tuple[Kind, ...]] = KINDS
     needs: ClassVar[tuple[type[Statistic], ...]] = (WeightGradientProducts,)
+    comparable: ClassVar[bool] = True
 
-    def select(
-        self, space: Space, k: int, weights: Weights, statistics: Statistics
-    ) -> Int64[Tensor, "H k"]:
-        """The k channels of each head with the largest scores, ties to the lower index."""
-        return top_channels(space, k, self.scores(space, weights, statistics))
-
-    def scores(
+    def channel_scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "H d"]:
-        """Nats of the loss per token: comparable between all channels of a model as they are."""
-        statistic = statistics[WeightGradientProducts]
-        assert isinstance(statistic, WeightGradientProducts)
-        if int(statistic.tokens) == 0:
-            raise ValueError(f"{space.name}: no tokens were seen, so taylor has nothing to go by")
+        """Nats of the loss per token that a channel is expected to be worth, in float64."""
+        statistic = summed(statistics, WeightGradientProducts, space, self)
         return (statistic.products / statistic.tokens).cpu()

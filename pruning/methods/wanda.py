@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, top_channels
-from pruning.methods.scoring import relative, summed_scores
+from pruning.methods.interface import Statistics, Weights, summed
+from pruning.methods.scoring import ScoringMethod, summed_scores
 from pruning.spaces import KINDS, Axis, Kind, Space
 from pruning.statistics import InputSquares, Statistic
 from pruning.statistics.gradients import projections
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(ScoringMethod):
     """Score of a channel: the sum over its rows of |W_ij| · sqrt(mean x_j²), x the mixer's input.
 
     For key channels the rows are those of W_q and W_k: structured Wanda (arXiv 2602.04852, after
@@ -26,27 +26,14 @@ class Wanda:
     kinds: ClassVar[tuple[Kind, ...]] = KINDS
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputSquares,)
 
-    def select(
-        self, space: Space, k: int, weights: Weights, statistics: Statistics
-    ) -> Int64[Tensor, "H k"]:
-        """The k channels of each head with the largest scores, ties to the lower index."""
-        return top_channels(space, k, _sums(space, weights, statistics))
-
-    def scores(
+    def channel_scores(
         self, space: Space, weights: Weights, statistics: Statistics
     ) -> Float64[Tensor, "H d"]:
-        """The sums over the mean of their head, in float64."""
-        return relative(_sums(space, weights, statistics))
-
-
-def _sums(space: Space, weights: Weights, statistics: Statistics) -> Float64[Tensor, "H d"]:
-    statistic = statistics[InputSquares]
-    assert isinstance(statistic, InputSquares)
-    if int(statistic.tokens) == 0:
-        raise ValueError(f"{space.name}: no tokens were seen, so wanda has nothing to go by")
-    size = (statistic.squares / statistic.tokens).sqrt().cpu()
-    axes = [axis for axis in projections(space) if _is_of_input(axis, weights, len(size))]
-    return summed_scores(space, axes, weights, lambda rows: rows.abs() @ size)
+        """Weights times input norms, in float64."""
+        statistic = summed(statistics, InputSquares, space, self)
+        size = (statistic.squares / statistic.tokens).sqrt().cpu()
+        axes = [axis for axis in projections(space) if _is_of_input(axis, weights, len(size))]
+        return summed_scores(space, axes, weights, lambda rows: rows.abs() @ size)
 
 
 def _is_of_input(axis: Axis, weights: Weights, hidden: int) -> bool:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pruning.spaces import KINDS, Axis, Kind, Space
-from pruning.statistics.interface import Source, Statistic, count, sums
+from pruning.statistics.interface import Source, Statistic
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ class WeightGradientProducts(Statistic):
     products: Float64[Tensor, "H d"]
     tokens: Int64[Tensor, ""]
     """Number of tokens whose loss the gradients are of."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the channels of `space`."""
-        of_channels = sums(space.num_heads, space.head_dim, device=device)
-        return cls(products=of_channels, tokens=count(device=device))
 
     def update(self, seen: GradientShare) -> None:
         """Add what one process holds."""

@@ -1,14 +1,13 @@
 """Gram matrices of queries and keys: what factorisations of the activations are made from."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pruning.spaces import Space
-from pruning.statistics.interface import Source, Statistic, count, sums
+from pruning.statistics.interface import Source, Statistic
 from pruning.taps import OpCall
 
 
@@ -26,12 +25,6 @@ class QueryKeyGram(Statistic):
     """Sum of outer products of queries and of keys, after conv and activation, before L2 norm."""
     tokens: Int64[Tensor, ""]
     """Number of tokens summed."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the key heads of `space`."""
-        shape = (space.num_heads, space.head_dim, space.head_dim)
-        return cls(gram=sums(*shape, device=device), tokens=count(device=device))
 
     def update(self, seen: OpCall) -> None:
         """Add the tokens of one delta-rule call; cost 4 tokens d² per head, in float64."""
@@ -54,12 +47,6 @@ class QueryKeySample(Statistic):
     """Sum of outer products of the sampled queries and keys."""
     rows: Int64[Tensor, ""]
     """Number of rows summed."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the key heads of `space`."""
-        shape = (space.num_heads, space.head_dim, space.head_dim)
-        return cls(gram=sums(*shape, device=device), rows=count(device=device))
 
     def update(self, seen: OpCall) -> None:
         """Add the sampled rows of one call; all of them if the call names none.
@@ -87,19 +74,6 @@ class NormalisedGrams(Statistic):
     """Number of keys summed."""
     queries: Int64[Tensor, ""]
     """Number of queries summed."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the key heads of `space`."""
-        heads, d = space.num_heads, space.head_dim
-        return cls(
-            key_gram=sums(heads, d, d, device=device),
-            query_gram=sums(heads, d, d, device=device),
-            key_sum=sums(heads, d, device=device),
-            query_sum=sums(heads, d, device=device),
-            keys=count(device=device),
-            queries=count(device=device),
-        )
 
     def update(self, seen: OpCall) -> None:
         """Add the tokens of one delta-rule call; cost as `QueryKeyGram`'s."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -40,32 +40,43 @@ class Source(Enum):
 
 @dataclass
 class Statistic(ABC):
-    """Base of all statistics: a subclass declares tensor fields, `source`, `zeros` and `update`."""
+    """Base of all statistics: a subclass declares tensor fields, `source` and `update`.
+
+    The annotation of a field says its dtype (float64 sums or int64 counts) and its shape: `H` heads
+    and `d` channels of the space, `hidden` numbers that enter the mixer, or a number. One field
+    without dimensions counts what was summed.
+    """
 
     source: ClassVar[Source]
     kinds: ClassVar[tuple[Kind, ...]] = ("key",)
     """The kinds of spaces that it is summed for."""
 
     @classmethod
-    @abstractmethod
     def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
         """The statistic of `space` before any token.
 
         Args:
-            space: whose channels it is of.
-            hidden_size: numbers of a token that enter the mixer; only statistics of these look.
+            space: the channels that it is of.
+            hidden_size: numbers of a token that enter the mixer.
             device: where the sums are.
         """
+        sizes = {"H": space.num_heads, "d": space.head_dim, "hidden": hidden_size}
+        sums = {}
+        for name, hint in get_type_hints(cls).items():
+            if name in cls.__dataclass_fields__ and get_origin(hint) is not ClassVar:
+                shape = [sizes.get(d) or int(d) for d in hint.dim_str.split()]
+                dtype = torch.int64 if "int64" in hint.dtypes else torch.float64
+                sums[name] = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(**sums)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been summed yet."""
+        return not any(int(x) for x in self.state_dict().values() if x.ndim == 0)
 
     @abstractmethod
     def update(self, seen: Any) -> None:
         """Add what one tap delivered: finite, and without padding."""
-
-    def merge_(self, other: Self) -> Self:
-        """Add the sums of another part, and return self."""
-        for name, total in self.state_dict().items():
-            total += getattr(other, name).to(total.device)
-        return self
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> Self:
         """Add up the sums of all ranks of `group`, on every rank, and return self.
@@ -96,13 +107,3 @@ class Statistic(ABC):
                     f"the saved one {saved.dtype} {list(saved.shape)}"
                 )
             total.copy_(saved)
-
-
-def sums(*shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Float64 zeros."""
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-def count(*shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Int64 zeros: a count without a shape."""
-    return torch.zeros(shape, dtype=torch.int64, device=device)

@@ -1,14 +1,13 @@
 """Sums of squares: of what enters the mixer, and of channels as the delta rule sees them."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pruning.spaces import KINDS, Kind, Space
-from pruning.statistics.interface import Source, Statistic, count, sums
+from pruning.spaces import KINDS, Kind
+from pruning.statistics.interface import Source, Statistic
 from pruning.taps import OpCall
 
 
@@ -22,11 +21,6 @@ class InputSquares(Statistic):
     squares: Float64[Tensor, " hidden"]
     tokens: Int64[Tensor, ""]
     """Number of tokens summed."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums."""
-        return cls(squares=sums(hidden_size, device=device), tokens=count(device=device))
 
     def update(self, seen: Float[Tensor, "n hidden"]) -> None:
         """Add the hidden states of some tokens."""
@@ -44,12 +38,6 @@ class KeySquares(Statistic):
     terms: Int64[Tensor, ""]
     """Squares summed for each channel."""
 
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the channels of `space`."""
-        of_channels = sums(space.num_heads, space.head_dim, device=device)
-        return cls(squares=of_channels, terms=count(device=device))
-
     def update(self, seen: OpCall) -> None:
         """Add the queries and keys of one delta-rule call."""
         for x in (seen.q, seen.k):
@@ -64,14 +52,10 @@ class ValueSquares(Statistic):
     source: ClassVar[Source] = Source.OP
     kinds: ClassVar[tuple[Kind, ...]] = ("value",)
 
-    squares: Float64[Tensor, "1 d"]
+    squares: Float64[Tensor, "H d"]
+    """A value space has one row of channels, which all its heads share."""
     terms: Int64[Tensor, ""]
     """Squares summed for each channel: tokens times value heads."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the channels of `space`."""
-        return cls(squares=sums(1, space.head_dim, device=device), terms=count(device=device))
 
     def update(self, seen: OpCall) -> None:
         """Add the values of one delta-rule call."""

@@ -2,24 +2,26 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pruning.spaces import Kind, Space
+from pruning.spaces import Kind
 from pruning.state_rank import shares, singular_values
-from pruning.statistics.interface import Source, Statistic, count, sums
+from pruning.statistics.interface import Source, Statistic
 
 BINS_PER_DECADE = 100
 DECADES = 12
 """Singular values below 1e-12 of the largest are counted together."""
+BINS = DECADES * BINS_PER_DECADE + 1
 
 
 @dataclass
 class StateSpectra(Statistic):
-    """Per key head, the nuclear norms of its states, and how their singular values fall off.
+    """For each key head, one channel of a head space, the nuclear norms of its states and how
+    their singular values fall off.
 
     A histogram of -log10(sigma_i / sigma_1), so that the epsilon of the threshold rank can be
     chosen afterwards, to a hundredth of a decade. Under grouped value heads a key head has several
@@ -29,21 +31,12 @@ class StateSpectra(Statistic):
     source: ClassVar[Source] = Source.STATE
     kinds: ClassVar[tuple[Kind, ...]] = ("head",)
 
-    histogram: Int64[Tensor, "H bins"]
+    histogram: Int64[Tensor, f"d {BINS}"]
     """Singular values in each hundredth of a decade below the largest; the last bin has the rest,
     and all values of a state of zeros."""
-    nuclear_norm: Float64[Tensor, " H"]
+    nuclear_norm: Float64[Tensor, " d"]
     states: Int64[Tensor, ""]
     """States summed for each head."""
-
-    @classmethod
-    def zeros(cls, space: Space, hidden_size: int = 0, device: torch.device | str = "cpu") -> Self:
-        """Zero sums for the heads that `space` chooses among."""
-        return cls(
-            histogram=count(space.head_dim, DECADES * BINS_PER_DECADE + 1, device=device),
-            nuclear_norm=sums(space.head_dim, device=device),
-            states=count(device=device),
-        )
 
     def update(self, seen: Float[Tensor, "n HV K V"]) -> None:
         """Add some states of every value head; cost one SVD each."""
@@ -54,7 +47,7 @@ class StateSpectra(Statistic):
         self.histogram.scatter_add_(1, bins, torch.ones_like(bins))
         self.states += values.shape[1]
 
-    def threshold_rank(self, epsilon: float) -> Float64[Tensor, " H"]:
+    def threshold_rank(self, epsilon: float) -> Float64[Tensor, " d"]:
         """The mean number of singular values above `epsilon`, snapped to the bins, of the largest.
 
         Raises:
@@ -63,7 +56,7 @@ class StateSpectra(Statistic):
         below = self.histogram[:, : epsilon_bin(epsilon)].sum(1)
         return below.double() / self.states
 
-    def dimension(self) -> Float64[Tensor, " H"]:
+    def dimension(self) -> Float64[Tensor, " d"]:
         """Singular values of a state: min(d_k, d_v)."""
         return self.histogram.sum(1).double() / self.states
 
