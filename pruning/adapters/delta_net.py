@@ -1,18 +1,20 @@
 """fla's `delta_net`: DeltaNet, one key head per value head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flame.errors import UserError
-from pruning.adapters.interface import Config, Site, Widths
+from flame.models.widths import delta_net_shape
+from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import (
-    Mixer,
+    MixerSizes,
     ProjectionFamily,
     check_layers,
     positive_integer,
     positive_number,
     with_defaults,
 )
-from pruning.adapters.widths import expansion, ragged_config, uniform_sizes, widths_by_kind
+from pruning.adapters.widths import expansion
 from pruning.spaces import Kind, Role
 
 DEFAULTS = {
@@ -34,6 +36,7 @@ class DeltaNet(ProjectionFamily):
     """The key width is round(hidden_size * expand_k) // num_heads, the value width likewise."""
 
     defaults = DEFAULTS
+    has_slim_class = True
     model_type: str = "delta_net"
     mixer_class: tuple[str, str] = ("fla.layers.delta_net", "DeltaNet")
     op_sites: tuple[Site, ...] = (
@@ -42,14 +45,15 @@ class DeltaNet(ProjectionFamily):
     )
     norm_sites: tuple[Site, ...] = (Site("fla.layers.delta_net", "sum_norm"),)
 
-    def mixer(self, full: Config) -> Mixer:
+    def sizes(self, full: Config) -> MixerSizes:
         """The sizes that the config leads to."""
+        shape = delta_net_shape(full)
         per_head: tuple[tuple[str, Role], ...] = (("b_proj.weight", "projection"),)
-        return Mixer(
-            heads=full["num_heads"],
-            value_heads=full["num_heads"],
-            key_width=_head_dim(full, "expand_k"),
-            value_width=_head_dim(full, "expand_v"),
+        return MixerSizes(
+            heads=shape.heads,
+            value_heads=shape.heads,
+            key_width=shape.key,
+            value_width=shape.value,
             short_conv=bool(full["use_short_conv"]),
             gate=bool(full["use_gate"]),
             per_value_head=per_head if full["use_beta"] else (),
@@ -57,44 +61,30 @@ class DeltaNet(ProjectionFamily):
 
     def check(self, config: Config) -> None:
         """Also raise UserError if zeroing a key channel is not the same as removing it."""
-        config = with_defaults(config, DEFAULTS)
-        check_layers(config)
-        if config["qk_activation"] == "elu":
+        full = with_defaults(config, DEFAULTS)
+        check_layers(full)
+        if full["qk_activation"] == "elu":
             raise UserError(
                 "config: qk_activation is 'elu', which maps a zeroed key channel to 1, so removing "
                 "it changes the model: only silu, relu and identity can be pruned"
             )
-        _head_dim(config, "expand_k")
-        _head_dim(config, "expand_v")
+        heads, hidden = (positive_integer(full, key) for key in ("num_heads", "hidden_size"))
+        for knob in ("expand_k", "expand_v"):
+            size = hidden * positive_number(full, knob)
+            if round(size) % heads != 0:
+                raise UserError(
+                    f"config: hidden_size * {knob} = {size:g} is not a multiple of num_heads "
+                    f"{heads}"
+                )
 
-    def resize(self, config: Config, widths: Widths) -> Config:
-        """A copy of the config with `num_heads`, `expand_k` and `expand_v` rewritten."""
-        planned = widths_by_kind(self.spaces(config), widths)
-        full = with_defaults(config, DEFAULTS)
-        sizes = uniform_sizes(planned)
-        if sizes is None:
-            return ragged_config(config, planned, full["num_hidden_layers"])
-        return {**config, **_knobs(full, self.mixer(full), sizes)}
-
-
-def _knobs(full: Config, before: Mixer, sizes: dict[Kind, int]) -> Config:
-    """The keys of the config that change for these sizes, with their new values."""
-    heads = sizes.get("head", before.heads)
-    rows = {
-        "expand_k": heads * sizes.get("key", before.key_width),
-        "expand_v": heads * sizes.get("value", before.value_width),
-    }
-    hidden = full["hidden_size"]
-    knobs: Config = {"num_heads": heads} if heads != before.heads else {}
-    changed = {knob: new for knob, new in rows.items() if new != round(hidden * full[knob])}
-    return knobs | {knob: expansion(hidden, new) for knob, new in changed.items()}
-
-
-def _head_dim(config: Config, knob: str) -> int:
-    heads = positive_integer(config, "num_heads")
-    size = positive_integer(config, "hidden_size") * positive_number(config, knob)
-    if round(size) % heads != 0:
-        raise UserError(
-            f"config: hidden_size * {knob} = {size:g} is not a multiple of num_heads {heads}"
-        )
-    return round(size) // heads
+    def knobs(self, full: Config, sizes: Mapping[Kind, int]) -> Config:
+        """`num_heads`, `expand_k` and `expand_v`, as far as they change."""
+        before, hidden = self.sizes(full), full["hidden_size"]
+        heads = sizes.get("head", before.heads)
+        rows = {
+            "expand_k": heads * sizes.get("key", before.key_width),
+            "expand_v": heads * sizes.get("value", before.value_width),
+        }
+        changed = {knob: new for knob, new in rows.items() if new != round(hidden * full[knob])}
+        knobs: Config = {"num_heads": heads} if heads != before.heads else {}
+        return knobs | {knob: expansion(hidden, new) for knob, new in changed.items()}

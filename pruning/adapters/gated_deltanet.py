@@ -2,15 +2,8 @@
 
 from dataclasses import dataclass
 
-from pruning.adapters.head_dim import check_sizes, knobs, value_heads, value_width
-from pruning.adapters.interface import Config, Site, Widths
-from pruning.adapters.projections import (
-    Mixer,
-    ProjectionFamily,
-    check_layers,
-    with_defaults,
-)
-from pruning.adapters.widths import ragged_config, uniform_sizes, widths_by_kind
+from pruning.adapters.head_dim import HeadDimFamily
+from pruning.adapters.interface import Config, Site
 from pruning.spaces import Role
 
 DEFAULTS = {
@@ -27,11 +20,13 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet(ProjectionFamily):
+class GatedDeltaNet(HeadDimFamily):
     """With num_v_heads above num_heads, each key head, and its selection, serves a group of value
     heads, and goes together with them."""
 
     defaults = DEFAULTS
+    has_slim_class = True
+    gate_key = "use_gate"
     model_type: str = "gated_deltanet"
     mixer_class: tuple[str, str] = ("fla.layers.gated_deltanet", "GatedDeltaNet")
     op_sites: tuple[Site, ...] = (
@@ -40,32 +35,9 @@ class GatedDeltaNet(ProjectionFamily):
     )
     norm_sites: tuple[Site, ...] = ()
 
-    def mixer(self, full: Config) -> Mixer:
-        """The sizes that the config leads to."""
-        return Mixer(
-            heads=full["num_heads"],
-            value_heads=value_heads(full),
-            key_width=full["head_dim"],
-            value_width=value_width(full),
-            short_conv=bool(full["use_short_conv"]),
-            gate=bool(full["use_gate"]),
-            per_value_head=PER_VALUE_HEAD,
-        )
-
-    def check(self, config: Config) -> None:
-        """Raise UserError for a config without sense, or without a recurrent layer."""
-        config = with_defaults(config, DEFAULTS)
-        check_layers(config)
-        check_sizes(config)
-
-    def resize(self, config: Config, widths: Widths) -> Config:
-        """A copy with `head_dim`, `expand_v`, `num_heads` and `num_v_heads` rewritten."""
-        planned = widths_by_kind(self.spaces(config), widths)
-        full = with_defaults(config, DEFAULTS)
-        sizes = uniform_sizes(planned)
-        if sizes is None:
-            return ragged_config(config, planned, full["num_hidden_layers"])
-        return {**config, **knobs(full, self.mixer(full), sizes)}
+    def per_value_head(self, full: Config) -> tuple[tuple[str, Role], ...]:
+        """The projections of β and of the decay, and the decay's parameters."""
+        return PER_VALUE_HEAD
 
 
 PER_VALUE_HEAD: tuple[tuple[str, Role], ...] = (

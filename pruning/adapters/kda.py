@@ -6,15 +6,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from pruning.adapters.head_dim import check_sizes, knobs, value_heads, value_width
-from pruning.adapters.interface import Config, Site, Widths
-from pruning.adapters.projections import (
-    Mixer,
-    ProjectionFamily,
-    check_layers,
-    with_defaults,
-)
-from pruning.adapters.widths import only_sizes, widths_by_kind
+from pruning.adapters.head_dim import HeadDimFamily
+from pruning.adapters.interface import Config, Site
+from pruning.adapters.projections import MixerSizes, with_defaults
 from pruning.spaces import Axis, Blocks, Layout, Role, Space
 
 DEFAULTS = {
@@ -54,7 +48,7 @@ class GroupedHeads:
 
 
 @dataclass(frozen=True)
-class Kda(ProjectionFamily):
+class Kda(HeadDimFamily):
     """Key channels carry their decays: rows of the decay's last projection, and its bias.
 
     There is no space of value channels: the config's value width is the rank of the decay's and of
@@ -71,54 +65,34 @@ class Kda(ProjectionFamily):
     )
     norm_sites: tuple[Site, ...] = ()
 
-    def mixer(self, full: Config) -> Mixer:
-        """The sizes that the config leads to."""
-        return Mixer(
-            heads=full["num_heads"],
-            value_heads=value_heads(full),
-            key_width=full["head_dim"],
-            value_width=value_width(full),
-            short_conv=bool(full["use_short_conv"]),
-            gate=False,
-            per_value_head=PER_VALUE_HEAD,
-        )
-
-    def check(self, config: Config) -> None:
-        """Raise UserError for a config without sense, or without a recurrent layer."""
-        config = with_defaults(config, DEFAULTS)
-        check_layers(config)
-        check_sizes(config)
+    def per_value_head(self, full: Config) -> tuple[tuple[str, Role], ...]:
+        """The projection of β, and the decay's rate."""
+        return PER_VALUE_HEAD
 
     def spaces(self, config: Config) -> list[Space]:
         """Key channels and heads of every layer that is not softmax attention."""
-        mixer = self.mixer(with_defaults(config, DEFAULTS))
+        sizes = self.sizes(with_defaults(config, DEFAULTS))
         return [
-            replace(space, axes=(*space.axes, *_gate_axes(space, mixer)))
+            replace(space, axes=(*space.axes, *_gate_axes(space, sizes)))
             for space in super().spaces(config)
             if space.kind != "value"
         ]
 
-    def resize(self, config: Config, widths: Widths) -> Config:
-        """A copy with `head_dim`, `expand_v`, `num_heads` and `num_v_heads` rewritten."""
-        sizes = only_sizes(self.model_type, widths_by_kind(self.spaces(config), widths))
-        full = with_defaults(config, DEFAULTS)
-        return {**config, **knobs(full, self.mixer(full), sizes)}
 
-
-def _gate_axes(space: Space, mixer: Mixer) -> list[Axis]:
+def _gate_axes(space: Space, sizes: MixerSizes) -> list[Axis]:
     """The last projections of the decay and of the output gate, with their biases."""
-    group = mixer.value_heads // mixer.heads
+    group = sizes.value_heads // sizes.heads
     prefix = f"model.layers.{space.layer}.attn"
     if space.kind == "key":
-        decay: Layout = GroupedHeads(mixer.heads, group, mixer.key_width)
+        decay: Layout = GroupedHeads(sizes.heads, group, sizes.key_width)
     else:
-        decay = Blocks(mixer.heads, group * mixer.key_width)
+        decay = Blocks(sizes.heads, group * sizes.key_width)
     axes = [
         Axis(f"{prefix}.f_proj.1.weight", 0, decay, "gate"),
         Axis(f"{prefix}.dt_bias", 0, decay, "vector"),
     ]
     if space.kind == "head":
-        out = Blocks(mixer.heads, group * mixer.value_width)
+        out = Blocks(sizes.heads, group * sizes.value_width)
         axes.append(Axis(f"{prefix}.g_proj.1.weight", 0, out, "gate"))
         axes.append(Axis(f"{prefix}.g_proj.1.bias", 0, out, "vector"))
     return axes

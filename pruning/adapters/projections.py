@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flame.errors import UserError
-from pruning.adapters.interface import Config
+from flame.models.widths import recurrent_layers
+from pruning.adapters.interface import Config, Widths
+from pruning.adapters.widths import ragged_config, uniform_sizes, widths_by_kind
 from pruning.spaces import Axis, Blocks, HeadMajor, Kind, Layout, Role, SharedHeads, Space
 
 FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Mixer:
+class MixerSizes:
     """Sizes of a family's recurrent layers, the same in all of them."""
 
     heads: int
@@ -41,35 +43,60 @@ class Mixer:
 
 
 class ProjectionFamily(ABC):
-    """What the sizes of its recurrent layers say of a family; adapters extend it."""
+    """Base of adapters whose spaces follow from the sizes of their recurrent layers."""
 
+    model_type: str
     defaults: ClassVar[Mapping[str, object]]
-    """Of the keys that a config may lack."""
+    """What fla assumes for keys that a config lacks."""
+    has_slim_class: ClassVar[bool] = False
+    """Whether `flame.models` has a class for widths that differ between heads or layers."""
 
     @abstractmethod
-    def mixer(self, full: Config) -> Mixer:
-        """The sizes of a config in which no key is absent."""
+    def sizes(self, full: Config) -> MixerSizes:
+        """The sizes that a config in which no key is absent leads to."""
+
+    @abstractmethod
+    def knobs(self, full: Config, sizes: Mapping[Kind, int]) -> Config:
+        """The keys of a complete config that change for these sizes, with their new values."""
 
     def spaces(self, config: Config) -> list[Space]:
         """The spaces of every layer that is not softmax attention."""
         full = with_defaults(config, self.defaults)
-        return mixer_spaces(linear_layers(full), self.mixer(full))
+        return mixer_spaces(linear_layers(full), self.sizes(full))
+
+    def resize(self, config: Config, widths: Widths) -> Config:
+        """A copy of the config for what is kept; of the slim class where heads or layers differ.
+
+        Raises:
+            ValueError: as `Adapter.resize` says.
+        """
+        planned = widths_by_kind(self.spaces(config), widths)
+        full = with_defaults(config, self.defaults)
+        sizes = uniform_sizes(planned)
+        if sizes is not None:
+            return {**config, **self.knobs(full, sizes)}
+        if not self.has_slim_class:
+            raise ValueError(
+                f"widths differ between layers or heads, and {self.model_type} has no class for "
+                "that: use --allocate uniform, or --pad for a stock model with channels of zeros"
+            )
+        return ragged_config(config, planned, full["num_hidden_layers"])
 
     def state_bytes(self, config: Config) -> int:
         """One state of d_k x d_v per value head and linear layer, in float32."""
         full = with_defaults(config, self.defaults)
-        return len(linear_layers(full)) * self.mixer(full).state_bytes
+        return len(linear_layers(full)) * self.sizes(full).state_bytes
 
 
-def mixer_spaces(layers: Iterable[int], mixer: Mixer) -> list[Space]:
+def mixer_spaces(layers: Iterable[int], sizes: MixerSizes) -> list[Space]:
     """Key channels, value channels and heads of every one of `layers`."""
-    heads, d_k, d_v = mixer.heads, mixer.key_width, mixer.value_width
+    heads, d_k, d_v = sizes.heads, sizes.key_width, sizes.value_width
     found = []
     for layer in layers:
         axes_of = {
-            "key": _key_axes(layer, mixer),
-            "value": _value_axes(layer, mixer),
-            "head": _head_axes(layer, mixer),
+            "key": _key_axes(layer, sizes),
+            "value": _value_axes(layer, sizes),
+            "head": _head_axes(layer, sizes),
         }
         found += [
             _space(layer, "key", heads, d_k, axes_of["key"]),
@@ -83,37 +110,37 @@ def _space(layer: int, kind: Kind, heads: int, width: int, axes: Iterable[Axis])
     return Space(f"layers.{layer}.{kind}", kind, layer, heads, width, tuple(axes))
 
 
-def _key_axes(layer: int, mixer: Mixer) -> list[Axis]:
-    return _rows(layer, "qk", HeadMajor(mixer.heads, mixer.key_width), mixer)
+def _key_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
+    return _rows(layer, "qk", HeadMajor(sizes.heads, sizes.key_width), sizes)
 
 
-def _value_axes(layer: int, mixer: Mixer) -> list[Axis]:
-    layout = SharedHeads(mixer.value_heads, mixer.value_width)
-    norm = _axis(layer, "o_norm.weight", 0, SharedHeads(1, mixer.value_width), "norm")
-    return [*_value_tensors(layer, layout, mixer), norm]
+def _value_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
+    layout = SharedHeads(sizes.value_heads, sizes.value_width)
+    norm = _axis(layer, "o_norm.weight", 0, SharedHeads(1, sizes.value_width), "norm")
+    return [*_value_tensors(layer, layout, sizes), norm]
 
 
-def _head_axes(layer: int, mixer: Mixer) -> list[Axis]:
-    heads, group = mixer.heads, mixer.value_heads // mixer.heads
-    values = Blocks(heads, group * mixer.value_width)
+def _head_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
+    heads, group = sizes.heads, sizes.value_heads // sizes.heads
+    values = Blocks(heads, group * sizes.value_width)
     return [
-        *_rows(layer, "qk", Blocks(heads, mixer.key_width), mixer),
-        *_value_tensors(layer, values, mixer),
-        *(_axis(layer, name, 0, Blocks(heads, group), r) for name, r in mixer.per_value_head),
+        *_rows(layer, "qk", Blocks(heads, sizes.key_width), sizes),
+        *_value_tensors(layer, values, sizes),
+        *(_axis(layer, name, 0, Blocks(heads, group), r) for name, r in sizes.per_value_head),
     ]
 
 
-def _value_tensors(layer: int, layout: Layout, mixer: Mixer) -> list[Axis]:
+def _value_tensors(layer: int, layout: Layout, sizes: MixerSizes) -> list[Axis]:
     """Everything that has a position for each channel of each value head."""
-    gate = [_axis(layer, "g_proj.weight", 0, layout)] if mixer.gate else []
+    gate = [_axis(layer, "g_proj.weight", 0, layout)] if sizes.gate else []
     out = _axis(layer, "o_proj.weight", 1, layout)
-    return [*_rows(layer, "v", layout, mixer), *gate, out]
+    return [*_rows(layer, "v", layout, sizes), *gate, out]
 
 
-def _rows(layer: int, names: str, layout: Layout, mixer: Mixer) -> list[Axis]:
+def _rows(layer: int, names: str, layout: Layout, sizes: MixerSizes) -> list[Axis]:
     """Projections, then convolutions, of q, k or v."""
     axes = [_axis(layer, f"{name}_proj.weight", 0, layout) for name in names]
-    if mixer.short_conv:
+    if sizes.short_conv:
         axes += [_axis(layer, f"{n}_conv1d.weight", 0, layout, "convolution") for n in names]
     return axes
 
@@ -144,15 +171,14 @@ def positive_number(config: Config, key: str) -> float:
 
 
 def linear_layers(config: Config) -> list[int]:
-    """The layers that have a recurrent state: those that `config["attn"]` does not name."""
+    """The layers that have a recurrent state; UserError if `attn` is not what fla reads."""
     specifications = config.get("attn") or []
     if isinstance(specifications, dict):
         specifications = [specifications]
     for specification in specifications:
         if not isinstance(specification, dict) or not isinstance(specification.get("layers"), list):
             raise UserError(f"config: attn is {specification!r}, expected a dict with its layers")
-    softmax = {layer for specification in specifications for layer in specification["layers"]}
-    return [layer for layer in range(config["num_hidden_layers"]) if layer not in softmax]
+    return recurrent_layers(config)
 
 
 def check_layers(config: Config) -> None:

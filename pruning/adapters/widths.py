@@ -70,17 +70,6 @@ def ragged_config(config: Config, planned: Mapping[Kind, ByLayer], depth: int) -
     return slim_config(config, lists)
 
 
-def only_sizes(model_type: str, planned: Mapping[Kind, ByLayer]) -> dict[Kind, int]:
-    """`uniform_sizes` for a family without a slim class: ValueError if layers or heads differ."""
-    sizes = uniform_sizes(planned)
-    if sizes is None:
-        raise ValueError(
-            f"widths differ between layers or heads, and {model_type} has no class for that: use "
-            "--allocate uniform, or --pad for a stock model with channels of zeros"
-        )
-    return sizes
-
-
 def expansion(base: int, target: int) -> float:
     """A factor with int(base * factor) == target, the nearest to target / base.
 
