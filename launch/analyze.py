@@ -153,7 +153,7 @@ def _write(
     drawn = plots(
         Series(models[0], model),
         options.metric,
-        None if against is None else Series(models[1], against),
+        None if against is None else Series(models[1], against, "dense"),
         None if second is None else (names[0], Series(names[1], second)),
     )
     with replacing_folder(options.out, options.overwrite) as temporary:

@@ -356,7 +356,7 @@ def _is_finished(options: Options) -> bool:
 
 
 def _print_summary(folder: Path) -> None:
-    from launch.reporting.page import summary_table
+    from launch.reporting.tables import summary_table
 
     summary = read_object(folder / SUMMARY_FILE)
     print(summary_table({name: summary[name] for name in EVALUATED}).text())

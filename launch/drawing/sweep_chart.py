@@ -7,64 +7,28 @@ that draws at random has a band of one standard deviation to either side.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from launch.drawing.charts import (
-    BOTTOM,
-    HEIGHT,
-    LABEL_WIDTH,
-    LEFT,
-    TOP,
-    WIDTH,
-    Axis,
-    Line,
-    axis_x,
-    axis_y,
-    end_labels,
-    looks,
-    round_numbers,
-    svg,
-)
-
-INK = "var(--ink)"
-COLOURS = 10
-"""Colours `--s0` to `--s9` of the page."""
+from launch.drawing.figure import LEFT, SERIES, WIDTH, axes, colour, picture, set_ticks
+from launch.drawing.lines import Line, end_labels, room_for_labels
 
 MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 """Ticks in a decade, ever more of them."""
 
 FEWEST_TICKS = 4
 NUMBER_WIDTH = 34
-"""Pixels that a number below an axis takes, with the gap beside it."""
+"""Points that a number below an axis takes, with the gap beside it."""
 
 MARGIN = 0.08
-"""Of the logarithmic extent, above and below."""
+"""Share of the logarithmic extent that is left free above and below."""
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class MarkedAxis(Axis):
-    """An axis with its ticks given; where it is logarithmic, they are written out as numbers."""
-
-    marks: tuple[float, ...] = ()
-    logarithmic: bool = False
-
-    def __call__(self, value: float) -> float:
-        if not self.logarithmic:
-            return super().__call__(value)
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        return list(self.marks)
 
 
 def sweep_chart(
     rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
 ) -> str:
-    """An SVG of the rows of one kind of space, or nothing where none was measured.
+    """An SVG of the rows of one kind of space, or an empty string where none was measured.
 
     Args:
         rows: of `launch.sweeping.tables.collect_rows`.
@@ -76,19 +40,25 @@ def sweep_chart(
     rows = [row for row in rows if _is_drawn(row, stage)]
     if not rows:
         return ""
-    lines = {m: _line(m, rows, stage, colours) for m in dict.fromkeys(r["method"] for r in rows)}
-    x, y = _axes(rows, stage, dense, lines)
-    parts = [*axis_y(y, "perplexity", x.end), *axis_x(x, "state removed, %")]
-    parts += [_band(line, _of(rows, method), stage, x, y) for method, line in lines.items()]
-    labelled = list(lines.values())
-    if dense is not None:
-        control = Line("dense", "dense", (x.low, x.high), (dense, dense), colour=INK)
-        parts.append(
-            f'<path {looks(control, "dashed")} d="M{x.start:g} {y(dense):.1f}H{x.end:g}"/>'
-        )
-        labelled.append(control)
-    parts += [_drawn(line, x, y) for line in lines.values()]
-    return svg(WIDTH, HEIGHT, title, [*parts, *end_labels(labelled, x, y)])
+    methods = dict.fromkeys(row["method"] for row in rows)
+    lines = [_line(method, rows, stage, colours) for method in methods]
+    right = room_for_labels([*methods, "dense"])
+
+    def paint(figure: Any) -> None:
+        ax = axes(figure, right=right)
+        _set_scales(ax, rows, stage, dense, WIDTH - LEFT - right)
+        labelled = list(lines)
+        for line in lines:
+            ax.plot(line.x, line.y, "o-", color=line.colour, lw=2, ms=5)
+            _draw_band(ax, line, _of(rows, line.label), stage)
+        if dense is not None:
+            ends = ax.get_xlim()
+            labelled.append(Line("ink", "dense", ends, (dense, dense)))
+            ax.axhline(dense, color=colour("ink"), lw=1.5, ls=(0, (5, 4)))
+        ax.set(xlabel="state removed, %", ylabel="perplexity")
+        end_labels(ax, labelled)
+
+    return picture(title, paint)
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
@@ -99,18 +69,15 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
         inside = tuple(mark for mark in marks if low <= mark <= high)
         if len(inside) >= FEWEST_TICKS:
             return inside
-    return tuple(round_numbers(low, high))
+    from matplotlib.ticker import MaxNLocator
 
-
-def removed(row: Row) -> float | None:
-    """The part of the state that a row's models are without, in percent."""
-    part = row.get("removed")
-    return None if part is None else 100 * part
+    found = MaxNLocator(6).tick_values(low, high)
+    return tuple(float(tick) for tick in found if low <= tick <= high)
 
 
 def _is_drawn(row: Row, stage: str) -> bool:
     value = row.get(stage)
-    return removed(row) is not None and value is not None and math.isfinite(value)
+    return row.get("removed") is not None and value is not None and math.isfinite(value)
 
 
 def _of(rows: Sequence[Row], method: str) -> list[Row]:
@@ -118,28 +85,26 @@ def _of(rows: Sequence[Row], method: str) -> list[Row]:
 
 
 def _line(method: str, rows: Sequence[Row], stage: str, colours: Mapping[str, int]) -> Line:
-    own = _of(rows, method)
-    number = colours.get(method)
-    colour = "" if number is None else f"var(--s{number % COLOURS})"
+    own, number = _of(rows, method), colours.get(method)
+    role = "random" if number is None else SERIES[number % len(SERIES)]
     x = [100 * row["removed"] for row in own]
-    return Line("random", method, x, [row[stage] for row in own], colour=colour)
+    return Line(role, method, x, [row[stage] for row in own])
 
 
-def _axes(
-    rows: Sequence[Row], stage: str, dense: float | None, lines: Mapping[str, Line]
-) -> tuple[MarkedAxis, MarkedAxis]:
+def _set_scales(
+    ax: Any, rows: Sequence[Row], stage: str, dense: float | None, width: float
+) -> None:
     values = [bound for row in rows for bound in _bounds(row, stage)]
     values += [] if dense is None else [dense]
-    low, high = _widened(min(values), max(values))
-    right = max(24.0, 12 + LABEL_WIDTH * max(len(name) for name in [*lines, "dense"]))
+    factor = max(max(values) / min(values), 1.02) ** MARGIN
+    ax.set_yscale("log")
+    ax.set_ylim(min(values) / factor, max(values) * factor)
+    set_ticks(ax.yaxis, log_ticks(*ax.get_ylim()))
     counts = Counter(round(100 * row["removed"], 1) for row in rows)
-    low_x, high_x = min(counts), max(counts)
-    first, last = (low_x, high_x) if len(counts) > 1 else (low_x - 5, low_x + 5)
-    gap = NUMBER_WIDTH * (last - first) / (WIDTH - right - LEFT)
-    return (
-        MarkedAxis(first, last, LEFT, WIDTH - right, marks=_apart(counts, gap)),
-        MarkedAxis(low, high, HEIGHT - BOTTOM, TOP, marks=log_ticks(low, high), logarithmic=True),
-    )
+    first, last = min(counts), max(counts)
+    first, last = (first, last) if len(counts) > 1 else (first - 5, first + 5)
+    ax.set_xlim(first, last)
+    set_ticks(ax.xaxis, _apart(counts, NUMBER_WIDTH * (last - first) / width))
 
 
 def _apart(counts: Mapping[float, int], gap: float) -> tuple[float, ...]:
@@ -151,35 +116,17 @@ def _apart(counts: Mapping[float, int], gap: float) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
-    factor = max(high / low, 1.02) ** MARGIN
-    return low / factor, high * factor
-
-
 def _bounds(row: Row, stage: str) -> tuple[float, float]:
-    value, spread = row[stage], row.get(f"{stage}_spread") or 0.0
+    value, deviation = row[stage], row.get(f"{stage}_spread") or 0.0
     # A deviation as large as the mean would leave a logarithmic axis.
-    return max(value - spread, value / 2), value + spread
+    return max(value - deviation, value / 2), value + deviation
 
 
-def _band(line: Line, rows: Sequence[Row], stage: str, x: Axis, y: Axis) -> str:
+def _draw_band(ax: Any, line: Line, rows: Sequence[Row], stage: str) -> None:
     if not any(row.get(f"{stage}_spread") for row in rows):
-        return ""
-    bounds = [_bounds(row, stage) for row in rows]
+        return
+    low, high = zip(*(_bounds(row, stage) for row in rows), strict=True)
     if len(rows) == 1:
-        (low, high), middle = bounds[0], x(line.x[0])
-        edge = f"M{middle - 4:.1f} {y(low):.1f}h8V{y(high):.1f}h-8z"
-        return f'<path {looks(line, "band")} d="{edge}"/>'
-    upper = [f"{x(px):.1f} {y(b[1]):.1f}" for px, b in zip(line.x, bounds, strict=True)]
-    lower = [f"{x(px):.1f} {y(b[0]):.1f}" for px, b in zip(line.x, bounds, strict=True)]
-    return f'<path {looks(line, "band")} d="M{"L".join([*upper, *lower[::-1]])}z"/>'
-
-
-def _drawn(line: Line, x: Axis, y: Axis) -> str:
-    places = [(x(px), y(py)) for px, py in zip(line.x, line.y, strict=True)]
-    path = "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-    dots = "".join(
-        f'<circle {looks(line, "dot")} cx="{px:.1f}" cy="{py:.1f}" r="2.6"/>' for px, py in places
-    )
-    stroke = f'<path {looks(line, "line")} d="M{path}"/>' if len(places) > 1 else ""
-    return stroke + dots
+        ax.vlines(line.x, low, high, color=line.colour, lw=8, alpha=0.16)
+    else:
+        ax.fill_between(line.x, low, high, color=line.colour, lw=0, alpha=0.16)

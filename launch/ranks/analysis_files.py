@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.drawing.heatmaps import svg_file
+from launch.drawing.figure import svg_file
 from launch.ranks.rank_plots import Plot
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def write_analysis(
     (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     for name, plot in drawn.items():
         file = folder / f"{name}.svg"
-        file.write_text(svg_file(plot.drawing, plot.title), encoding="utf-8")
+        file.write_text(svg_file(plot.picture, plot.title), encoding="utf-8")
 
 
 def write_table(path: Path, analyses: "Mapping[tuple[str, str], Analysis]") -> None:
@@ -59,6 +59,44 @@ def write_table(path: Path, analyses: "Mapping[tuple[str, str], Analysis]") -> N
         for (model, data), analysis in analyses.items()
     ]
     parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
+
+
+def read_table(path: Path) -> "dict[tuple[str, str], Analysis]":
+    """The analyses that `write_table` wrote, by the names of model and text, in its order."""
+    from pyarrow import compute, parquet
+
+    table = parquet.read_table(path)
+    keys = zip(table["model"].to_pylist(), table["data"].to_pylist(), strict=True)
+    return {
+        (model, data): _analysis(
+            table.filter((compute.field("model") == model) & (compute.field("data") == data))
+        )
+        for model, data in dict.fromkeys(keys)
+    }
+
+
+def _analysis(rows: Any) -> "Analysis":
+    """The analysis whose rows of the table these are."""
+    import torch
+    from pyarrow import compute
+
+    from pruning.states.analysis import Analysis
+
+    names = ("sequence", "layer", "head", "tokens")
+    sequences, layers, heads, times = (rows[name].unique().to_pylist() for name in names)
+    shape = [len(sequences), len(layers), len(heads), len(times)]
+    metrics = rows.column_names[rows.column_names.index("tokens") + 1 : -1]
+    values = {name: torch.tensor(rows[name].to_numpy()).view(shape) for name in metrics}
+    spectra = [
+        rows.filter(compute.field("layer") == layer)["singular_values"].drop_null().to_pylist()
+        for layer in layers
+    ]
+    return Analysis(
+        layers,
+        times,
+        values,
+        [torch.tensor(states, dtype=torch.float64).unflatten(0, shape[::2]) for states in spectra],
+    )
 
 
 def _columns(model: str, data: str, analysis: "Analysis") -> dict[str, Any]:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from launch.drawing.charts import Line, line_chart
-from launch.drawing.heatmaps import extent_of, heat_map, histogram, pairs, scatter
+from launch.drawing.distributions import histogram, pairs, scatter
+from launch.drawing.heatmaps import extent_of, heat_map
+from launch.drawing.lines import Line, line_chart
 
 if TYPE_CHECKING:
     from pruning.states.analysis import Analysis
@@ -30,18 +31,19 @@ MOST_LABELS = 8
 
 
 class Plot(NamedTuple):
-    """One plot: what it shows, and its drawing as inline SVG."""
+    """One plot: what it shows, and its picture as inline SVG."""
 
     title: str
-    drawing: str
+    picture: str
 
 
 @dataclass(frozen=True)
 class Series:
-    """An analysis and the name of what was analysed."""
+    """An analysis, the name of what was analysed, and its colour in plots of two models."""
 
     label: str
     analysis: "Analysis"
+    role: str = "pruned"
 
 
 def plots(
@@ -72,12 +74,15 @@ def plots(
         found["against_over_time"] = _against_over_time(model, against, metric)
     if second is not None:
         found["data"] = _data(model, *second, metric)
-    return {name: plot for name, plot in found.items() if plot.drawing.startswith("<svg")}
+    return {name: plot for name, plot in found.items() if plot.picture}
 
 
 def _heat_maps(models: Sequence[Series], metric: str) -> list[Plot]:
     """One for each model, with the same colours for the same values."""
-    tables = [_table(series, metric) for series in models]
+    tables = [
+        dict(zip(map(str, s.analysis.layers), s.analysis.mean(metric).tolist(), strict=True))
+        for s in models
+    ]
     extents = [extent_of(rows) for rows in tables]
     shared = (min(low for low, _ in extents), max(high for _, high in extents))
     found = []
@@ -87,34 +92,21 @@ def _heat_maps(models: Sequence[Series], metric: str) -> list[Plot]:
     return found
 
 
-def _table(series: Series, metric: str) -> dict[str, list[float]]:
-    last = series.analysis.mean(metric).tolist()
-    return {str(layer): row for layer, row in zip(series.analysis.layers, last, strict=True)}
-
-
 def _over_time(series: Series, metric: str) -> Plot:
-    analysis = series.analysis
-    means = analysis.values[metric].mean((0, 2))
+    times, means = series.analysis.times, series.analysis.values[metric].mean((0, 2))
     title = f"{_name(metric)} over time, mean over heads, {series.label}"
-    lines = [
-        Line("other", label, analysis.times, row.tolist(), colour=colour)
-        for (label, colour), row in zip(_layers(analysis.layers), means, strict=True)
-    ]
-    return Plot(title, line_chart(lines, "tokens read", NAMES[metric], title, log_x=True))
+    lines = _layer_lines(series, [(times, row.tolist()) for row in means])
+    return _over_tokens(title, lines, NAMES[metric])
 
 
 def _spectra(series: Series) -> Plot:
     from pruning.state_rank import shares
 
-    analysis = series.analysis
     title = f"Singular values by layer, mean over heads, {series.label}, {_after(series)}"
-    lines = []
-    looks = _layers(analysis.layers)
-    for (label, colour), values in zip(looks, analysis.spectra, strict=True):
-        mean = shares(values).mean((0, 1)).tolist()
-        drawn = [max(value, SMALLEST_DRAWN) for value in mean]
-        lines.append(Line("other", label, range(1, len(drawn) + 1), drawn, colour=colour))
+    means = [shares(values).mean((0, 1)) for values in series.analysis.spectra]
+    drawn = [(range(1, len(m) + 1), m.clamp(min=SMALLEST_DRAWN).tolist()) for m in means]
     label = "singular value, by size"
+    lines = _layer_lines(series, drawn)
     return Plot(title, line_chart(lines, label, "σ / largest σ", title, log_y=True))
 
 
@@ -144,31 +136,31 @@ def _stability(series: Series, metric: str) -> Plot:
         Line("dense", "Spearman, rank", analysis.times, ranks),
         Line("pruned", "cosine, norm", analysis.times, cosines),
     ]
-    return Plot(title, line_chart(lines, "tokens read", "agreement", title, log_x=True))
+    return _over_tokens(title, lines, "agreement")
 
 
 def _against(model: Series, against: Series, metric: str) -> Plot:
-    here, there = (dict(_by_layer(series, metric)) for series in (model, against))
+    here, there = (
+        dict(zip(s.analysis.layers, s.analysis.mean(metric).mean(1).tolist(), strict=True))
+        for s in (model, against)
+    )
     rows = {
         str(layer): (there[layer], value)
         for layer, value in here.items()
         if math.isfinite(value) and math.isfinite(there.get(layer, math.nan))
     }
     title = f"{_name(metric)} by layer, mean over heads, {_after(model)}"
-    return Plot(title, pairs(rows, (against.label, model.label), ("layer", NAMES[metric]), title))
+    names, roles = (against.label, model.label), (against.role, model.role)
+    return Plot(title, pairs(rows, names, ("layer", NAMES[metric]), title, roles))
 
 
 def _against_over_time(model: Series, against: Series, metric: str) -> Plot:
     title = f"{_name(metric)} over time, mean over layers and heads"
     lines = [
-        Line(name, series.label, series.analysis.times, _over_all(series, metric))
-        for name, series in (("dense", against), ("pruned", model))
+        Line(s.role, s.label, s.analysis.times, s.analysis.values[metric].mean((0, 1, 2)).tolist())
+        for s in (against, model)
     ]
-    return Plot(title, line_chart(lines, "tokens read", NAMES[metric], title, log_x=True))
-
-
-def _over_all(series: Series, metric: str) -> list[float]:
-    return series.analysis.values[metric].mean((0, 1, 2)).tolist()
+    return _over_tokens(title, lines, NAMES[metric])
 
 
 def _data(model: Series, text: str, second: Series, metric: str) -> Plot:
@@ -183,20 +175,23 @@ def _data(model: Series, text: str, second: Series, metric: str) -> Plot:
     return Plot(title, scatter(points, (f"on {text}", f"on {second.label}"), title, high))
 
 
-def _by_layer(series: Series, metric: str) -> list[tuple[int, float]]:
-    means = series.analysis.mean(metric).mean(1).tolist()
-    return list(zip(series.analysis.layers, means, strict=True))
+def _over_tokens(title: str, lines: Sequence[Line], y_label: str) -> Plot:
+    """Lines over the number of tokens that were read."""
+    return Plot(title, line_chart(lines, "tokens read", y_label, title, log_x=True))
 
 
-def _layers(layers: Sequence[int]) -> list[tuple[str, str]]:
-    """For each layer its label, empty where there is no room for all, and its colour."""
+def _layer_lines(
+    series: Series, drawn: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> list[Line]:
+    """One line a layer from its x and y; only some are labelled if there is no room for all."""
+    layers = series.analysis.layers
     last = max(len(layers) - 1, 1)
     shown = {round(i * last / (MOST_LABELS - 1)) for i in range(MOST_LABELS)}
     if len(layers) <= MOST_LABELS:
         shown = set(range(len(layers)))
     return [
-        (f"layer {layer}" if place in shown else "", f"hsl({200 + 150 * place / last:.0f} 65% 50%)")
-        for place, layer in enumerate(layers)
+        Line("other", f"layer {layer}" if place in shown else "", x, y, shade=place / last)
+        for place, (layer, (x, y)) in enumerate(zip(layers, drawn, strict=True))
     ]
 
 

@@ -98,7 +98,7 @@ def _decoded(results: Results, runs: Mapping[str, RunFolder]) -> dict[str, float
 
 
 def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], list[float]]]:
-    from launch.reporting.page import loss_curve
+    from launch.reporting.losses import loss_curve
 
     curves = {}
     for name, run in runs.items():

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from launch.ranks.rank_plots import Plot
 from launch.ranks.spectra import Spectrum
 from launch.reporting.sentences import Row
 
@@ -39,14 +40,6 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawing made elsewhere."""
-
-    title: str
-    svg: str
-
-
-@dataclass(frozen=True)
 class RankAnalysis:
     """Ranks of a model's states, beside another one's: what `slimstate analyze` wrote."""
 
@@ -55,7 +48,7 @@ class RankAnalysis:
     layers: Sequence[Mapping[str, Any]]
     """A row for each model and layer: `model`, `layer`, and the means of the metrics."""
 
-    figures: Sequence[Figure] = ()
+    plots: Sequence[Plot] = ()
 
 
 @dataclass(frozen=True)

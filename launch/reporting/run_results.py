@@ -3,22 +3,22 @@
 A file is known by what is in it, not by its name; what belongs to none of the runs is passed over.
 """
 
-import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
-from launch.reporting.data import Figure, RankAnalysis, Recall
+from launch.ranks.analysis_files import SUMMARY_FILE, TABLE_FILE, read_table
+from launch.ranks.rank_plots import Plot, Series, plots
+from launch.reporting.data import RankAnalysis, Recall
 from launch.reporting.run_folders import RunFolder, is_run, load_json
 
 LARGEST = 16 * 2**20
 """Bytes above which a JSON file is not looked into."""
 
 PASSED_OVER = {"config.json", "plan.json", "tokenizer.json", "tokenizer_config.json", "base.json"}
-SUMMARY_FILE = "summary.json"
 SWEEP_FILE, SWEEP_RESULTS = "sweep.json", "results.json"
 SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
@@ -188,11 +188,7 @@ class Collector:
             for key, name in zip(("model", "against"), names, strict=True)
             for row in summary.get(key, {}).get("layers", [])
         ]
-        figures = [
-            Figure(_title(text), _coloured(text, names) if path.stem == "against" else text)
-            for path in _drawings(folder)
-            for text in [path.read_text(encoding="utf-8")]
-        ]
+        drawn = _plots(folder, summary["metric"], [name or "other" for name in names])
         texts = ", ".join(Path(str(text)).name for text in summary.get("data", []))
         note = (
             f"States after {summary.get('length')} tokens of {texts}, the mean over "
@@ -200,7 +196,7 @@ class Collector:
         )
         heading = f"Rank of the states of {names[0] or names[1]}"
         others = [a for a in self.found.ranks if (a.heading, a.note) != (heading, note)]
-        self.found.ranks = [*others, RankAnalysis(heading, note, layers, figures)]
+        self.found.ranks = [*others, RankAnalysis(heading, note, layers, drawn)]
 
     def _settle_perplexities(self) -> None:
         """Rows compare models on one text: the one that most were measured on, and the newest."""
@@ -280,15 +276,26 @@ def _is_result(path: Path) -> bool:
 
 
 def _is_analysis(path: Path) -> bool:
-    return not is_run(path) and (path / SUMMARY_FILE).is_file() and any(path.glob("*.svg"))
+    return not is_run(path) and (path / SUMMARY_FILE).is_file() and (path / TABLE_FILE).is_file()
 
 
 def _is_sweep(path: Path) -> bool:
     return (path / SWEEP_FILE).is_file() and (path / SWEEP_RESULTS).is_file()
 
 
-def _drawings(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("*.svg"))
+def _plots(folder: Path, metric: str, roles: Sequence[str]) -> list[Plot]:
+    """The plots of an analysis, drawn anew with the colours of these rows."""
+    found = read_table(folder / TABLE_FILE)
+    (model, text), *others = found
+    against = second = None
+    for name, data in others:
+        analysis = found[name, data]
+        if name == model:
+            second = (text, Series(data, analysis))
+        else:
+            against = Series(name, analysis, roles[1])
+    drawn = plots(Series(model, found[model, text], roles[0]), metric, against, second)
+    return [drawn[name] for name in sorted(drawn)]
 
 
 def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -310,22 +317,6 @@ def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         }
         for layer, found in sorted(layers.items())
     ]
-
-
-def _coloured(svg: str, names: Sequence[str | None]) -> str:
-    """A drawing of two models, as `pruned` and `dense`, in the colours of these rows instead."""
-    pruned, dense = (f"m-{name or 'other'}" for name in names)
-    colours = {"m-pruned": pruned, "m-dense": dense}
-    return re.sub(r"\bm-(?:pruned|dense)\b", lambda found: colours[found[0]], svg)
-
-
-def _title(svg: str) -> str:
-    """The title of a drawing, which screen readers read too."""
-    start = svg.find('aria-label="')
-    if start < 0:
-        return "Plot"
-    start += len('aria-label="')
-    return html.unescape(svg[start : svg.index('"', start)])
 
 
 def _records(content: Any) -> list[dict[str, Any]]:

@@ -2,16 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from flame.process.atomic_output import replacing_file
-from launch.drawing.bars import bars
 from launch.drawing.sweep_chart import sweep_chart
-from launch.reporting.page_parts import grid, section
-from launch.reporting.sections import scrolled
+from launch.reporting.blocks import (
+    Block,
+    Folded,
+    Panel,
+    Panels,
+    Record,
+    Section,
+    TableBlock,
+    bars,
+    render,
+)
 from launch.reporting.sentences import short
 from launch.sweeping.tables import (
     HEADING,
@@ -55,25 +61,21 @@ def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = No
 
 def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
     """The HTML: a sentence, the charts, the tables, and how it was made; no script, no link."""
-    template = (Path(__file__).parents[1] / "reporting/report_page.html").read_text(
-        encoding="utf-8"
-    )
-    return Template(template).substitute(
-        title=escape(sweep.title),
-        verdict=escape(verdict(sweep)),
-        tiles="",
-        sections="\n".join([*sweep_sections(sweep), _notes(sweep), _record(results)]),
-    )
+    said = dict.fromkeys(note for row in sweep.rows for note in row.get("notes") or [])
+    notes = [Section("What the methods say", " ".join(said), [])] if said else []
+    facts = {**results.get("facts", {}), **results.get("versions", {})}
+    made = Section("How it was made", "", [Record(results.get("commands", ()), facts)])
+    return render(sweep.title, verdict(sweep), [*sweep_sections(sweep), *notes, made])
 
 
-def sweep_sections(sweep: Sweep) -> list[str]:
-    """The table and the charts of a sweep, for its own page and a report's."""
-    grid_, own = sweep.grid_table(), sweep.own_table()
-    tables = scrolled(grid_, "wide") if grid_ else ""
-    tables += f"<h3>{OWN_HEADING}</h3>{scrolled(own, 'wide')}" if own else ""
-    rows = scrolled(rows_table(sweep.rows), "wide")
-    folded = f"<details><summary>Every point in numbers</summary>{rows}</details>"
-    return [_charts(sweep), section(HEADING, NOTE, tables + folded)]
+def sweep_sections(sweep: Sweep) -> list[Section]:
+    """The charts and the tables of a sweep, for its own page and a report's."""
+    grid, own = sweep.grid_table(), sweep.own_table()
+    tables: list[Block] = [TableBlock(grid, "wide")] if grid else []
+    tables += [TableBlock(own, "wide", OWN_HEADING)] if own else []
+    rows = TableBlock(rows_table(sweep.rows), "wide")
+    folded = Folded("Every point in numbers", [rows])
+    return [_charts(sweep), Section(HEADING, NOTE, [*tables, folded])]
 
 
 def verdict(sweep: Sweep) -> str:
@@ -112,53 +114,35 @@ def _distance_from_half(row: Row) -> float:
         return 1.0
 
 
-def _charts(sweep: Sweep) -> str:
+def _charts(sweep: Sweep) -> Section:
     """A row of charts for each kind of space, a chart for each stage."""
     names = dict.fromkeys(row["method"] for row in sweep.rows if row["method"] != CONTROL)
     colours = {name: number for number, name in enumerate(names)}
-    parts = []
+    blocks = []
     for space in dict.fromkeys(row["space"] for row in sweep.rows):
         rows = [row for row in sweep.rows if row["space"] == space]
         drawn = []
         for stage in sweep.stages:
             when = "before recovery" if stage == "before" else "after recovery"
             title = f"{_channels(space)}, {when}".capitalize()
-            chart = _chart(rows, stage, sweep.controls.get(stage), colours, title)
-            drawn += [f"<h3>{escape(title)}</h3>{chart}"] if chart else []
-        parts.append(grid(drawn) if drawn else "")
+            drawn += _panel(rows, stage, sweep.controls.get(stage), colours, title)
+        blocks += [Panels(drawn)] if drawn else []
     note = (
         "Held-out perplexity; lower is better. Axes are logarithmic, bars start at 0. The grey "
         "band is one standard deviation of random channels, the dashed line the model before "
         "pruning; after recovery, that model trained on for as long, where it was."
     )
-    return section("Perplexity against the state removed", note, "".join(parts))
+    return Section("Perplexity against the state removed", note, blocks)
 
 
-def _chart(
+def _panel(
     rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
-) -> str:
+) -> list[Panel]:
     """Lines over the state removed, or bars where all rows are without the same part of it."""
     if len({row.get("removed") for row in rows}) > 1:
-        return sweep_chart(rows, stage, dense, colours, title)
+        chart = sweep_chart(rows, stage, dense, colours, title)
+        return [Panel(title, chart)] if chart else []
     values = {row["method"]: row[stage] for row in rows if row.get(stage) is not None}
     texts = {row["method"]: with_spread(row, stage) or "" for row in rows}
-    drawn = bars(values, {}, texts, mark=dense, colour="stage") if values else ""
-    return f'<div class="thin">{drawn}</div>' if drawn else ""
-
-
-def _notes(sweep: Sweep) -> str:
-    """What methods said of their plans."""
-    found = dict.fromkeys(note for row in sweep.rows for note in row.get("notes") or [])
-    lines = "".join(f"<p>{escape(note)}</p>" for note in found)
-    return section("What the methods say", "", lines) if lines else ""
-
-
-def _record(results: Mapping[str, Any]) -> str:
-    facts = {**results.get("facts", {}), **results.get("versions", {})}
-    pairs = "".join(
-        f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in facts.items()
-    )
-    commands: Sequence[str] = results.get("commands", ())
-    shown = "".join(f"<code>{escape(command)}\n</code>" for command in commands)
-    return section("How it was made", "", f'<pre>{shown}</pre><dl class="facts">{pairs}</dl>')
+    drawn = bars(values, {}, texts, mark=dense, role="soft", thin=True)
+    return [Panel(title, blocks=[drawn])] if values else []

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flame.errors import UserError
 from launch import report
-from launch.drawing.heatmaps import heat_map, pairs, svg_file
+from launch.ranks.analysis_files import write_analysis
 from launch.report import check, parse
 from launch.reporting.collect import collect
-from launch.reporting.page_parts import inline_drawing
 from launch.reporting.run_folders import find_runs
 from launch.speed.bench_table import cell
 from pruning import prune
 from pruning.adapters import adapter_for
+from pruning.states.analysis import METRICS, Analysis
 from tests.launch.reporting.test_page import Nesting
 from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
 
@@ -70,7 +71,7 @@ def test_page_holds_every_number_and_nothing_foreign(results: Path, tmp_path: Pa
     parser.close()
     assert parser.open == [] and parser.links == []
     assert not parser.tags & {"script", "link", "iframe", "img", "object"}
-    assert not re.search(r"https?://|url\(|@import|xmlns", text)
+    assert not re.search(r"https?://|url\((?!#)|@import|xmlns", text)
     assert text.count("<style>") == 1
 
 
@@ -107,11 +108,14 @@ def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
     assert not (data.tasks or data.fidelity or data.recall or data.ranks or data.bench)
 
 
-def test_two_models_in_one_drawing_have_the_colours_of_their_rows(results: Path) -> None:
+def test_two_models_in_one_plot_have_the_colours_of_their_rows(results: Path) -> None:
     (analysis,) = collect([results]).ranks
-    (drawn,) = [figure.svg for figure in analysis.figures if figure.title == "two models"]
-    body = drawn.partition("</style>")[2]
-    assert 'm-pruned"' in body and 'm-other"' in body and "m-dense" not in body
+    two = [plot.picture for plot in analysis.plots if ", mean over" in plot.title]
+    drawn = [picture for picture in two if ">half<" in picture and ">other<" in picture]
+    assert len(drawn) == 2
+    for picture in drawn:
+        assert "var(--pruned)" in picture and "var(--other)" in picture
+        assert "var(--dense)" not in picture
     assert [row["model"] for row in analysis.layers] == ["pruned", "pruned"]
 
 
@@ -183,14 +187,32 @@ def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: 
         collect([results])
 
 
-def test_a_drawing_loses_what_makes_it_stand_alone() -> None:
-    drawn = heat_map({"0": [1.0, 2.5]}, "layer", "ranks <by> layer")
-    text = inline_drawing(svg_file(drawn, "ranks <by> layer"))
-    assert "2.50" in text and "ranks &lt;by&gt; layer" in text
-    for part in ("xmlns", "<style", 'class="title"', 'class="page"', 'width="8'):
-        assert part not in text
-    hostile = '<?xml version="1.0"?><svg viewBox="0 0 4 4"><script>x()</script><path/></svg>'
-    assert inline_drawing(hostile) == '<svg viewBox="0 0 4 4"><path/></svg>'
+def test_nothing_of_a_result_is_markup(results: Path, tmp_path: Path) -> None:
+    hostile = "<script>x()</script> <svg onload=x()> $x_1^$ & </text> nan 0.12345 #fe0105"
+    _write_analysis(results / "analysis", results, hostile)
+    (results / "analysis" / "mine.svg").write_text(f"<svg>{hostile} of mine</svg>")
+    out = tmp_path / "page.html"
+    run(results, "--out", out)
+    text = out.read_text()
+    parser = Nesting()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == [] and parser.links == [] and "script" not in parser.tags
+    assert "<svg onload" not in text and "of mine" not in text
+    assert text.count("&lt;script&gt;x()") == 4 and "$x_1^$ &amp;" in text
+    assert "nan 0.12345 #fe0105" in text and "1.25" in text
+
+
+def test_an_analysis_that_cannot_be_drawn_is_named(results: Path) -> None:
+    file = results / "analysis" / "summary.json"
+    summary = json.loads(file.read_text())
+    _write(file, {**summary, "metric": "pie"})
+    with pytest.raises(UserError, match="analysis looks like a result, but KeyError 'pie'"):
+        collect([results])
+    _write(file, summary)
+    (results / "analysis" / "analysis.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match="analysis looks like a result, but Arrow"):
+        collect([results])
 
 
 def run(folder: Path, *words: Any) -> None:
@@ -274,19 +296,22 @@ def benchmark(root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_analysis(folder: Path, root: Path) -> None:
-    folder.mkdir()
+def _write_analysis(folder: Path, root: Path, other: str = "other") -> None:
+    """An analysis of the pruned run beside a model that is gone: two layers of two heads."""
+    folder.mkdir(exist_ok=True)
     layers = [{"layer": 0, "stable_rank": 1.87}, {"layer": 1, "stable_rank": 2.31}]
     summary = {
         "model_reference": str(root / "half"), "against_reference": "/gone/other",
-        "data": ["held.txt"],
+        "data": ["held.txt"], "metric": "stable_rank",
         "length": 64, "sequences": 1, "model": {"layers": layers},
     }  # fmt: skip
-    _write(folder / "summary.json", summary)
-    drawn = heat_map({"0": [1.0, 2.0]}, "layer", "ranks")
-    (folder / "heat_map.svg").write_text(svg_file(drawn, "ranks"), encoding="utf-8")
-    both = pairs({"0": (1.5, 2.5)}, ("dense", "half"), "rank", "two models")
-    (folder / "against.svg").write_text(svg_file(both, "two models"), encoding="utf-8")
+    values = {name: torch.ones(1, 2, 2, 2, dtype=torch.float64) for name in METRICS}
+    values["stable_rank"][0, 0, :, 1] = torch.tensor([1.25, 3.75])
+    spectra = [torch.tensor([[[2.0, 1.0], [4.0, 0.5]]], dtype=torch.float64)] * 2
+    analysis = Analysis([0, 1], [1, 64], values, spectra)
+    write_analysis(
+        folder, {("half", "held.txt"): analysis, (other, "held.txt"): analysis}, summary, {}
+    )
 
 
 def _write(path: Path, content: Any) -> None:
