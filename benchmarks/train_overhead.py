@@ -216,8 +216,6 @@ class _NoCheckpoints:
 
     def save(self, curr_step: int, last_step: bool = False) -> None: ...
 
-    def maybe_wait_for_staging(self) -> None: ...
-
 
 if __name__ == "__main__":
     main()

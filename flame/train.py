@@ -4,7 +4,6 @@
 after `torchrun … -m flame.train`.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -147,9 +146,10 @@ def prepare_run_folder(job: Any) -> None:
 
     A folder that is refused, or whose writer is killed, keeps the files that it had.
     """
-    from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG
+    from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
     from flame.config import recipe_text
     from flame.recovery.distill import record_teacher
+    from flame.storage.json_file import write_object
     from flame.training.train_spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
@@ -157,7 +157,7 @@ def prepare_run_folder(job: Any) -> None:
     # The recipe marks a folder as a run that may be gone on with; the other says that all is there.
     ends = {"first": RECIPE_FILE, "last": TOKENIZER_CONFIG}
     with made_folder(folder), replacing_files(folder, **ends) as new:
-        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_object(new / CONFIG_FILE, config, sort_keys=True)
         tokenizer.save_pretrained(new)
         (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
         if job.lora.rank > 0:

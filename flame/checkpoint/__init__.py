@@ -1,7 +1,8 @@
-"""Checkpoints: whole steps on disk, safe reading, and any model reference as a source of tensors.
+"""Checkpoints: saving and loading whole steps, and any model reference as a source of tensors.
 
-- `checksums`, `steps`: what makes a step whole; saving, loading, verifying and purging steps.
-- `safe`, `writer`: DCP with an allow-list unpickler and a hash per file.
-- `reference`, `source`, `lora_source`: run, step, HF folder or hub name, read tensor by tensor.
-- `fingerprint`, `load`, `convert`: identity, loading into (sharded) models, DCP <-> HF.
+- `steps`, `writer`, `background`, `manager`: what makes a step whole; saving, resuming, purging.
+- `reference`: a run, a step, a Hugging Face folder or a hub name, found on this machine.
+- `source`, `dcp_source`, `safetensors_source`, `lora_source`: a model read tensor by tensor.
+- `fingerprint`, `ties`, `adapter_names`, `peft_folder`: what identifies and names tensors.
+- `load`, `convert`: loading into models, sharded or not; DCP <-> Hugging Face.
 """

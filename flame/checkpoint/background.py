@@ -1,6 +1,6 @@
-"""Saving steps while training goes on: a copy in host memory, written by a thread.
+"""Saving steps while training goes on: a thread writes a copy that lies in host memory.
 
-The thread's collectives run on a group of its own over gloo: they never meet those of training.
+The thread's collectives run over gloo in their own group, so they never mix with those of training.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,8 @@ class BackgroundSaver:
     """
 
     def __init__(self, patience: timedelta) -> None:
-        self._group = _own_group(patience)
+        several = dist.is_available() and dist.is_initialized()
+        self._group = dist.new_group(backend="gloo", timeout=patience) if several else None
         self._stager = StateDictStager(pin_memory=torch.cuda.is_available())
         self._worker = ThreadPoolExecutor(1, "save")
         self._running: Future[None] | None = None
@@ -38,14 +39,17 @@ class BackgroundSaver:
         extra_files: Mapping[str, bytes],
         done: Callable[[], None],
     ) -> None:
-        """Copy `state_dict` to host memory and save it as `save_step` would, in the background.
+        """Copy `state_dict` to host memory, and let the thread save it as `save_step` does.
 
         Args:
-            state_dict, folder, step, extra_files: as `flame.checkpoint.steps.save_step` takes them.
-            done: called when the step is whole.
+            state_dict: what to save; this and the next three are as `save_step` takes them.
+            folder: the checkpoint folder.
+            step: the step's number.
+            extra_files: content of small files to lie in the step, by name.
+            done: called in the thread when the step is whole.
 
         Raises:
-            UserError: the step before could not be saved.
+            UserError: the previous step could not be saved.
         """
         self.wait()
         staged = self._stager.stage(_flat(state_dict))
@@ -57,29 +61,23 @@ class BackgroundSaver:
         self._running = self._worker.submit(save)
 
     def wait(self) -> None:
-        """Wait for the step in flight; raise what went wrong with it."""
+        """Wait until a running save is done; raise its error if it failed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def settle(self) -> None:
-        """Let the step in flight be written; what goes wrong with it is for `wait` to raise."""
+        """Wait until a running save is done; its error, if any, is left for `wait` to raise."""
         if self._running is not None:
             wait([self._running])
 
     def close(self) -> None:
-        """Let the step in flight be written; what goes wrong with it is not raised any more."""
+        """Wait until a running save is done, and end the thread; an error is not raised."""
         self._worker.shutdown(wait=True)
 
 
-def _own_group(patience: timedelta) -> dist.ProcessGroup | None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.new_group(backend="gloo", timeout=patience)
-
-
 def _flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """`state_dict` with the states of its parts, which only the training thread may ask for."""
+    """Replace stateful parts by their states, which only the training thread may ask for."""
     return {
         name: value.state_dict() if isinstance(value, Stateful) else value
         for name, value in state_dict.items()

@@ -1,11 +1,10 @@
-"""DCP <-> Hugging Face, bit for bit; in memory is one tensor.
+"""Converting models between DCP and Hugging Face, bit for bit, with one tensor in memory.
 
-Config, generation config and tokenizer go along. A LoRA run comes out merged with its base.
+Config, generation config and tokenizer are copied too. A LoRA run is merged with its base.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +23,17 @@ from flame.checkpoint.reference import (
     resolve,
 )
 from flame.checkpoint.safetensors_source import SAFETENSORS_INDEX
-from flame.checkpoint.source import TensorInfo, total_bytes
+from flame.checkpoint.source import Read, TensorInfo, total_bytes
 from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
 from flame.models.loading_note import write_loading_note
 from flame.process.atomic_output import replacing_folder
 from flame.process.progress import progress
+from flame.storage.json_file import write_object
 from flame.storage.safetensors_file import write_safetensors
 
 Format = Literal["hf", "dcp", "peft"]
-Read = Callable[[str], Tensor]
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 MAX_SHARD_SIZE = "5GB"
 
@@ -47,18 +46,23 @@ def convert(
     Args:
         src: any model reference.
         dst: the folder to write; a run folder gets the model as `checkpoint/step-0`.
-        to: `"hf"`, `"dcp"`, or `"peft"`: the adapters of a LoRA run alone.
+        to: `"hf"`, `"dcp"`, or `"peft"` for the adapters of a LoRA run alone.
         overwrite: replace an existing `dst`.
-        inside_source: allow `dst` in the source's folder (a run's own `merged/`).
+        inside_source: allow `dst` in the source's folder, as a run's own `merged/` is.
 
     Raises:
-        UserError: the source is damaged, the output refused, the disk too small.
+        UserError: the source is damaged, the output is refused, or the disk is too small.
     """
     dst = Path(dst).absolute()
     reference = resolve(src)
     check_destination(reference, dst, overwrite, inside_source)
     if to == "peft":
-        return convert_adapters(reference, dst, overwrite)
+        check_adapters(reference)
+        check_space(dst, total_bytes(reference.own_source()))
+        with replacing_folder(dst, overwrite) as folder:
+            copy_companions(reference, folder)
+            write_adapters(folder, reference)
+        return
     config = complete_config(reference.config)
     source = reference.source()
     infos = {name: source.info(name) for name in source.names()}
@@ -69,15 +73,6 @@ def convert(
         write(folder, config, infos, source.read)
         if to == "dcp":
             copy_recipe(reference, folder, dst)
-
-
-def convert_adapters(reference: ModelReference, dst: Path, overwrite: bool = False) -> None:
-    """Write the adapters of a LoRA run as a peft folder `dst`, the tokenizer beside them."""
-    check_adapters(reference)
-    check_space(dst, total_bytes(reference.own_source()))
-    with replacing_folder(dst, overwrite) as folder:
-        copy_companions(reference, folder)
-        write_adapters(folder, reference)
 
 
 def check_space(dst: Path, needed: int) -> None:
@@ -93,17 +88,22 @@ def check_space(dst: Path, needed: int) -> None:
 def write_hf(
     folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
 ) -> None:
-    """Write `config.json` and safetensors into an existing folder, files of at most 5 GB.
+    """Write `config.json` and safetensors files of at most 5 GB each into an existing folder.
 
-    A model whose class is ours gets a README that says which import loads it.
+    A model of one of this project's classes gets a README that says which import loads it.
 
     Args:
-        infos: shape and dtype of every tensor that `read` gives.
-        read: a tensor by its name; called once for each, memory holds one.
+        folder: the folder.
+        config: the model's `config.json`; its dtype is set to that of the weights.
+        infos: shape and dtype of every tensor.
+        read: returns a tensor by its name; called once for each.
+
+    Raises:
+        UserError: the config ties two embeddings whose values differ.
     """
     check_ties(config, infos, read)
     promises = {name: infos[name].promise() for name in own_names(config, sorted(infos))}
-    _write_json(folder / CONFIG_FILE, _with_dtype(config, promises))
+    write_object(folder / CONFIG_FILE, _with_dtype(config, promises), sort_keys=True)
     write_loading_note(folder, str(config.get("model_type")))
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
     for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
@@ -111,15 +111,16 @@ def write_hf(
         write_safetensors(folder / file, own, read)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / SAFETENSORS_INDEX, index)
+        write_object(folder / SAFETENSORS_INDEX, index, sort_keys=True)
 
 
 def write_run(
     folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
 ) -> None:
-    """Write `config.json` and `checkpoint/step-0` with the model alone; arguments as `write_hf`'s.
+    """Write `config.json` and `checkpoint/step-0`, which holds the model alone.
 
-    A tied output embedding is written too: trainers save it, and look for it when they resume.
+    Arguments and errors are those of `write_hf`. A tied output embedding is written too, because
+    trainers save it and look for it when they resume.
     """
     check_ties(config, infos, read)
     promises = {name: info.promise() for name, info in infos.items()}
@@ -127,18 +128,13 @@ def write_run(
     if twin is not None:
         promises.setdefault(OUTPUT_EMBEDDING, promises[twin])
     stored = {name: twin if name not in infos else name for name in promises}
-    save_step(
-        promises,
-        folder / CHECKPOINT_FOLDER,
-        0,
-        read=lambda name: read(str(stored[name])),
-        alone=True,
-    )
-    _write_json(folder / CONFIG_FILE, config)
+    checkpoints = folder / CHECKPOINT_FOLDER
+    save_step(promises, checkpoints, 0, read=lambda name: read(str(stored[name])), alone=True)
+    write_object(folder / CONFIG_FILE, config, sort_keys=True)
 
 
 def check_ties(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read) -> None:
-    """Refuse a model whose config ties two embeddings that differ: one of them would be lost."""
+    """Raise `UserError` if the config ties two embeddings that differ: one would be lost."""
     twin = input_embedding(infos)
     if not is_tied(config) or OUTPUT_EMBEDDING not in infos or twin is None:
         return
@@ -158,7 +154,10 @@ def copy_companions(reference: ModelReference, folder: Path) -> None:
 
 
 def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
-    """Copy a run's recipe into `folder`, its dump folder rewritten to `dst`, where it will lie."""
+    """Copy a run's recipe, if it has one, into `folder`, as the recipe of a run in `dst`.
+
+    The copy's dump folder is `dst`; it asks for no adapters and for no model to start from.
+    """
     if reference.recipe is None:
         return
     from flame.config import job_from_tables, recipe_text
@@ -172,9 +171,10 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the name of its stock class, which some loaders look for.
+    """Return `config` with the name of its stock class, which some loaders look for.
 
-    Raises `UserError` for a family that neither transformers nor fla has.
+    Raises:
+        UserError: neither transformers nor fla knows the model family.
     """
     from transformers import AutoModelForCausalLM
 
@@ -188,7 +188,7 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_dtype(config: Mapping[str, Any], promises: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`config` with the dtype that most of the weights have, so that loading does not round."""
+    """Return `config` with the dtype of most of the weights, so that loading does not round."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in promises.values():
         if tensor.is_floating_point():
@@ -204,7 +204,3 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(
         left.view(torch.uint8), right.view(torch.uint8)
     )
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

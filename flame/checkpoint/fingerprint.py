@@ -1,6 +1,6 @@
-"""What identifies a model: a hash that its HF and DCP forms share; and a check for broken weights.
+"""A hash that identifies a model, equal for its HF and DCP forms; and a check for broken weights.
 
-The hash is of samples: it tells models apart, it does not prove that two are equal.
+The hash covers samples of the weights: it tells models apart, but does not prove two equal.
 """
 
 import hashlib
@@ -18,8 +18,10 @@ from flame.errors import UserError
 from flame.process.progress import progress
 
 SAMPLED_BLOCKS = 3
+"""Blocks of rows of each tensor that are hashed."""
+
 SAMPLED_BYTES = 4096
-"""Of each tensor, this many blocks of rows are hashed, each of at least this many bytes."""
+"""Least size of such a block."""
 
 _NOISE = frozenset(
     {
@@ -39,14 +41,21 @@ _NOISE = frozenset(
         "use_l2warp",
     }
 )
+"""Keys of a `config.json` that do not change what the model computes."""
+
 _NOISE_PREFIXES = ("_", "fuse_")
 
 
 def fingerprint(config: Mapping[str, Any], source: TensorSource) -> str:
-    """64 hexadecimal digits over the architecture and each tensor's name, shape, dtype, samples.
+    """Return 64 hexadecimal digits that identify a model.
 
-    Equal for the HF and DCP forms of one model: keys of the config that do not change what the
-    model computes, and the copy of a tied embedding, are left out.
+    They are a SHA-256 over the config and each tensor's name, shape, dtype and sampled rows. Keys
+    of the config that do not change what the model computes, and the second copy of a tied
+    embedding, are left out, so the HF and DCP forms of one model give the same digits.
+
+    Args:
+        config: the model's `config.json`.
+        source: its tensors.
     """
     hasher = hashlib.sha256(canonical_config(config).encode())
     for name in progress(own_names(config, source.names()), "fingerprint"):
@@ -58,14 +67,17 @@ def fingerprint(config: Mapping[str, Any], source: TensorSource) -> str:
 
 
 def canonical_config(config: Mapping[str, Any]) -> str:
-    """The keys of a `config.json` that shape the model, as one line of JSON."""
+    """Return the keys of a `config.json` that shape the model, as one line of sorted JSON."""
     return json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"))
 
 
 def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
     """Raise `UserError` naming the first tensor that holds NaN or infinite values.
 
-    Ranks share the work: with `first` and `stride` only every `stride`-th tensor is read.
+    Args:
+        source: the tensors.
+        first: the first tensor to read, so that ranks can share the work.
+        stride: read every `stride`-th tensor from `first` on.
     """
     for name in progress(source.names()[first::stride], "check weights"):
         if not source.info(name).dtype.is_floating_point:
@@ -80,12 +92,12 @@ def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN or infinite value; 15 times as fast as `isfinite(…).all()`."""
+    """Return whether no value is NaN or infinite; 15 times as fast as `isfinite(…).all()`."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
-    # Both propagate NaN.
+    # Minimum and maximum are NaN if any value is.
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
@@ -104,7 +116,7 @@ def _is_noise(key: str, value: Any) -> bool:
 
 
 def _sampled_rows(shape: tuple[int, ...], itemsize: int) -> list[slice | None]:
-    """Blocks of rows: the first, the last and those between; None for a scalar."""
+    """Return the rows to hash: the first, the last and those half-way; None for a scalar."""
     if not shape:
         return [None]
     row_bytes = max(1, itemsize * torch.Size(shape[1:]).numel())

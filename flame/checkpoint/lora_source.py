@@ -1,4 +1,4 @@
-"""The tensors of a LoRA run: its adapters merged with their base while they are read."""
+"""The tensors of a LoRA run, as a source: adapters are merged with their base when read."""
 
 import math
 import re
@@ -14,16 +14,18 @@ from flame.errors import UserError
 
 
 class LoraSource:
-    """The merged view of a LoRA run: `W + scale · B A`, and parameters that were trained in full.
+    """A LoRA run as one model: `W + scale · B A`, and the parameters that were trained in full.
 
-    With DoRA each row of the sum is scaled to the length `m` that was trained for it.
+    With DoRA (arXiv 2402.09353), each row of the sum is scaled to its trained length `m`.
+    Floating-point tensors get the wider dtype of base and adapters; sums are in float32 or wider.
 
     Args:
         base: the model that the adapters were trained on.
-        adapters: tensors of the run's step, in peft's names.
+        adapters: tensors of the run's step, under peft's names.
         config: peft's `adapter_config.json`.
 
-    Floating-point tensors have the wider dtype of base and adapters; sums are in float32 or wider.
+    Raises:
+        UserError: adapters and base do not fit, or the config asks for what cannot be merged.
     """
 
     def __init__(

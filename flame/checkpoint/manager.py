@@ -1,9 +1,9 @@
-"""Saving and resuming a training run: what torchtitan's checkpointer does, without its data loss.
+"""Saving and resuming a training run, in the place of torchtitan's checkpointer.
 
-Differences to torchtitan 0.2.2: a step is written under a temporary name with a hash for each file
-and renamed when whole, in the background if asked for; purging counts whole steps only, so keeping
+It differs from torchtitan 0.2.2 in what could lose data: a step is written under a temporary name
+with a hash for each file, and renamed when it is whole; purging counts whole steps only, so keeping
 one is safe; the last step is saved in full; the loader's state is JSON and resumes at another world
-size. The layout of a step is torchtitan's, plus `checksums.json` and `dataloader.json`.
+size. A step has torchtitan's layout, plus `checksums.json` and `dataloader.json`.
 """
 
 import json
@@ -19,36 +19,32 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flame.checkpoint.background import BackgroundSaver
-from flame.checkpoint.steps import (
-    latest_whole_step,
-    load_step,
-    purge,
-    save_step,
-    step_folder,
-)
+from flame.checkpoint.steps import latest_whole_step, load_step, purge, save_step, step_folder
 from flame.errors import UserError
 from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 from flame.storage.json_file import read_object
 
 LOADER_FILE = "dataloader.json"
 OPTIONAL = ("train_state.skipped_steps",)
-"""Entries that steps of earlier versions lack."""
+"""Entries that may be missing, because earlier versions did not save them."""
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Saves steps of one run into `folder` and resumes from its latest whole one.
+    """Saves steps of one run into `folder` and resumes from its latest whole step.
 
     Args:
         folder: the run's `checkpoint/`.
-        model: the sharded model; what `tensors` returns for it is saved under those names.
+        model: the sharded model.
         states: stateful parts saved beside the model (`optimizer`, `lr_scheduler`, `train_state`).
-        loader: the data loader, with JSON-able `state_dict()`, and `merge_states`.
+        loader: the data loader, with `merge_states` and a `state_dict()` that fits into JSON.
         interval: steps between checkpoints.
-        keep: whole steps to keep, 0 for all.
-        background: save while training goes on, but for the last step; at most one save is in
-            flight, and what goes wrong with it is raised when the next begins.
+        keep: how many whole steps to keep; 0 keeps all.
+        first_step: save step 1 too.
+        tensors: returns the model's tensors to be saved, by the names that they are saved under.
+        background: save while training goes on, except the last step. One save runs at a time, and
+            its error is raised when the next one begins.
         patience: how long ranks that save in the background wait for each other.
     """
 
@@ -79,7 +75,7 @@ class CheckpointManager:
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Save step `curr_step` if it is due or the last. Collective."""
+        """Save step `curr_step` if it is due or the last step. Collective."""
         due = curr_step % self.interval == 0 or (curr_step == 1 and self.first_step)
         if not (due or last_step):
             return
@@ -93,20 +89,26 @@ class CheckpointManager:
             save_step(self._state_dict(), self.folder, curr_step, files)
             self._purge()
             barrier()
-            self._saved = curr_step
-            log.info("saved step %d in %.2f s", curr_step, time.monotonic() - begin)
-            return
-        state = self._state_dict()
-        self.background.start(state, self.folder, curr_step, files, self._purge)
+            text = "saved step %d in %.2f s"
+        else:
+            state = self._state_dict()
+            self.background.start(state, self.folder, curr_step, files, self._purge)
+            text = "copied step %d in %.2f s, to be saved"
         self._saved = curr_step
-        log.info("copied step %d in %.2f s, to be saved", curr_step, time.monotonic() - begin)
+        log.info(text, curr_step, time.monotonic() - begin)
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load `step`, or the latest whole one; `False` if there is none. Collective.
+        """Load a step and return True, or return False if there is none to load. Collective.
 
-        With the latest, what a killed job had no time to purge is deleted. Step 0 holds a model
-        alone: training starts there with a fresh optimizer, schedule and data.
+        Step 0 holds a model alone, so training starts there with a fresh optimizer, schedule and
+        data.
+
+        Args:
+            step: the step's number; -1 for the latest whole step, after purging old ones.
+
+        Raises:
+            UserError: the step does not exist, is damaged or does not fit the model.
         """
         if step == -1:
             self._purge()
@@ -124,16 +126,13 @@ class CheckpointManager:
         self._saved = step
         return True
 
-    def maybe_wait_for_staging(self) -> None:
-        """The copy is made before `save` returns: there is nothing to wait for."""
-
     def settle(self) -> None:
-        """Let a step in flight be written, so that the folder shows it; raises nothing."""
+        """Wait until a running save is done, so that the folder shows it; raise nothing."""
         if self.background is not None:
             self.background.settle()
 
     def close(self) -> None:
-        """Let a step in flight be written to its end."""
+        """Wait until a running save is done, and save no more in the background."""
         if self.background is not None:
             self.background.close()
 
@@ -154,7 +153,6 @@ class CheckpointManager:
 
 
 def latest(folder: Path) -> int:
-    """The latest whole step in `folder` as rank 0 sees it, -1 if there is none. Collective."""
-    step = latest_whole_step(folder) if rank() == 0 else None
-    step = from_rank_zero(step)
+    """Return the latest whole step in `folder` as rank 0 sees it, -1 if none. Collective."""
+    step = from_rank_zero(latest_whole_step(folder) if rank() == 0 else None)
     return -1 if step is None else step

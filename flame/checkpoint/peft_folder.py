@@ -1,6 +1,5 @@
-"""Adapters as peft writes them: `adapter_model.safetensors` beside `adapter_config.json`."""
+"""Folders of adapters as peft has them: `adapter_model.safetensors`, `adapter_config.json`."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,20 +10,20 @@ from flame.checkpoint.reference import (
     ModelReference,
 )
 from flame.errors import UserError
-from flame.storage.json_file import read_object
+from flame.storage.json_file import read_object, write_object
 
 
 def check_adapters(reference: ModelReference) -> None:
-    """Raise `UserError` unless `reference` is of adapters."""
+    """Raise `UserError` unless `reference` is a LoRA run or a peft folder."""
     if not reference.is_lora:
         raise UserError(f"{reference.folder} holds no adapters: only a LoRA run has a peft folder")
 
 
 def write_adapters(folder: Path, reference: ModelReference) -> None:
-    """Write the adapters of a LoRA run, and what was trained in full beside them, into `folder`.
+    """Write the adapters of a LoRA run, and parameters trained in full, into an existing folder.
 
-    `PeftModel.from_pretrained(base, folder)` loads it. The base is named by its absolute path, or
-    as it was where it is a hub name; `base.json`, which is ours, adds its fingerprint.
+    `PeftModel.from_pretrained(base, folder)` loads the result. The base model is named by its
+    absolute path, or by its hub name. This project's `base.json` adds the base's fingerprint.
     """
     from safetensors.torch import save_file
 
@@ -32,16 +31,12 @@ def write_adapters(folder: Path, reference: ModelReference) -> None:
     named = config.get("base_model_name_or_path")
     beside = reference.folder / str(named)
     base = str(beside.resolve()) if beside.exists() else named
-    _write_json(folder / ADAPTER_FILE, {**config, "base_model_name_or_path": base})
+    write_object(folder / ADAPTER_FILE, {**config, "base_model_name_or_path": base})
     if (reference.folder / BASE_FILE).is_file():
         record = read_object(reference.folder / BASE_FILE)
-        _write_json(folder / BASE_FILE, {**record, "reference": base})
+        write_object(folder / BASE_FILE, {**record, "reference": base})
     source = reference.own_source()
     tensors = {name: source.read(name).contiguous() for name in source.names()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read, whatever the umask.
     shutil.copymode(folder / ADAPTER_FILE, folder / ADAPTER_WEIGHTS)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -5,6 +5,7 @@ run (`lora_source`). Reading rows (slices of dimension 0) lets a rank read only 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,10 @@ class TensorInfo:
     def promise(self) -> Tensor:
         """Return a meta-device tensor of this form: a promise that the content is read later."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+Read = Callable[[str], Tensor]
+"""Returns a tensor by its name."""
 
 
 class TensorSource(Protocol):

@@ -1,10 +1,10 @@
-"""Step folders: which are whole, saving and loading one, verifying, purging.
+"""Step folders: which of them are whole; saving, loading, verifying and purging them.
 
 A step is a folder `step-N` with `.metadata`, `checksums.json` and every file that the latter
-lists. It is written under a temporary name and renamed when whole, and deleted by renaming it
-first, so at any moment `step-N` is a whole step or is not there.
+lists. It is written under a temporary name and renamed when it is whole. To delete it, it is
+renamed first. So at any moment `step-N` is a whole step, or is not there.
 
-Nothing at the top of this module imports torch: the checks before work start use it.
+The module imports torch only where it saves or loads, because checks before work starts use it.
 """
 
 import os
@@ -28,28 +28,28 @@ _TEMPORARY = "tmp-"
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where step `step` of the checkpoint folder `folder` lies."""
+    """Return the path of step `step` in the checkpoint folder `folder`."""
     return Path(folder) / f"step-{step}"
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """The whole steps of a checkpoint folder, in increasing order; sizes are checked, no hashes."""
+    """Return the numbers of the whole steps of a checkpoint folder, increasing; read no hashes."""
     return [step for step in _numbers(folder) if is_whole(step_folder(folder, step))]
 
 
 def broken_steps(folder: Path) -> list[str]:
-    """The names of the step folders that are not whole."""
+    """Return the names of the step folders in a checkpoint folder that are not whole."""
     names = [f"step-{step}" for step in _numbers(folder)]
     return [name for name in names if not is_whole(Path(folder) / name)]
 
 
 def latest_whole_step(folder: Path) -> int | None:
-    """The highest whole step, or None."""
+    """Return the highest whole step of a checkpoint folder, or None if there is none."""
     return max(whole_steps(folder), default=None)
 
 
 def is_whole(step: Path) -> bool:
-    """Whether a step folder has `.metadata` and every file that its `checksums.json` lists."""
+    """Return whether a step folder has every file that its `checksums.json` lists, none empty."""
     try:
         names = read_checksums(step)
         return METADATA in names and all((step / name).stat().st_size > 0 for name in names)
@@ -60,7 +60,10 @@ def is_whole(step: Path) -> bool:
 def verify_step(step: Path, first: int = 0, stride: int = 1) -> None:
     """Check the hash of every file of a step; raise `UserError` naming the first that differs.
 
-    Ranks share the work: with `first` and `stride` only every `stride`-th file is read.
+    Args:
+        step: the step folder.
+        first: the first file to read, so that ranks can share the work.
+        stride: read every `stride`-th file from `first` on.
     """
     hashes = read_checksums(step)
     if METADATA not in hashes:
@@ -70,10 +73,14 @@ def verify_step(step: Path, first: int = 0, stride: int = 1) -> None:
 
 
 def purge(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` whole steps (0 keeps all), and what killed savers left.
+    """Delete all but the last `keep` whole steps, and temporary folders of jobs that were killed.
 
-    Call it on one rank, while nobody saves. Folders that are not whole are neither counted nor
-    deleted: a person may want to look at them.
+    Call it on one rank, while nobody saves. Step folders that are not whole are neither counted nor
+    deleted, because a person may want to look at them.
+
+    Args:
+        folder: the checkpoint folder.
+        keep: how many whole steps to keep; 0 keeps all.
     """
     for leftover in Path(folder).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -83,7 +90,11 @@ def purge(folder: Path, keep: int) -> None:
 
 
 def set_aside(step: Path, name: Path) -> None:
-    """Rename a step folder to what is none, so that it is neither counted nor deleted."""
+    """Rename a step folder to `name`, so that it no longer counts as a step; replace `name`.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     try:
         shutil.rmtree(name, ignore_errors=True)
         os.rename(step, name)
@@ -105,15 +116,16 @@ def save_step(
 
     Args:
         state_dict: as `torch.distributed.checkpoint.save` takes it, nested and sharded or not.
-        folder: the checkpoint folder, made if it is not there; on a file system of all ranks.
-        step: an existing folder of this step is replaced in one move.
-        extra_files: content of small files to lie in the step (rank 0's are written).
-        read: gives the content of meta-device entries by their flat name when they are written,
-            so that a state larger than memory can be saved (one tensor at a time).
-        alone: this process saves by itself, even where a process group exists.
+        folder: the checkpoint folder, on a file system that all ranks share; made if missing.
+        step: the step's number; an existing folder of this step is replaced in one move.
+        extra_files: content of small files to lie in the step, by name; rank 0's are written.
+        process_group: the ranks that save together; None for all.
+        read: returns the content of a meta-device entry, by its flat name, when it is written. So
+            a state larger than memory can be saved, one tensor at a time.
+        alone: save in this process by itself, even if a process group exists.
 
     Raises:
-        UserError: a rank cannot write; nothing is left behind, on any rank.
+        UserError: raised on every rank if any rank cannot write; nothing is left behind.
     """
     from flame.checkpoint.writer import write_checkpoint
     from flame.process.peers import Peers
@@ -141,12 +153,18 @@ def load_step(
 ) -> None:
     """Load a step into `state_dict` in place, resharding as needed. Collective unless `alone`.
 
-    Every entry of `state_dict` must be in the step, with its shape, but for `optional` ones, by
-    their flat names, which then stay as they are; entries that are only in the step are left out.
-    The files that a rank reads are checked against their hashes first.
+    A rank compares the files that it reads with their hashes first. Entries that only the step has
+    are ignored.
+
+    Args:
+        state_dict: what to load; the step must hold every entry, in its shape.
+        step: the step folder.
+        process_group: the ranks that load together; None for all.
+        alone: load in this process by itself, even if a process group exists.
+        optional: flat names of entries that keep their present value if the step lacks them.
 
     Raises:
-        UserError: on every rank, where any rank finds a damaged, hostile or missing part.
+        UserError: raised on every rank if any rank finds a part damaged, hostile or missing.
     """
     from flame.process.peers import Peers
     from flame.storage.safe_reader import read_checkpoint
@@ -155,6 +173,7 @@ def load_step(
 
 
 def _numbers(folder: Path) -> list[int]:
+    """Return the numbers of all folders named `step-N`, whole or not, increasing."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError:
@@ -164,7 +183,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; an older folder of that name goes in the same instant."""
+    """Rename a finished folder to its final name, replacing an older folder in the same instant."""
     try:
         _sync_folder(temporary)
         if not final.exists():
@@ -180,7 +199,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _delete(step: Path) -> None:
-    """Delete a step: it stops being a step at once, whenever the deletion is cut short."""
+    """Rename a step, so that it stops being one at once, then delete it."""
     doomed = step.parent / f"{_TEMPORARY}{step.name.removeprefix('step-')}-old"
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(step, doomed)

@@ -1,9 +1,9 @@
-"""Writing a DCP checkpoint: a hash per file and, if asked, one tensor in memory at a time."""
+"""Writing a DCP step with a hash for each file and, if asked, one tensor in memory at a time."""
 
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from flame.checkpoint.source import Read
 from flame.process.peers import Peers, raise_cause
-from flame.storage.checksums import (
-    METADATA,
-    HashingFile,
-    hash_bytes,
-    write_checksums,
-    write_file,
-)
-
-Read = Callable[[str], Tensor]
+from flame.storage.checksums import METADATA, HashingFile, hash_bytes, write_checksums, write_file
 
 
 def write_checkpoint(
@@ -58,7 +51,11 @@ def write_checkpoint(
 
 
 class LazySavePlanner(DefaultSavePlanner):
-    """Takes meta-device tensors for promises: `read(name)` gives them when they are written."""
+    """DCP's save planner, which replaces meta-device tensors when they are written.
+
+    Args:
+        read: returns the tensor to write in place of the meta-device tensor of that flat name.
+    """
 
     def __init__(self, read: Read | None = None) -> None:
         super().__init__()
@@ -75,22 +72,26 @@ class LazySavePlanner(DefaultSavePlanner):
 
 @dataclass(frozen=True)
 class FileHash:
-    """Travels among the write results of a rank, from the rank that wrote a file to the first."""
+    """A file's name and hash, sent to the first rank among the write results of another."""
 
     name: str
     value: str
 
 
 class ChecksumWriter(FileSystemWriter):
-    """DCP's writer with one file a rank, its hash taken while it is written, and extra files.
+    """DCP's writer, with one file per rank that is hashed while it is written, and extra files.
 
-    Tensors pass through memory one by one. `checksums.json` is written when all ranks are done,
-    then `.metadata`, whose hash it holds too.
+    Tensors pass through memory one by one. When all ranks are done, `checksums.json` is written,
+    and after it `.metadata`, whose hash `checksums.json` holds too.
+
+    Args:
+        path: the folder to write.
+        extra_files: content of small files, by name.
     """
 
-    def __init__(self, path: Path, extra_files: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, path: Path, extra_files: Mapping[str, bytes]) -> None:
         super().__init__(path, overwrite=False)
-        self.extra_files = dict(extra_files or {})
+        self.extra_files = extra_files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done: Future[list[WriteResult]] = Future()
@@ -102,7 +103,9 @@ class ChecksumWriter(FileSystemWriter):
         written = [result for of_rank in results for result in of_rank]
         stored = [result.storage_data for result in written]
         hashes = {file.name: file.value for file in stored if isinstance(file, FileHash)}
-        hashes |= {name: write_file(folder / name, data) for name, data in self._extras()}
+        for name, data in self.extra_files.items():
+            # An empty file would make the step look cut short.
+            hashes[name] = write_file(folder / name, data or b"\n")
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = StorageMeta(save_id=self.save_id)
         metadata.storage_data = {
@@ -114,10 +117,6 @@ class ChecksumWriter(FileSystemWriter):
         write_checksums(folder, hashes | {METADATA: hash_bytes(content)})
         write_file(folder / f"{METADATA}.tmp", content)
         (folder / f"{METADATA}.tmp").rename(folder / METADATA)
-
-    def _extras(self) -> list[tuple[str, bytes]]:
-        # An empty file would make the step look cut short.
-        return [(name, data or b"\n") for name, data in self.extra_files.items()]
 
     def _write_items(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name = f"{plan.storage_data.prefix}0.distcp"
@@ -141,12 +140,13 @@ def _write_item(
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """`tensor` on the CPU, without the rest of a storage that it may be a view of."""
+    """Return `tensor` on the CPU, copied if it is a view of a larger storage."""
     tensor = tensor.detach().cpu()
     return tensor.clone() if tensor.untyped_storage().size() != tensor.nbytes else tensor
 
 
 def _checked(name: str, tensor: Tensor, promise: Tensor) -> Tensor:
+    """Return `tensor` if it has the promised shape and dtype; raise ValueError otherwise."""
     if tensor.shape != promise.shape or tensor.dtype != promise.dtype:
         raise ValueError(
             f"{name}: promised {tuple(promise.shape)} {promise.dtype}, "

@@ -1,6 +1,5 @@
 """The teacher of a distillation run: checked before work, built sharded, remembered by its run."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
-from flame.storage.json_file import read_object
+from flame.storage.json_file import read_object, write_object
 from flame.training.headless import output_head, run_headless
 
 TEACHER_FILE = "teacher.json"
@@ -130,4 +129,4 @@ def record_teacher(name: str, folder: Path, into: Path) -> None:
             "give that one, or another job.dump_folder"
         )
     record = {"reference": str(reference.weights), "fingerprint": mark}
-    (into / TEACHER_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_object(into / TEACHER_FILE, record)

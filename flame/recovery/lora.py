@@ -5,7 +5,6 @@ run's checkpoints hold what is trained, in peft's names; the base is named besid
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from flame.errors import UserError, first_line
 from flame.model import copy_full, named_tensors
 from flame.recovery.dora import initialise_magnitudes, use_own_layers
 from flame.recovery.trainable import suggestion
+from flame.storage.json_file import write_object
 
 
 def inject(model: nn.Module, lora: Any) -> None:
@@ -91,10 +91,9 @@ def write_adapter_files(
     folder: Path, lora: Any, reference: str, fingerprint: str, config: dict[str, Any]
 ) -> None:
     """Write peft's `adapter_config.json` and `base.json` (the base's reference and fingerprint)."""
-    text = json.dumps(peft_config(lora, reference).to_dict(), indent=2, default=_plain)
-    (folder / ADAPTER_FILE).write_text(text + "\n")
+    write_object(folder / ADAPTER_FILE, peft_config(lora, reference).to_dict(), default=_plain)
     base = {"reference": reference, "fingerprint": fingerprint, "config": config}
-    (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
+    write_object(folder / BASE_FILE, base)
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Reading JSON files: what is wrong with one becomes a single line that names it."""
+"""JSON files. What is wrong with one becomes a single line that names the file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,8 @@ def read_object_if_any(path: Path) -> dict[str, Any]:
         return read_object(path)
     except UserError:
         return {}
+
+
+def write_object(path: Path, content: Mapping[str, Any], **options: Any) -> None:
+    """Write `content` as indented JSON; `options` are those of `json.dumps`."""
+    path.write_text(json.dumps(content, indent=2, **options) + "\n")

@@ -104,7 +104,6 @@ class Trainer(TitanTrainer):
         parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
         norm = clip_gradients(parameters, self.job_config.training.max_norm)
         finite = self._agree(local, norm)
-        self.checkpointer.maybe_wait_for_staging()
         if finite:
             self.optimizers.step()
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]

@@ -6,7 +6,6 @@ state are kept, so that a pruned run trains on from where it stood. A LoRA run i
 merged model it stands for, without training state, which belongs to the adapters.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from flame.checkpoint.source import TensorInfo, TensorSource, total_bytes
 from flame.checkpoint.steps import METADATA, save_step
 from flame.errors import UserError
 from flame.storage.checksums import check_file, hash_file, read_checksums
+from flame.storage.json_file import write_object
 from flame.storage.safe_reader import Check
 from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
@@ -235,8 +235,7 @@ def _write_training_state(
     number = int(step.name.removeprefix("step-"))
     checkpoints = folder / CHECKPOINT_FOLDER
     save_step(state, checkpoints, number, _extra_files(step), read=read, alone=True)
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(text + "\n")
+    write_object(folder / CONFIG_FILE, config, sort_keys=True)
 
 
 def _values(reference: ModelReference) -> dict[str, Any]:
