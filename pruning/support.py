@@ -1,6 +1,6 @@
-"""What can be pruned how: the families, their spaces, and the methods that choose in each.
+"""The page docs/support.md: which families, spaces and methods go together.
 
-`python -m pruning.support` prints it as tables in Markdown, made from the adapters and methods.
+`python -m pruning.support > docs/support.md` writes it, from the adapters and methods themselves.
 """
 
 from collections.abc import Iterable
@@ -15,9 +15,30 @@ from pruning.spaces import KINDS, Kind, Space
 NOUNS: dict[Kind, str] = {"key": "key channels", "value": "value channels", "head": "heads"}
 
 
-def tables() -> str:
-    """The support tables, families and methods, and what is refused."""
-    return f"{_families()}\n\n{_methods()}\n\n{_refusals()}"
+def page() -> str:
+    """The page as Markdown."""
+    return f"""# What can be pruned
+
+Made by `python -m pruning.support` from the adapters and methods; a test holds this page to them.
+
+## Families
+
+A row is a `model_type`. The columns say which of its spaces can be pruned, and what comes out when
+`--allocate` gives heads widths of their own: a class of this project, which `import flame.register`
+makes known to transformers, or with `--pad` the stock class with channels of zeros.
+
+{_families()}
+
+## Methods
+
+A row is what `--method` takes, a column a kind of space that it chooses in.
+
+{_methods()}
+
+## Refused by name
+
+{_refusals()}
+"""
 
 
 def _families() -> str:
@@ -42,7 +63,7 @@ def _refusals() -> str:
     kinds = [
         f"{NOUNS[kind]} of `{family}` ({reason})" for (family, kind), reason in TIED_KINDS.items()
     ]
-    return f"Refused by name: {'; '.join([*kinds, *tied])}."
+    return "\n".join(f"- {each}" for each in [*kinds, *tied])
 
 
 def _support(adapter: Adapter, kind: Kind) -> str:
@@ -85,4 +106,4 @@ def _row(cells: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(page(), end="")

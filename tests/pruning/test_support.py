@@ -1,4 +1,4 @@
-"""The support table is that of the adapters and methods, and the README's is the same."""
+"""docs/support.md is what the adapters and methods say."""
 
 from pathlib import Path
 
@@ -6,15 +6,14 @@ import pytest
 
 from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
 from pruning.methods import METHODS
-from pruning.support import kinds_of, tables
+from pruning.support import kinds_of, page
 from tests.pruning.families import CONFIGS
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- support table -->", "<!-- end -->"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
 
 def test_every_family_space_and_method_is_in_the_table() -> None:
-    text = tables()
+    text = page()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     families = [name for name in ADAPTERS if name not in PRUNED]
     assert [row.split("`")[1] for row in rows] == [*families, *METHODS]
@@ -29,7 +28,5 @@ def test_the_table_s_spaces_are_those_of_real_models(name: str) -> None:
     assert {space.kind for space in adapter.spaces(CONFIGS[name])} == kinds_of(adapter)
 
 
-def test_the_readme_has_the_table() -> None:
-    text = README.read_text()
-    found = text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
-    assert found == tables(), "paste the output of python -m pruning.support"
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "run python -m pruning.support > docs/support.md"
