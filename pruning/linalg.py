@@ -1,4 +1,4 @@
-"""Strong rank-revealing QR in Gram form.
+"""Strong rank-revealing QR in Gram form: one algorithm, longer than a module should be.
 
 Legend: M is an n x d matrix whose columns are channels, G = MᵀM its Gram matrix, S the k selected
 columns, T the rest. In terms of the triangular factor [A B; 0 C] of M's columns ordered S, T:

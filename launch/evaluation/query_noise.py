@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from launch.drawing.table import Column, Table
 from pruning.adapters import ADAPTERS
+from pruning.op_call import OpCall
 from pruning.state_rank import measure, singular_values
 from pruning.states.rollout import Operator, states_after
-from pruning.taps import OpCall, operator_for, tap_ops
+from pruning.taps import operator_for, tap_ops
 
 COLUMNS = (
     Column("layer", "layer", "d"),

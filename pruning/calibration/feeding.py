@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from flame.errors import UserError
 from pruning.adapters import Adapter
+from pruning.op_call import OpCall
 from pruning.spaces import Space
 from pruning.states.rollout import sampled_states
 from pruning.statistics import Source, Statistic
 from pruning.statistics.row_sample import RowSample
-from pruning.taps import OpCall, operator_for, tap_mixer_inputs, tap_ops
+from pruning.taps import operator_for, tap_mixer_inputs, tap_ops
 
 OP_TENSORS = ("q", "k", "v", "beta", "g")
 

@@ -29,6 +29,7 @@ from flame.process.distributed import (
 from flame.process.peers import Peers
 from flame.process.progress import progress
 from pruning.adapters import ADAPTERS, PRUNED, Adapter
+from pruning.op_call import OpCall
 from pruning.spaces import Space
 from pruning.state_rank import (
     EPSILON,
@@ -38,7 +39,7 @@ from pruning.state_rank import (
     singular_values,
 )
 from pruning.states.rollout import Operator, states_after
-from pruning.taps import OpCall, operator_for, tap_ops
+from pruning.taps import operator_for, tap_ops
 
 MEASURES = tuple(f.name for f in fields(RankMeasures))
 METRICS = (*MEASURES, "decay", "beta")

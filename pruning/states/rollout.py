@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pruning.taps import OpCall
+from pruning.op_call import OpCall
 
 EVERY = 128
 """Tokens of a document between two sampled states."""

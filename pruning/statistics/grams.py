@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from pruning.op_call import OpCall
 from pruning.statistics.interface import Source, Statistic
-from pruning.taps import OpCall
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import ClassVar
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from pruning.op_call import OpCall
 from pruning.spaces import KINDS, Kind
 from pruning.statistics.interface import Source, Statistic
-from pruning.taps import OpCall
 
 
 @dataclass

@@ -13,11 +13,12 @@ from pruning import calibrate
 from pruning.adapters import adapter_for
 from pruning.calibration.data import calibration_data
 from pruning.methods import METHODS
+from pruning.op_call import OpCall
 from pruning.options import DataOptions
 from pruning.planning.applicable import why_not
 from pruning.planning.choose import Budget, choose
 from pruning.statistics import QueryKeyGram
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.pruning.families import tiny_config
 from tests.pruning.models import weights, write_hf, write_text
 

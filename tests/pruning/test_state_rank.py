@@ -18,6 +18,7 @@ from kernels.delta_rule import chunk_delta_rule
 from kernels.gated_delta_rule import chunk_gated_delta_rule
 from launch.ranks.spectra import recurrent_states
 from pruning.adapters import ADAPTERS
+from pruning.op_call import OpCall
 from pruning.state_rank import (
     cosine,
     gram_singular_values,
@@ -30,7 +31,7 @@ from pruning.state_rank import (
 )
 from pruning.states.analysis import MEASURES, Analysis, analyse_states, linear_spaces
 from pruning.states.rollout import sampled_states, states_after
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import CONFIGS
 from tests.pruning.models import FAMILIES, weights, write_hf

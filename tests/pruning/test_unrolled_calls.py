@@ -8,11 +8,12 @@ from torch import Tensor
 
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS
+from pruning.op_call import OpCall
 from pruning.planning.plan import spaces_of_kinds
 from pruning.spaces import Space
 from pruning.states.rollout import sampled_states, states_after
 from pruning.statistics import KeySquares, QueryKeyGram, ValueSquares
-from pruning.taps import OpCall, operator_for, tap_ops
+from pruning.taps import operator_for, tap_ops
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 NAMES = [name for name in CONFIGS if name.startswith(("gated_deltaproduct", "kda"))]

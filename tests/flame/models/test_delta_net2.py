@@ -15,9 +15,10 @@ from flame.model import initialise, meta_model, stock_config
 from flame.models.shared_convolution import SharedConvolution, TokenShift
 from pruning.adapters import ADAPTERS
 from pruning.methods.pca import PCA
+from pruning.op_call import OpCall
 from pruning.spaces import positions
 from pruning.statistics import NormalisedGrams
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.flame.models.test_ragged import difference, logits, same_scale
 from tests.pruning.families import build, tiny_config, tokens
 

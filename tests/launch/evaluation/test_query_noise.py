@@ -121,7 +121,8 @@ def rollout(
 ) -> tuple[Tensor, Tensor]:
     """States `[layer, B, H, K, V]` token by token in float64, and queries `[layer, B, H, T, K]`."""
     from pruning.adapters import ADAPTERS
-    from pruning.taps import OpCall, tap_ops
+    from pruning.op_call import OpCall
+    from pruning.taps import tap_ops
 
     calls: list[OpCall] = []
     with torch.no_grad(), tap_ops(model, ADAPTERS[config["model_type"]], calls.append):

@@ -19,11 +19,12 @@ from pruning import calibrate, plan
 from pruning.calibration.data import CalibrationData, calibration_data
 from pruning.calibration.stats_file import META_FILE, SUMS_FILE, read_meta
 from pruning.methods import METHODS
+from pruning.op_call import OpCall
 from pruning.options import DataOptions
 from pruning.planning.plan_file import read_plan
 from pruning.spaces import Space
 from pruning.statistics import Source, Statistic
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.models import (
     FAMILIES,

@@ -18,6 +18,7 @@ from pruning.methods.jrnp import JointRankNorm
 from pruning.methods.l1 import L1
 from pruning.methods.pca import PCA
 from pruning.methods.random import Random
+from pruning.op_call import OpCall
 from pruning.spaces import KINDS, Axis, Blocks, HeadMajor, SharedHeads, Space, check_kept, rows
 from pruning.statistics import (
     GradientShare,
@@ -27,7 +28,6 @@ from pruning.statistics import (
     StateSpectra,
     Statistic,
 )
-from pruning.taps import OpCall
 
 HEADS, DIM, VALUES, HIDDEN = 3, 16, 8, 20
 LAYOUT = HeadMajor(HEADS, DIM)

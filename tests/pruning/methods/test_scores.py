@@ -24,10 +24,11 @@ from pruning.calibration.stats_file import Collected
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
 from pruning.methods.jrnp import JointRankNorm
+from pruning.op_call import OpCall
 from pruning.options import DataOptions
 from pruning.spaces import Space
 from pruning.statistics.row_sample import row_sample
-from pruning.taps import OpCall, tap_mixer_inputs, tap_ops
+from pruning.taps import tap_mixer_inputs, tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.models import FAMILIES, select_from_whole_matrix, weights, write_hf, write_text
 

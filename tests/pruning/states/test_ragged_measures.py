@@ -13,8 +13,9 @@ from flame.models.widths import slim_config
 from flame.process.distributed import process_group
 from launch.evaluation.query_noise import query_noise
 from pruning.adapters import ADAPTERS, PRUNED, adapter_for
+from pruning.op_call import OpCall
 from pruning.states.analysis import Analysis, analyse_states, linear_spaces
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.flame.models.test_ragged import pair, same_scale
 from tests.pruning.families import tiny_config, tokens
 from tests.pruning.models import write_hf

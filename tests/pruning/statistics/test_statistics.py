@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pruning.methods  # noqa: F401  (brings the statistics that methods need)
 from pruning.linalg import strong_rrqr
+from pruning.op_call import OpCall
 from pruning.spaces import Axis, HeadMajor, SharedHeads, Space
 from pruning.statistics import (
     GradientShare,
@@ -23,7 +24,7 @@ from pruning.statistics import (
     WeightGradientProducts,
 )
 from pruning.statistics.row_sample import row_sample
-from pruning.taps import OpCall, tap_ops
+from pruning.taps import tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import build, tiny_config, tokens
 
