@@ -142,7 +142,7 @@ def work(model: str, plan: str, out: str) -> None:
     from pruning.transform import transform  # noqa: F401  (imports what apply needs)
 
     complete_config(resolve(model).config)  # imports the model's class
-    options = apply.parse([model, plan, out])
+    options = apply.STAGE.parse([model, plan, out])
     apply.check(options)
     start = time.perf_counter()
     apply.run(options)

@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 
 def teacher_bytes(processes: int, config: Path) -> list[int]:
     """What a teacher of this architecture holds on each rank after it was asked."""
-    from flame.process.distributed import free_port
+    from flame.process.environment import free_port
 
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()

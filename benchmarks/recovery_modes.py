@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError, run_stage
 from launch.drawing.table import Column, Table
 
 RECIPE = Path(__file__).parents[1] / "launch/recipes/demo_recover.toml"
@@ -168,12 +168,9 @@ def train(name: str, options: Options) -> float:
     import time
 
     from flame import train as stage
-    from flame.process.distributed import world_size
 
     begin = time.perf_counter()
-    job = stage.parse(words(name, options))
-    stage.check(job, world_size())
-    stage.run(job)
+    stage.STAGE.call(words(name, options))
     return time.perf_counter() - begin
 
 
@@ -230,9 +227,11 @@ def write_result(out: Path, name: str, result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    run_command(parse, check, run, argv)
+def main() -> None:
+    options = parse()
+    check(options)
+    run(options)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -3,43 +3,28 @@
 `slimstate convert SRC DST --to hf|dcp|peft [--overwrite]`, or `python -m flame.convert` likewise.
 """
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-from flame.errors import run_stage
+from flame.options import REQUIRED, argument, option
+from flame.stage import Stage
 
 
 @dataclass(frozen=True)
 class Options:
-    src: str
-    """The model: a run folder, a step folder, a Hugging Face folder or a hub name."""
-    dst: Path
-    """The folder to write."""
-    to: Literal["hf", "dcp", "peft"]
-    """`hf`: config.json and safetensors; `dcp`: a run folder with the model as step 0; `peft`: the
-    adapters of a LoRA run alone. The others merge adapters."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(prog="slimstate convert", description=__doc__.splitlines()[0])
-    parser.add_argument("src", metavar="SRC", help="run, step or Hugging Face folder, or hub name")
-    parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument(
-        "--to", required=True, choices=("hf", "dcp", "peft"), help="format to write"
+    src: str = argument("SRC", "run, step or Hugging Face folder, or hub name")
+    dst: Path = argument("DST", "folder to write")
+    to: Literal["hf", "dcp", "peft"] = option(
+        REQUIRED,
+        "format to write: a Hugging Face folder; a run folder with the model as step 0; or the "
+        "adapters of a LoRA run alone, which the other two merge",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    values = parser.parse_args(argv)
-    to = cast(Literal["hf", "dcp", "peft"], values.to)
-    return Options(values.src, values.dst, to, values.overwrite)
+    overwrite: bool = option(False, "replace an existing output")
 
 
-def check(options: Options) -> None:
+def check(options: Options, world_size: int = 1) -> None:
     """Refuse a source that is not there and an output that must not be written."""
     from flame.checkpoint.peft_folder import check_adapters
     from flame.checkpoint.reference import check_destination, resolve
@@ -58,17 +43,13 @@ def run(options: Options) -> None:
         convert(options.src, options.dst, options.to, options.overwrite)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-
-    def stage() -> None:
-        options = parse(argv)
-        if int(os.environ.get("RANK", "0")) == 0:
-            check(options)
-            run(options)
-
-    run_stage(stage)
-
+STAGE = Stage(
+    "convert",
+    "Write a model as a Hugging Face folder or as a run folder (DCP).",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

@@ -4,54 +4,46 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
-T = TypeVar("T")
+OWN_ERROR_SECONDS = 3.0
+"""Seconds after which a rank above 0 reports an error that it may have met alone."""
 
-RANK_ZERO_HEAD_START = 3.0
-"""Seconds that ranks above 0 wait before they report: an error of all ranks is read once."""
+COMMON_ERROR_SECONDS = 60.0
+"""Seconds after which it reports one that rank 0 will meet too, and that ends the job before."""
 
 
 class UserError(Exception):
     """A mistake that a person can mend: one line with the value, the bound and what to do."""
 
+    has_waited = False
+    """Whether rank 0 has had its time to report the same error; another rank may report it now."""
 
-def run_stage(main: Callable[[], None]) -> None:
+
+def run_stage(main: Callable[[], None], checked: bool = False) -> None:
     """Run `main`; turn a `UserError` into one line on stderr and exit status 1, Ctrl-C into 130.
 
-    Every rank of a job may raise the same error. Rank 0 reports at once; the launcher then ends
-    the others, so another rank speaks only when the error is its own.
+    Rank 0 reports at once, and the launcher then ends the others. Another rank therefore waits
+    first, and speaks only if it is still there: of an error that it alone has met.
+
+    Args:
+        main: what to run.
+        checked: rank 0 makes no checks in `main`, so that no other rank need wait for them.
     """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(RANK_ZERO_HEAD_START)
+        wait_for_rank_zero(error, OWN_ERROR_SECONDS if checked else COMMON_ERROR_SECONDS)
         report(error)
         leave(1)
     except KeyboardInterrupt:
         leave(130)
 
 
-def run_command(
-    parse: Callable[[list[str] | None], T],
-    check: Callable[[T, int], None],
-    run: Callable[[T], None],
-    argv: list[str] | None,
-) -> None:
-    """Run a stage from its command line, in this process or as one of torchrun's.
-
-    Args:
-        parse, check, run: the stage's own; `check` gets the number of processes.
-        argv: the command line; None for this process's.
-    """
-
-    def stage() -> None:
-        options = parse(argv)
-        check(options, int(os.environ.get("WORLD_SIZE", "1")))
-        run(options)
-
-    run_stage(stage)
+def wait_for_rank_zero(error: UserError, seconds: float) -> None:
+    """On a rank above 0, sleep so that rank 0 can report `error` first; once for each error."""
+    if int(os.environ.get("RANK", "0")) > 0 and not error.has_waited:
+        time.sleep(seconds)
+    error.has_waited = True
 
 
 def report(error: UserError) -> None:

@@ -5,103 +5,91 @@ after `torchrun … -m flame.train`.
 """
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_command, run_stage
+from flame.errors import UserError
+from flame.options import option, overrides
 from flame.process.atomic_output import made_folder, replacing_files, writer_lock
 from flame.recipe import read_tables, recipe_path
-
-STOP_SECONDS = 600
-"""Time that a launcher gives this stage after a signal, for a step and its checkpoint."""
-
-SHORTHANDS = {
-    "--config": "--job.config_file",
-    "--init": "--model.init",
-    "--fallback": "--checkpoint.fallback",
-    "--merge": "--lora.merge",
-}
-"""Options of the command line for torchtitan's dotted ones."""
-
-USAGE = """usage: slimstate train --config RECIPE.toml [--init MODEL] [--section.key VALUE …]
-
-Train a causal language model from a TOML recipe with torchtitan's sections. A run folder
-(job.dump_folder) that has checkpoints is resumed.
-
-  --config RECIPE.toml   the recipe (or the recipe.toml of a run folder)
-  --init MODEL           start at step 0 from the weights of a run, step or Hugging Face folder
-  --merge                end a LoRA run by writing it merged, as the run folder merged/ in it
-                         (the default; --lora.no-merge leaves it out)
-  --fallback             where the newest step is damaged, go on from the one before
-  --section.key VALUE    override a key of the recipe, e.g. --training.steps 200
-  --estimate             print the memory that each GPU of --nnodes x --nproc will need, and stop
-
-SIGTERM, as a scheduler sends it, and Ctrl-C end the job after the step in hand, which is saved; the
-exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends it at once. Plain
-torchrun kills after 30 s: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the time of a step and a save."""
+from flame.stage import Stage
 
 
 @dataclass(frozen=True)
 class Options:
-    arguments: tuple[str, ...]
-    """torchtitan's command line: `--job.config_file RECIPE --section.key value …`."""
+    config: Path | None = option(
+        None, "the recipe (or the recipe.toml of a run folder)", metavar="RECIPE.toml"
+    )
+    init: str | None = option(
+        None,
+        "start at step 0 from the weights of a run, step or Hugging Face folder",
+        metavar="MODEL",
+    )
+    merge: bool = option(
+        False,
+        "end a LoRA run by writing it merged, as the run folder merged/ in it (this is the "
+        "default; --lora.no-merge leaves it out)",
+    )
+    fallback: bool = option(False, "where the newest step is damaged, go on from the one before")
+    estimate: bool = option(
+        False, "print the memory that each GPU of --nnodes x --nproc will need, and stop"
+    )
+    overrides: tuple[str, ...] = overrides(
+        "--section.key", "override a key of the recipe, e.g. --training.steps 200"
+    )
 
-    estimate: bool = False
-    """Say how much memory a GPU will need, and do not train."""
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; `--help` prints the usage and exits."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        raise SystemExit(0)
-    arguments = [_long_form(argument) for argument in argv if argument != "--estimate"]
-    if not any(argument.split("=")[0] == "--job.config_file" for argument in arguments):
-        raise UserError("train needs a recipe: --config RECIPE.toml")
-    return Options(tuple(arguments), estimate="--estimate" in argv)
+    @property
+    def arguments(self) -> list[str]:
+        """torchtitan's command line; raises UserError if no recipe is given."""
+        words = [] if self.config is None else ["--job.config_file", str(self.config)]
+        words += [] if self.init is None else ["--model.init", self.init]
+        words += ["--lora.merge"] if self.merge else []
+        words += ["--checkpoint.fallback"] if self.fallback else []
+        words += self.overrides
+        if recipe_path(words) is None:
+            raise UserError("train needs a recipe: --config RECIPE.toml")
+        return words
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    # A recipe that cannot be read is said before torchtitan is imported, which takes seconds.
-    read_tables(recipe_path(options.arguments))
-    from flame.config import parse_job
     from flame.training.job_checks import check_job
 
-    check_job(parse_job(list(options.arguments)), world_size)
+    check_job(_job(options), world_size)
 
 
 def check_size(options: Options, world_size: int) -> None:
     """Refuse a number of processes that the job may shrink to and cannot go on with."""
-    from flame.config import parse_job
     from flame.training.job_checks import check_size
 
-    check_size(parse_job(list(options.arguments)), world_size)
+    check_size(_job(options), world_size)
 
 
 def answer(options: Options, nproc: int, nnodes: int) -> str | None:
-    """What the command prints instead of training: the estimate, if it was asked for."""
+    """The estimate of memory that `--estimate` asks for, as text; None without it."""
     if not options.estimate:
         return None
-    read_tables(recipe_path(options.arguments))
-    from flame.config import parse_job
+    job = _job(options)
     from flame.training.estimate import estimate_table
     from flame.training.job_checks import check_numbers, check_size
 
-    job = parse_job(list(options.arguments))
     check_numbers(job)
     check_size(job, nproc * nnodes)
     return estimate_table(job, nproc, nnodes)
 
 
-def run(options: Options) -> None:
-    """Train as the options say. Collective; inside a process group, or starting one."""
+def _job(options: Options) -> Any:
+    # A recipe that cannot be read is said before torchtitan is imported, which takes seconds.
+    read_tables(recipe_path(options.arguments))
     from flame.config import parse_job
 
-    train(parse_job(list(options.arguments)))
+    return parse_job(options.arguments)
+
+
+def run(options: Options) -> None:
+    """Train as the options say. Collective; inside a process group, or starting one."""
+    train(_job(options))
 
 
 def train(job: Any) -> None:
@@ -201,26 +189,22 @@ def _only_writer(folder: Path) -> Any:
     return writer_lock(folder)
 
 
-def _long_form(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    return SHORTHANDS.get(key, key) + equals + value
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1.
-
-    Under torchrun `--estimate` is for its mesh, and rank 0 speaks.
-    """
-    if "--estimate" in (sys.argv[1:] if argv is None else argv):
-        return run_stage(lambda: _answer(parse(argv)))
-    run_command(parse, check, run, argv)
-
-
-def _answer(options: Options) -> None:
-    local, world = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(answer(options, local, world // local))
-
+STAGE = Stage(
+    "train",
+    "Train a causal language model from a TOML recipe with torchtitan's sections. A run folder "
+    "(job.dump_folder) that has checkpoints is resumed.",
+    Options,
+    run,
+    check,
+    check_size,
+    answer,
+    # For the step in hand and its checkpoint.
+    stop_seconds=600,
+    epilog="SIGTERM, as a scheduler sends it, and Ctrl-C end the job after the step in hand, which "
+    "is saved; the exit status is 143 or 130, and the same command goes on. A second Ctrl-C ends "
+    "it at once. Plain torchrun kills after 30 s: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the time "
+    "of a step and a save.",
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

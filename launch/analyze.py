@@ -9,16 +9,15 @@ A sequence is one stretch of text: where documents are packed into it the state 
 time is a number of tokens since the state was empty.
 """
 
-import argparse
-import dataclasses
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, group, option
 from flame.recipe import data_config, read_tables
+from flame.stage import Stage
 from flame.versions import versions
 from launch.drawing.table import Table
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
@@ -32,56 +31,38 @@ if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
     from pruning.states.analysis import Analysis
 
-LENGTH = 2048
-"""Tokens a sequence, as in arXiv 2602.04852 and 2602.02195."""
-
-SEQUENCES = 4
-
-EPSILON = 1e-4
-
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    out: Path
-    text: HeldoutOptions
-    second: HeldoutOptions | None = None
-    """The text of `--second-data`."""
-    against: str = ""
-    """Another model; empty for none."""
-    metric: str = "stable_rank"
-    """What ranks the heads in the plots."""
-    epsilon: float = EPSILON
-    per_octave: int = 2
-    """Times measured for each doubling of the tokens."""
-    overwrite: bool = False
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(
-        prog="slimstate analyze",
-        description="Measure the rank of a model's recurrent states over time.",
-        allow_abbrev=False,
+    model: str = argument("MODEL", "run folder, step folder, Hugging Face folder or hub name")
+    out: Path = argument("OUT", "folder to write")
+    against: str = option("", "another model, such as the dense one", metavar="MODEL")
+    # As many tokens as in arXiv 2602.04852 and 2602.02195.
+    length: int = option(2048, "tokens a sequence", least=1, metavar="N")
+    sequences: int = option(4, "sequences to read", least=1, metavar="N")
+    rows: HeldoutOptions = group(HeldoutOptions, without=("seq_len", "max_sequences"))
+    second_data: str = option("", "another text for MODEL", metavar="DATA")
+    second_split: str = option("", "split of the second text", metavar="SPLIT")
+    metric: str = option(
+        "stable_rank",
+        f"rank that orders the heads in the plots: {', '.join(NAMES)}",
+        choices=tuple(NAMES),
+        metavar="RANK",
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, step folder, Hugging Face folder or hub name")
-    add("out", metavar="OUT", type=Path, help="folder to write")
-    add("--data", default="", help="hub name, file or folder (default: the recipe's held-out text)")
-    add("--length", type=int, default=LENGTH, metavar="N", help="tokens (default: %(default)s)")
-    add("--sequences", type=int, default=SEQUENCES, metavar="N", help="default: %(default)s")
-    add("--against", default="", metavar="MODEL", help="another model, such as the dense one")
-    add("--second-data", default="", metavar="DATA", help="another text for MODEL")
-    add("--second-split", default="", metavar="SPLIT", help="split of the second text")
-    add("--metric", default="stable_rank", help=f"rank to plot: {', '.join(NAMES)}")
-    add("--epsilon", type=float, default=EPSILON, help="of the threshold rank (%(default)s)")
-    add("--per-octave", type=int, default=2, metavar="N", help="times a doubling (%(default)s)")
-    add("--tokenizer", default="", metavar="T", help="folder or hub name (default: the model's)")
-    add("--subset", default="", help="configuration of a hub data set")
-    add("--split", default="", help="split of DATA")
-    add("--text-key", default="", help="column of DATA that holds the text (default: text)")
-    add("--overwrite", action="store_true", help="replace OUT if it exists")
-    return _options(parser.parse_args(argv))
+    epsilon: float = option(1e-4, "threshold of the threshold rank", above=0, below=1)
+    per_octave: int = option(
+        2, "times measured for each doubling of the tokens", least=1, metavar="N"
+    )
+    overwrite: bool = option(False, "replace OUT if it exists")
+
+    @property
+    def texts(self) -> list[HeldoutOptions]:
+        """The text, and the second one if it is asked for."""
+        first = replace(self.rows, seq_len=self.length, max_sequences=self.sequences)
+        if not self.second_data:
+            return [first]
+        second = replace(first, data=self.second_data, split=self.second_split)
+        return [first, replace(second, subset="", text_key="")]
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -89,14 +70,14 @@ def check(options: Options, world_size: int = 1) -> None:
     from flame.checkpoint.reference import check_destination
     from pruning.states.analysis import linear_spaces
 
-    _check_numbers(options)
+    if options.second_split and not options.second_data:
+        raise UserError("--second-split needs --second-data")
     references = _references(options)
     for reference in references:
         check_destination(reference, options.out, options.overwrite)
         linear_spaces(reference.config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        for text in _texts(options, references[0]):
-            _rows(text, references)
+    for text in _texts(options, references[0]):
+        _rows(text, references)
 
 
 def run(options: Options) -> None:
@@ -139,7 +120,7 @@ def _write(
     names = _distinct([Path(text.name).name for text in texts], [text.name for text in texts])
     model, *rest = analyses
     against = rest.pop(0) if options.against else None
-    second = rest.pop(0) if options.second else None
+    second = rest.pop(0) if options.second_data else None
     table = {(models[0], names[0]): model}
     summary = _facts(options, references, texts) | {"model": model_summary(model)}
     if against is not None:
@@ -205,49 +186,6 @@ def _facts(
     }
 
 
-def _options(values: argparse.Namespace) -> Options:
-    text = HeldoutOptions(
-        data=values.data,
-        subset=values.subset,
-        split=values.split,
-        text_key=values.text_key,
-        tokenizer=values.tokenizer,
-        seq_len=values.length,
-        max_sequences=values.sequences,
-    )
-    second = dataclasses.replace(
-        text, data=values.second_data, split=values.second_split, subset="", text_key=""
-    )
-    if values.second_split and not values.second_data:
-        raise UserError("--second-split needs --second-data")
-    return Options(
-        model=values.model,
-        out=values.out,
-        text=text,
-        second=second if values.second_data else None,
-        against=values.against,
-        metric=values.metric,
-        epsilon=values.epsilon,
-        per_octave=values.per_octave,
-        overwrite=values.overwrite,
-    )
-
-
-def _check_numbers(options: Options) -> None:
-    numbers = {
-        "--length": options.text.seq_len,
-        "--sequences": options.text.max_sequences,
-        "--per-octave": options.per_octave,
-    }
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
-    if not 0 < options.epsilon < 1:
-        raise UserError(f"--epsilon is {options.epsilon}: it must lie between 0 and 1")
-    if options.metric not in NAMES:
-        raise UserError(f"unknown metric {options.metric!r}: choose from {', '.join(NAMES)}")
-
-
 def _references(options: Options) -> "list[ModelReference]":
     from flame.checkpoint.reference import resolve
 
@@ -257,10 +195,9 @@ def _references(options: Options) -> "list[ModelReference]":
 def _texts(options: Options, reference: "ModelReference") -> list[HeldoutText]:
     trained_on = data_config(read_tables(reference.recipe))
     named = trained_on.heldout or trained_on.dataset or trained_on.sources
-    if not (options.text.data or named):
+    if not (options.rows.data or named):
         raise UserError(f"{reference.folder} has no recipe that names held-out text: give --data")
-    wanted = [options.text, *([options.second] if options.second else [])]
-    return [heldout_text(reference, text) for text in wanted]
+    return [heldout_text(reference, text) for text in options.texts]
 
 
 def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor]":
@@ -288,10 +225,13 @@ def _distinct(labels: list[str], full: list[str]) -> list[str]:
     return labels if len(set(labels)) == len(labels) else full
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "analyze",
+    "Measure the rank of a model's recurrent states over time.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

@@ -3,7 +3,6 @@
 `slimstate bench MODEL [--against MODEL] [--json FILE]`, on one device: the GPU where there is one.
 """
 
-import argparse
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, option
 from flame.process.atomic_output import check_output, replacing_file
+from flame.stage import Stage
 from flame.versions import versions
+from launch.evaluation.perplexity import DTYPE_HELP, DType
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
@@ -22,56 +24,34 @@ if TYPE_CHECKING:
     from launch.speed.measures import Measure, Models, Workload
 
 PARTS = ("prefill", "decode", "mixer", "train")
-DTYPES = ("auto", "float32", "bfloat16")
 KIND = "bench"
 """What the JSON says it is."""
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    against: str = ""
-    json: Path | None = None
-    measure: tuple[str, ...] = PARTS
-    lengths: tuple[int, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
-    decode_length: int | None = None
-    prompt_length: int | None = None
-    train_batch: int | None = None
-    train_length: int | None = None
-    repeats: int = 5
-    dtype: str = "auto"
-    seed: int = 0
-    overwrite: bool = False
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(
-        prog="slimstate bench",
-        description="Measure how large and how fast a model is, beside another one.",
-        allow_abbrev=False,
+    model: str = argument("MODEL", "run folder, step folder, Hugging Face folder or hub name")
+    against: str = option("", "the model to compare with", metavar="MODEL")
+    json: Path | None = option(None, "write every run of every measure to FILE", metavar="FILE")
+    measure: tuple[str, ...] = option(PARTS, "what to measure", choices=PARTS, metavar="A,B")
+    lengths: tuple[int, ...] = option(
+        (), "prompts to read (default: by device)", least=1, metavar="N,N"
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, step folder, Hugging Face folder or hub name")
-    add("--against", default="", metavar="MODEL", help="the model to compare with")
-    add("--json", type=Path, metavar="FILE", help="write every run of every measure to FILE")
-    add("--measure", default=",".join(PARTS), metavar="A,B", help="parts (default: %(default)s)")
-    add("--lengths", default="", metavar="N,N", help="prompts to read (default: by device)")
-    add("--batch-sizes", default="", metavar="N,N", help="of decoding (default: by device)")
-    add("--decode-length", type=int, metavar="N", help="tokens decoded for each sequence")
-    add("--prompt-length", type=int, metavar="N", help="tokens that decoding starts from")
-    add("--train-batch", type=int, metavar="N", help="sequences of a training step")
-    add("--train-length", type=int, metavar="N", help="tokens of each of them")
-    add("--repeats", type=int, default=5, metavar="N", help="times (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="auto", help="compute dtype; auto: bfloat16 on CUDA")
-    add("--seed", type=int, default=0, help="of the random tokens")
-    add("--overwrite", action="store_true", help="replace FILE if it exists")
-    values = vars(parser.parse_args(argv))
-    values["measure"] = tuple(filter(None, values["measure"].split(",")))
-    for name in ("lengths", "batch_sizes"):
-        values[name] = _numbers(name, values[name])
-    return Options(**values)
+    batch_sizes: tuple[int, ...] = option(
+        (), "of decoding (default: by device)", least=1, metavar="N,N"
+    )
+    decode_length: int | None = option(
+        None, "tokens decoded for each sequence", least=1, metavar="N"
+    )
+    prompt_length: int | None = option(
+        None, "tokens that decoding starts from", least=1, metavar="N"
+    )
+    train_batch: int | None = option(None, "sequences of a training step", least=1, metavar="N")
+    train_length: int | None = option(None, "tokens of each of them", least=1, metavar="N")
+    repeats: int = option(5, "times that each measure is taken", least=1, metavar="N")
+    dtype: DType = option("auto", DTYPE_HELP)
+    seed: int = option(0, "of the random tokens", least=0, metavar="N")
+    overwrite: bool = option(False, "replace FILE if it exists")
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -80,9 +60,8 @@ def check(options: Options, world_size: int = 1) -> None:
 
     if world_size != 1:
         raise UserError(f"--nproc {world_size}: bench measures one device, run it on 1 process")
-    _check_sizes(options)
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}: it must not be negative")
+    if not options.measure:
+        raise UserError(f"--measure names nothing: choose from {', '.join(PARTS)}")
     for name in filter(None, (options.model, options.against)):
         folder = resolve(name).folder
         if options.json is not None:
@@ -247,33 +226,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _check_sizes(options: Options) -> None:
-    unknown = [part for part in options.measure if part not in PARTS]
-    if unknown or not options.measure:
-        given = unknown[0] if unknown else "nothing"
-        raise UserError(f"--measure names {given}: choose from {', '.join(PARTS)}")
-    for name in ("decode_length", "prompt_length", "train_batch", "train_length", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    option = f"--{name.replace('_', '-')}"
-    try:
-        values = tuple(int(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        raise UserError(f"{option} {text}: give whole numbers between commas") from None
-    for value in values:
-        if value < 1:
-            raise UserError(f"{option} has {value}: each must be at least 1")
-    return tuple(sorted(set(values)))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "bench",
+    "Measure how large and how fast a model is, beside another one.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

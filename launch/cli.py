@@ -1,26 +1,26 @@
 """The `slimstate` command: its first word names a stage, the rest are the stage's arguments.
 
-A stage is a module with `parse`, `check`, `run` and `main`; it is imported when it is asked for, so
-that `slimstate --help` imports nothing heavy.
+A stage's module is imported when its command is asked for, so that `slimstate --help` imports
+nothing heavy.
 """
 
-import contextlib
 import difflib
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 from flame.errors import UserError, run_stage
+from flame.stage import Stage
 from launch.processes import launcher, topology
 
 
 @dataclass(frozen=True)
 class Command:
+    """How a command is listed and started."""
+
     module: str
+    """The module whose `STAGE` the command runs."""
     summary: str
     """One line of `slimstate --help`."""
 
@@ -66,7 +66,7 @@ def dispatch(words: list[str]) -> None:
     elif name == "--version":
         print(f"slimstate {_version()}")
     else:
-        _run(name, _command(name), arguments)
+        _run(_command(name), arguments)
 
 
 def overview() -> str:
@@ -85,14 +85,14 @@ def _command(name: str) -> Command:
     raise UserError(f"unknown command {name}: {hint}")
 
 
-def _run(name: str, command: Command, arguments: list[str]) -> None:
-    stage = import_module(command.module)
+def _run(command: Command, arguments: list[str]) -> None:
+    stage: Stage = import_module(command.module).STAGE
     if {"-h", "--help"} & set(arguments):
-        _print_help(name, stage)
+        print(f"{stage.help_text()}\n{topology.options_help()}")
         return
     processes, dry_run, rest = topology.split_options(arguments, command.nproc)
-    options = _parsed(name, stage, rest)
-    said = _answer(stage, options, processes)
+    options = stage.parse(rest)
+    said = stage.answer(options, processes.nproc, processes.nnodes)
     if said is not None:
         print(said)
         return
@@ -102,44 +102,6 @@ def _run(name: str, command: Command, arguments: list[str]) -> None:
         print(job.command_line())
     else:
         job.run()
-
-
-def _answer(stage: ModuleType, options: Any, processes: topology.Topology) -> str | None:
-    """What a stage says for an option that asks and does not work: it starts no processes."""
-    if not hasattr(stage, "answer"):
-        return None
-    return stage.answer(options, processes.nproc, processes.nnodes)
-
-
-def _print_help(name: str, stage: ModuleType) -> None:
-    with _program_name(name), contextlib.suppress(SystemExit):
-        stage.parse(["--help"])
-    print(f"\n{topology.options_help()}")
-
-
-def _parsed(name: str, stage: ModuleType, arguments: list[str]) -> Any:
-    """The stage's options; what its argument parser complains of becomes one line."""
-    complaint = io.StringIO()
-    try:
-        with _program_name(name), contextlib.redirect_stderr(complaint):
-            return stage.parse(arguments)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        lines = complaint.getvalue().strip().splitlines() or [str(exit_.code)]
-        message = lines[-1].partition(": error: ")[2] or lines[-1]
-        raise UserError(f"{message} (slimstate {name} --help)") from None
-
-
-@contextlib.contextmanager
-def _program_name(name: str) -> Any:
-    """Let argparse call the program `slimstate NAME`, however it was started."""
-    before = sys.argv[0]
-    sys.argv[0] = f"slimstate {name}"
-    try:
-        yield
-    finally:
-        sys.argv[0] = before
 
 
 def _version() -> str:

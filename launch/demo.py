@@ -4,7 +4,6 @@ The corpus is the running interpreter's standard library, so nothing is download
 command that a user runs, called in one process group; a step whose output is there is skipped.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -16,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import option
+from flame.stage import Stage
 from flame.storage.json_file import read_object, read_object_if_any
 from flame.versions import versions
 
@@ -50,47 +51,20 @@ VIRTUAL_SHARDS = 8
 
 @dataclass(frozen=True)
 class Options:
-    out: Path
-    steps: int
-    recovery_steps: int
-    ratio: float
-    sequences: int
-    heldout: int
-    seed: int
-    overwrite: bool
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(
-        prog="slimstate demo",
-        description="Pretrain, prune, recover and evaluate a small model on this machine.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
-    add("--steps", type=int, default=600, help="pretraining steps (default: %(default)s)")
-    add("--recovery-steps", type=int, default=120, help="of recovery (default: %(default)s)")
-    add("--ratio", type=float, default=0.5, help="of key channels removed (default: %(default)s)")
-    add("--sequences", type=int, default=32, help="for calibration (default: %(default)s)")
-    add("--heldout", type=int, default=128, help="held-out sequences (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, data order and random channels")
-    add("--overwrite", action="store_true", help="start afresh: remove an earlier demo in OUT")
-    return Options(**vars(parser.parse_args(argv)))
+    out: Path = option(Path("runs/demo"), "folder to write")
+    steps: int = option(600, "pretraining steps", least=1, metavar="N")
+    recovery_steps: int = option(120, "steps of recovery", least=1, metavar="N")
+    ratio: float = option(0.5, "part of the key channels removed", above=0, below=1)
+    sequences: int = option(32, "sequences for calibration", least=1, metavar="N")
+    heldout: int = option(128, "held-out sequences", least=1, metavar="N")
+    seed: int = option(0, "of weights, data order and random channels", least=0, metavar="N")
+    overwrite: bool = option(False, "start afresh: remove an earlier demo in OUT")
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse numbers that make no demo, and a folder that is somebody else's."""
     from flame.process.atomic_output import check_output
 
-    for name in ("steps", "recovery_steps", "sequences", "heldout"):
-        if getattr(options, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} is {getattr(options, name)}: it must be above 0")
-    if not 0 < options.ratio < 1:
-        raise UserError(f"--ratio is {options.ratio}: it must lie between 0 and 1")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}: it must not be negative")
     if VIRTUAL_SHARDS % world_size:
         raise UserError(f"--nproc {world_size}: the demo runs on 1, 2, 4 or 8 processes")
     if options.out.exists() and not options.out.is_dir():
@@ -204,19 +178,13 @@ class Demo:
 
     def _command(self, name: str, module: str, arguments: list[Any], done: bool) -> None:
         """Run one command of slimstate in this process group, unless it is `done`."""
-        from flame.process.distributed import from_rank_zero, world_size
+        from flame.process.distributed import from_rank_zero
 
         words = [str(argument) for argument in arguments]
         self.commands.append(shlex.join(["slimstate", name, *words]))
         if from_rank_zero(done):
             return
-        stage = import_module(module)
-        options = stage.parse(words)
-        if name == "convert":
-            stage.check(options)
-        else:
-            stage.check(options, world_size())
-        stage.run(options)
+        import_module(module).STAGE.call(words)
 
     def _evaluate(self) -> dict[str, dict[str, Any]]:
         """Held-out perplexity of every model, by row name. Collective."""
@@ -260,7 +228,7 @@ class Demo:
         words = [str(self.out / "recovered"), "--against", str(self.out / "dense"), *BENCH]
         words += ["--json", str(file), "--overwrite"]
         self.commands.append(shlex.join(["slimstate", "bench", *words]))
-        options = bench.parse(words)
+        options = bench.STAGE.parse(words)
         bench.check(options)
         bench.run(options)
         self.seconds["bench"] = time.perf_counter() - begin
@@ -397,10 +365,13 @@ def _is_trained(folder: Path, steps: int) -> bool:
     return latest_whole_step(folder / "checkpoint") == steps
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "demo",
+    "Pretrain, prune, recover and evaluate a small model on this machine.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

@@ -5,7 +5,6 @@ recall (Zoology, arXiv 2312.04927) and a needle in a haystack, generated and see
 reference; `launch.evaluation` has the texts (`recall_tasks`) and the scores (`recall_score`).
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,69 +14,46 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, option
 from flame.process.atomic_output import check_output, replacing_file
 from flame.recipe import data_config, read_tables
+from flame.stage import Stage
 from flame.versions import versions
 from launch.drawing.table import Column, Table
-from launch.evaluation.perplexity import DTYPES
+from launch.evaluation.perplexity import DTYPE_HELP, DType
 
 PAIRS = (4, 8, 16)
-DEPTHS = (0, 50, 100)
 WORDS = 64
 """Keys, and values, where the model's vocabulary does not say how many."""
 
 
 @dataclass(frozen=True)
 class Options:
-    models: tuple[str, ...]
-    pairs: tuple[int, ...] = ()
-    """Numbers of pairs; empty for those that the first model was trained on, or `PAIRS`."""
-
-    length: int | None = None
-    """Words a document; None for that of the recipe, or four a pair."""
-
-    needle: tuple[int, ...] = ()
-    """Lengths of the haystack, in words; empty for no needle."""
-
-    depths: tuple[int, ...] = DEPTHS
-    """Where the needle lies, in percent of the haystack before it."""
-
-    query_noise: bool = False
-    """Also measure how each head amplifies the noise of its queries."""
-
-    examples: int = 256
-    seed: int = 0
-    batch: int = 32
-    tokenizer: str = ""
-    json: Path | None = None
-    dtype: str = "auto"
-    overwrite: bool = False
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(
-        prog="slimstate recall",
-        description="Measure associative recall, and retrieval of a needle from a haystack.",
-        allow_abbrev=False,
+    models: tuple[str, ...] = argument("MODEL", "run, step or Hugging Face folder, or hub name")
+    pairs: tuple[int, ...] = option(
+        (),
+        f"numbers of pairs to recall (default: the first model's recipe's, or {PAIRS})",
+        least=1,
+        metavar="N,N",
     )
-    add = parser.add_argument
-    add("models", metavar="MODEL", nargs="+", help="run, step or Hugging Face folder, or hub name")
-    add("--pairs", type=_numbers(1), default=(), metavar="N,…", help="numbers of pairs to recall")
-    add("--length", type=_number(1), metavar="N", help="words a document (default: the recipe's)")
-    add("--needle", type=_numbers(8), default=(), metavar="N,…", help="words of haystacks")
-    add("--depths", type=_depths, default=DEPTHS, metavar="P,…", help="of the needle, percent")
-    add("--query-noise", action="store_true", help="and how heads amplify noise in their queries")
-    add("--examples", type=_number(1), default=256, metavar="N", help="documents a figure")
-    add("--seed", type=_number(0), default=0, metavar="N", help="of everything random")
-    add("--batch", type=_number(1), default=32, metavar="N", help="documents at once")
-    add("--tokenizer", default="", metavar="T", help="folder or hub name (default: the model's)")
-    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    add("--dtype", choices=DTYPES, default="auto", help="compute dtype; auto: bfloat16 on CUDA")
-    add("--overwrite", action="store_true", help="replace FILE if it exists")
-    values = vars(parser.parse_args(argv))
-    return Options(**{**values, "models": tuple(values["models"])})
+    length: int | None = option(
+        None, "words a document (default: the recipe's, or four a pair)", least=1, metavar="N"
+    )
+    needle: tuple[int, ...] = option(
+        (), "words of haystacks to find a needle in (default: no needle)", least=8, metavar="N,N"
+    )
+    depths: tuple[int, ...] = option(
+        (0, 50, 100), "percent of the haystack before the needle", least=0, most=100, metavar="P,P"
+    )
+    query_noise: bool = option(False, "measure also how each head amplifies noise in its queries")
+    examples: int = option(256, "documents a figure", least=1, metavar="N")
+    seed: int = option(0, "of everything random", least=0, metavar="N")
+    batch: int = option(32, "documents at once", least=1, metavar="N")
+    tokenizer: str = option("", "folder or hub name (default: the model's)", metavar="T")
+    json: Path | None = option(None, "write the figures to FILE", metavar="FILE")
+    dtype: DType = option("auto", DTYPE_HELP)
+    overwrite: bool = option(False, "replace FILE if it exists")
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -262,29 +238,13 @@ def _print_noise(records: list[dict[str, Any]]) -> None:
         print(f"\nquery noise in {record['model']}\n{query_noise.table(heads).text()}", flush=True)
 
 
-def _number(least: int, most: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            range_ = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {range_}")
-        return int(text)
-
-    return convert
-
-
-def _numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
-    convert = _number(least, most)
-    return lambda text: tuple(sorted({convert(part) for part in text.split(",")}))
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    return _numbers(0, 100)(text)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "recall",
+    "Measure associative recall, and retrieval of a needle from a haystack.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

@@ -5,12 +5,13 @@ Markdown where FILE ends in `.md`. `--latex` and `--markdown` print instead. Not
 here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside the runs.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, option
 from flame.process.atomic_output import check_output, replacing_file
+from flame.stage import Stage
 from launch.reporting.collect import collect
 from launch.reporting.data import ReportData
 from launch.reporting.run_folders import find_runs
@@ -21,12 +22,12 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Options:
-    runs: tuple[Path, ...]
-    out: Path | None = None
-    latex: bool = False
-    markdown: bool = False
-    title: str = ""
-    overwrite: bool = False
+    runs: tuple[Path, ...] = argument("RUN", "run folder, or a folder of runs")
+    out: Path | None = option(None, f"HTML, or .md (default: RUN/{REPORT_FILE})", metavar="FILE")
+    latex: bool = option(False, "print the tables as booktabs")
+    markdown: bool = option(False, "print the report as Markdown")
+    title: str = option("", "title of the page (default: from the names of the runs)")
+    overwrite: bool = option(False, "replace FILE if it exists")
 
     @property
     def file(self) -> Path | None:
@@ -34,24 +35,6 @@ class Options:
         if self.out is None and not (self.latex or self.markdown):
             return self.runs[0] / REPORT_FILE
         return self.out
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(
-        prog="slimstate report",
-        description="Write one page about runs and the results beside them.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of runs")
-    add("--out", type=Path, metavar="FILE", help=f"HTML, or .md (default: RUN/{REPORT_FILE})")
-    add("--latex", action="store_true", help="print the tables as booktabs")
-    add("--markdown", action="store_true", help="print the report as Markdown")
-    add("--title", default="", help="of the page (default: from the names of the runs)")
-    add("--overwrite", action="store_true", help="replace FILE if it exists")
-    values = vars(parser.parse_args(argv))
-    return Options(**{**values, "runs": tuple(values["runs"])})
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -110,10 +93,13 @@ def _contents(data: ReportData) -> list[str]:
     return [f"{count} {name}" for name, count in counted.items() if count]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "report",
+    "Write one page about runs and the results beside them.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

@@ -10,27 +10,20 @@ import os
 import shlex
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import words
+from flame.stage import Stage
 from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutText
-from launch.sweeping.checks import check_sweep, settings
-from launch.sweeping.options import Options, calibration_words, parse_options
+from launch.sweeping.checks import calibration, check, settings
+from launch.sweeping.options import Options
 from launch.sweeping.tables import collect_rows, sweep_of
 from launch.sweeping.work import CONTINUED, DENSE, Work, alone, in_memory
 
 POLL_SECONDS = 0.2
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; UserError for what is none."""
-    return parse_options(argv)
-
-
-def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
-    check_sweep(options, world_size)
 
 
 def run(options: Options) -> None:
@@ -47,17 +40,17 @@ def run(options: Options) -> None:
     from launch.evaluation.heldout_text import heldout_text
 
     first, reference = int(os.environ.get("RANK", "0")) == 0, resolve(options.model)
-    with writer_lock(options.out.path) if first else nullcontext():
+    with writer_lock(options.out) if first else nullcontext():
         with process_group():
-            on_first(lambda: options.out.begin(settings(options, reference), options.overwrite))
+            on_first(lambda: options.folder.begin(settings(options, reference), options.overwrite))
             try:
                 _calibrate(options)
             except UserError:
-                on_first(options.out.withdraw)
+                on_first(options.folder.withdraw)
                 raise
         text = heldout_text(reference, options.text)
         work = Work(
-            folder=options.out,
+            folder=options.folder,
             model=options.model,
             text=in_memory(text),
             dtype=options.dtype,
@@ -82,28 +75,29 @@ def _calibrate(options: Options) -> None:
     # One process looks: a complaint of some alone would leave the others in the broadcast.
     how = from_rank_zero(on_first(lambda: _how_to_calibrate(options)))
     if how is not None:
-        calibrate.run(calibrate.parse([*calibration_words(options), *how]))
+        calibrate.run(replace(calibration(options), **how))
 
 
-def _how_to_calibrate(options: Options) -> list[str] | None:
+def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
     """Options of `slimstate calibrate` for what lies there; None if there is nothing to do."""
     from pruning.calibrate import kinds_of
     from pruning.calibration.stats_file import META_FILE, read_meta
 
     if not options.needing:
         return None
-    if not (options.out.statistics / META_FILE).is_file():
-        return []
-    meta = read_meta(options.out.statistics)
+    statistics = options.folder.statistics
+    if not (statistics / META_FILE).is_file():
+        return {}
+    meta = read_meta(statistics)
     wanted = {kind.__name__ for kind in kinds_of(options.needing)}
     if meta.is_complete:
-        return None if wanted <= set(meta.statistics) else ["--overwrite"]
-    return ["--resume"] if wanted == set(meta.statistics) else ["--overwrite"]
+        return None if wanted <= set(meta.statistics) else {"overwrite": True}
+    return {"resume": True} if wanted == set(meta.statistics) else {"overwrite": True}
 
 
 def _measure(options: Options, work: Work, announcer: "_Announcer | None") -> None:
     points = {point.file_name: point for point in options.points}
-    for name in options.out.open_points(options.names):
+    for name in options.folder.open_points(options.names):
         work.measure(name, points)
         if announcer is not None:
             announcer.news()
@@ -113,7 +107,7 @@ class _Announcer:
     """Says what was measured, by this process and the others."""
 
     def __init__(self, options: Options) -> None:
-        self.folder, self.names = options.out, options.names
+        self.folder, self.names = options.folder, options.names
         self.said = {name for name in self.names if self.folder.record(name) is not None}
         if self.said:
             print(f"{len(self.said)} of {len(self.names)} points are measured", flush=True)
@@ -146,15 +140,15 @@ def _write(options: Options, text: HeldoutText) -> None:
     from launch.sweeping.page import PAGE_FILE, write_files
 
     results = _results(options, text)
-    write_files(options.out.path, results, options.json)
+    write_files(options.out, results, options.json)
     for table in sweep_of(results).tables():
         print(f"\n{table.text()}")
-    print(f"\n{options.out.path / PAGE_FILE} shows it; results.* beside it have it", flush=True)
-    failed = [name for name in options.names if options.out.failure(name) is not None]
+    print(f"\n{options.out / PAGE_FILE} shows it; results.* beside it have it", flush=True)
+    failed = [name for name in options.names if options.folder.failure(name) is not None]
     if failed:
         raise UserError(
             f"{len(failed)} of {len(options.names)} points failed ({', '.join(failed)}): what "
-            f"they said is in {options.out.path / 'logs'}; run again to repeat them"
+            f"they said is in {options.out / 'logs'}; run again to repeat them"
         )
 
 
@@ -162,7 +156,7 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     """What `launch.sweeping.page` writes and reads."""
     from flame.checkpoint.reference import resolve
 
-    found = {name: options.out.record(name) for name in options.names}
+    found = {name: options.folder.record(name) for name in options.names}
     records = {name: record for name, record in found.items() if record is not None}
     dense = records.get(DENSE, {}).get("before", {})
     continued = records.get(CONTINUED, {}).get("recovered", {})
@@ -176,7 +170,7 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
         "controls": {"before": dense.get("perplexity"), "recovered": continued.get("perplexity")},
         "rows": collect_rows(options.points, records, dense),
         "points": records,
-        "commands": [shlex.join(["slimstate", "sweep", *options.arguments])],
+        "commands": [shlex.join(["slimstate", "sweep", *words(options)])],
         "facts": {
             "held-out text": text.name,
             "tokens predicted": dense.get("tokens"),
@@ -192,10 +186,13 @@ def _seconds(record: dict[str, Any]) -> float:
     return sum(record["seconds"].values())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage(
+    "sweep",
+    "Prune a model by many methods and ratios, and measure all.",
+    Options,
+    run,
+    check,
+)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

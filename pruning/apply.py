@@ -9,42 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_command
+from flame.checkpoint.reference import Form
+from flame.errors import UserError
+from flame.options import argument, option
+from flame.stage import Stage
+from pruning.options import MODEL_HELP, OVERWRITE_HELP
+from pruning.planning.budgets import PAD_HELP
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
     from pruning.planning.plan import Plan
-    from pruning.transform.transform import Form
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    plan: Path
-    out: Path
-    """The folder to write."""
-    to: "Form | None" = None
-    """Format to write; None for the model's."""
-    pad: bool = False
-    """Write a stock model, filled up with zeros where heads differ."""
-    overwrite: bool = False
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; UserError for what is none."""
-    from pruning.options import MODEL_HELP, Parser, add_pad_option
-
-    parser = Parser("apply", "Apply a plan to a checkpoint.")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="file that slimstate plan wrote")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    add = parser.add_argument
-    add("--to", choices=("hf", "dcp"), help="format to write (default: the model's)")
-    add_pad_option(parser)
-    add("--overwrite", action="store_true", help="replace an existing output")
-    return Options(**vars(parser.parse_args(argv)))
+    model: str = argument("MODEL", MODEL_HELP)
+    plan: Path = argument("PLAN", "file that slimstate plan wrote")
+    out: Path = argument("OUT", "folder to write")
+    to: Form | None = option(None, "format to write (default: the model's)")
+    pad: bool = option(False, PAD_HELP)
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -108,12 +94,12 @@ def _asked(plan: "Plan", options: Options) -> "Plan":
     return found
 
 
-def form_of(asked: "Form | None", reference: "ModelReference") -> "Form":
+def form_of(asked: Form | None, reference: "ModelReference") -> Form:
     """The format to write: the one asked for, or the model's own."""
     return reference.kind if asked is None else asked
 
 
-def say_what_to_know(plan: "Plan", reference: "ModelReference", form: "Form") -> None:
+def say_what_to_know(plan: "Plan", reference: "ModelReference", form: Form) -> None:
     """Warn of what a user may not expect of the output."""
     from pruning.plan import say_notes
     from pruning.planning.budgets import kernel_warning
@@ -143,10 +129,7 @@ def _key_widths(plan: "Plan") -> set[int]:
     return {w for space in spaces if space.kind == "key" for w in widths[space.name]}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage("apply", "Apply a plan to a checkpoint.", Options, run, check)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

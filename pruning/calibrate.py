@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, group, option
+from flame.stage import Stage
+from pruning.methods import METHODS
+from pruning.options import MODEL_HELP, OVERWRITE_HELP, DataOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from pruning.calibration.collect import Resumed, ResumePoints
     from pruning.calibration.data import CalibrationData
     from pruning.calibration.stats_file import AddGradient, Collected, Meta
-    from pruning.options import DataOptions
     from pruning.spaces import Space
     from pruning.statistics import Statistic
 
@@ -29,50 +32,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    stats: Path
-    """The folder to write."""
-    data: "DataOptions"
-    methods: tuple[str, ...]
-    """Collect what these methods need."""
-    save_every: int = 0
-    """Sequences between resume points; 0 saves at the end only."""
-    resume: bool = False
-    overwrite: bool = False
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; UserError for what is none."""
-    from pruning.methods import METHODS
-    from pruning.options import (
-        MODEL_HELP,
-        Parser,
-        add_data_options,
-        add_seed_option,
-        data_options,
-        whole,
+    model: str = argument("MODEL", MODEL_HELP)
+    stats: Path = argument("STATS", "folder to write")
+    methods: tuple[str, ...] = option(
+        tuple(METHODS), "collect what these methods need", metavar="A,B"
     )
-
-    parser = Parser("calibrate", "Sum a model's statistics over training data.")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("stats", metavar="STATS", type=Path, help="folder to write")
-    add = parser.add_argument
-    add("--methods", default=",".join(METHODS), help="collect for these (default: %(default)s)")
-    add("--save-every", type=whole(1), default=0, metavar="N", help="sequences between saves")
-    add("--resume", action="store_true", help="finish a calibration that was cut short")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add_data_options(parser)
-    add_seed_option(parser)
-    values = parser.parse_args(argv)
-    return Options(
-        model=values.model,
-        stats=values.stats,
-        data=data_options(values),
-        methods=tuple(values.methods.split(",")),
-        save_every=values.save_every,
-        resume=values.resume,
-        overwrite=values.overwrite,
+    save_every: int = option(
+        0, "sequences between resume points; 0 saves at the end only", least=0, metavar="N"
     )
+    resume: bool = option(False, "finish a calibration that was cut short")
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    data: DataOptions = group(DataOptions, "calibration")
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -182,8 +152,6 @@ def warn_of_few_tokens(data: "CalibrationData", spaces: "list[Space]") -> None:
 
 def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
     """The statistics that these methods need; UserError for an unknown name or no need at all."""
-    from pruning.methods import METHODS
-
     for name in methods:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
@@ -252,10 +220,7 @@ def _points(options: Options | None) -> "ResumePoints | None":
     return ResumePoints(options.save_every, write)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage("calibrate", "Sum a model's statistics over training data.", Options, run, check)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

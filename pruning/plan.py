@@ -9,49 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_command
+from flame.errors import UserError
+from flame.options import argument, group, option
+from flame.stage import Stage
+from pruning.methods import Method
+from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, MethodOptions, seed_option
+from pruning.planning.budgets import Budget
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
-    from pruning.methods import Method
-    from pruning.planning.choose import Budget
     from pruning.planning.plan import Plan
     from pruning.spaces import Space
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    plan: Path
-    """The file to write."""
-    method: "Method"
-    budget: "Budget"
-    stats: Path | None = None
-    """Statistics folder; None if the method needs none."""
-    overwrite: bool = False
+    model: str = argument("MODEL", MODEL_HELP)
+    plan: Path = argument("PLAN", "file to write")
+    stats: Path | None = option(None, "folder that slimstate calibrate wrote")
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    seed: int = seed_option()
+    choice: MethodOptions = group(MethodOptions, "method")
+    budget: Budget = group(Budget, BUDGET)
 
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; UserError for what is none."""
-    from pruning import options as shared
-
-    parser = shared.Parser("plan", "Choose the channels to keep.")
-    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="file to write")
-    parser.add_argument("--stats", type=Path, help="folder that slimstate calibrate wrote")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    shared.add_method_options(parser)
-    shared.add_budget_options(parser)
-    shared.add_seed_option(parser)
-    values = parser.parse_args(argv)
-    return Options(
-        model=values.model,
-        plan=values.plan,
-        method=shared.method(values),
-        budget=shared.budget(values),
-        stats=values.stats,
-        overwrite=values.overwrite,
-    )
+    @property
+    def method(self) -> Method:
+        """The method with its hyper-parameters; raises UserError for what is none."""
+        return self.choice.chosen(self.seed, self.budget.paper)
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -90,7 +74,7 @@ def run(options: Options) -> None:
         on_first(write)
 
 
-def check_stats(stats: Path | None, method: "Method") -> None:
+def check_stats(stats: Path | None, method: Method) -> None:
     """Raise UserError unless the statistics folder, or its absence, serves the method."""
     from pruning.calibration.stats_file import check_kinds, read_meta
 
@@ -107,7 +91,7 @@ def check_stats(stats: Path | None, method: "Method") -> None:
 
 
 def planned(
-    reference: "ModelReference", method: "Method", budget: "Budget", stats: Path | None
+    reference: "ModelReference", method: Method, budget: Budget, stats: Path | None
 ) -> "Plan":
     """The plan of `method` from saved statistics, after a look at all weights. One process alone.
 
@@ -180,10 +164,7 @@ def _saved(plan: "Plan", options: Options, stack: ExitStack) -> "Plan":
     return with_saved_tensors(plan, file, path.name)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage("plan", "Choose the channels to keep.", Options, run, check)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

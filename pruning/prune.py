@@ -6,62 +6,38 @@ data, and takes a model without a tokenizer.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError, run_command
+from flame.checkpoint.reference import Form
+from flame.errors import UserError
+from flame.options import argument, group, option, words
+from flame.stage import Stage
+from pruning.methods import Method
+from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
+from pruning.planning.budgets import Budget
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
-    from pruning.methods import Method
-    from pruning.options import DataOptions
-    from pruning.planning.choose import Budget
     from pruning.planning.plan import Plan
-    from pruning.transform.transform import Form
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    out: Path
-    """The folder to write."""
-    method: "Method"
-    budget: "Budget"
-    data: "DataOptions"
-    stats: Path | None = None
-    """Saved statistics to use instead of calibrating."""
-    to: "Form | None" = None
-    """Format to write; None for the model's."""
-    overwrite: bool = False
+    model: str = argument("MODEL", MODEL_HELP)
+    out: Path = argument("OUT", "folder to write")
+    to: Form | None = option(None, "format to write (default: the model's)")
+    stats: Path | None = option(None, "use the statistics of slimstate calibrate")
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    choice: MethodOptions = group(MethodOptions, "method")
+    budget: Budget = group(Budget, BUDGET)
+    data: DataOptions = group(DataOptions, "calibration")
 
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Options from a command line; UserError for what is none."""
-    from pruning import options as shared
-
-    parser = shared.Parser("prune", "Calibrate, plan and apply in one.")
-    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    add = parser.add_argument
-    add("--to", choices=("hf", "dcp"), help="format to write (default: the model's)")
-    add("--stats", type=Path, help="use the statistics of slimstate calibrate")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    shared.add_method_options(parser)
-    shared.add_budget_options(parser)
-    shared.add_data_options(parser)
-    shared.add_seed_option(parser)
-    values = parser.parse_args(argv)
-    return Options(
-        model=values.model,
-        out=values.out,
-        method=shared.method(values),
-        budget=shared.budget(values),
-        data=shared.data_options(values),
-        stats=values.stats,
-        to=values.to,
-        overwrite=values.overwrite,
-    )
+    @property
+    def method(self) -> Method:
+        """The method with its hyper-parameters; raises UserError for what is none."""
+        return self.choice.chosen(self.data.seed, self.budget.paper)
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -85,14 +61,10 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def _check_no_data(options: Options) -> None:
     """Refuse options about calibration data beside saved statistics, which have their own."""
-    from pruning.options import DataOptions
-
-    for field in fields(DataOptions):
-        if field.name == "seed" or getattr(options.data, field.name) == field.default:
-            continue
+    for word in words(replace(options.data, seed=DataOptions.seed)):
         raise UserError(
-            f"--{field.name.replace('_', '-')} is for a calibration, which --stats "
-            f"{options.stats} stands in for: leave one out"
+            f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
+            "out"
         )
 
 
@@ -143,10 +115,7 @@ def make_plan(options: Options, reference: "ModelReference") -> "Plan":
     return on_first(chosen)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check and run; a `UserError` ends in one line and exit status 1."""
-    run_command(parse, check, run, argv)
-
+STAGE = Stage("prune", "Calibrate, plan and apply in one.", Options, run, check)
 
 if __name__ == "__main__":
-    main()
+    STAGE.main()

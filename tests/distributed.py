@@ -6,13 +6,14 @@ and given a fresh process group for each call.
 
 import atexit
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from flame.process.environment import free_port
 
 _TIMEOUT = 300.0
 
@@ -25,7 +26,7 @@ def run_distributed(
     `fn` must be a module-level function, its arguments and results picklable.
     """
     workers = [_worker(rank) for rank in range(world_size)]
-    port = _free_port()
+    port = free_port()
     for rank, worker in enumerate(workers):
         worker.send((fn, args, kwargs, rank, world_size, port))
     outcomes = [worker.receive() for worker in workers]
@@ -109,9 +110,3 @@ def _run(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]

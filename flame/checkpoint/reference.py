@@ -27,6 +27,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base.json"
+Form = Literal["hf", "dcp"]
+"""How a model lies on the disk: a Hugging Face folder, or a run folder with DCP checkpoints."""
+
 _TOKENIZER_PROOF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files of which a folder with a tokenizer has one."""
 TOKENIZER_FILES = (
@@ -55,7 +58,7 @@ class ModelReference:
     """The run's recipe, if it has one."""
 
     @property
-    def kind(self) -> Literal["dcp", "hf"]:
+    def kind(self) -> Form:
         """`dcp` for a step of a run, `hf` for a Hugging Face folder."""
         return "hf" if self.step_folder is None else "dcp"
 

@@ -5,7 +5,6 @@ chosen from what the machine has, and the model is wrapped by FSDP2 on a mesh of
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from flame.errors import UserError
+from flame.errors import OWN_ERROR_SECONDS, UserError, wait_for_rank_zero
+from flame.process.environment import free_port
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -65,6 +65,10 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
     try:
         yield
+    except UserError as error:
+        # Ranks that wait for this one fail when it leaves the group: first it waits for its turn.
+        wait_for_rank_zero(error, OWN_ERROR_SECONDS)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -104,13 +108,6 @@ def from_rank_zero(value: Any) -> Any:
 def barrier() -> None:
     if world_size() > 1:
         gather_objects(None)
-
-
-def free_port() -> int:
-    """A TCP port that is free on this host at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def _fill_environment() -> None:

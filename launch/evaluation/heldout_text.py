@@ -8,6 +8,7 @@ from typing import Any
 from flame.checkpoint.reference import ModelReference
 from flame.data.config import DataConfig
 from flame.errors import UserError, first_line
+from flame.options import option
 from flame.recipe import data_config, read_tables, sequence_length
 
 SEQ_LEN = 2048
@@ -16,22 +17,17 @@ SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class HeldoutOptions:
-    """What of the text is given; the rest comes from the model's recipe."""
+    """Which held-out text is read, and how much of it; what is empty is the recipe's to say."""
 
-    data: str = ""
-    """A hub name, a local file or folder, or `python-stdlib`; empty for the recipe's."""
-
-    subset: str = ""
-    split: str = ""
-    text_key: str = ""
-    tokenizer: str = ""
-    """A folder or hub name; empty for the model's own."""
-
-    seq_len: int | None = None
-    """Tokens a row; None for the recipe's, or 2048."""
-
-    max_sequences: int | None = None
-    """Rows to read; None for all."""
+    data: str = option("", "hub name, file or folder (default: the recipe's held-out text)")
+    subset: str = option("", "configuration of a hub data set")
+    split: str = option("", "split of the data set")
+    text_key: str = option("", "column of the data that holds the text (default: text)")
+    tokenizer: str = option("", "folder or hub name (default: the model's)", metavar="T")
+    seq_len: int | None = option(
+        None, f"tokens a row (default: the recipe's, or {SEQ_LEN})", least=1, metavar="N"
+    )
+    max_sequences: int | None = option(None, "rows to read (default: all)", least=1, metavar="N")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """What `slimstate eval` measures on each of its models: perplexity, fidelity and tasks."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
+from flame.options import group, option
 from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
+from launch.evaluation.perplexity import DTYPE_HELP, DType
 from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
 from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
 
@@ -23,29 +26,37 @@ if TYPE_CHECKING:
 class Measures:
     """What is measured, and how the models are run."""
 
-    perplexity: bool = False
-    against: str = ""
-    """A model reference to compare with; empty for none."""
+    perplexity: str | None = option(
+        None,
+        "held-out perplexity on DATA: hub name, file or folder (default: the recipe's)",
+        metavar="DATA",
+        bare="",
+    )
+    tasks: TaskOptions = group(TaskOptions)
+    against: str = option("", "KL and top-1 agreement with MODEL", metavar="MODEL")
+    rows: HeldoutOptions = group(HeldoutOptions, without=("data",))
+    """How the text of `perplexity` and `against` is read."""
+    dtype: DType = option("auto", DTYPE_HELP)
+    batch: int = option(32, "sequences of tasks a pass, at most", least=1, metavar="N")
+    max_length: int | None = option(
+        None, "tokens that tasks show the model at once", least=1, metavar="N"
+    )
+    placement: Literal["auto", "whole", "sharded"] = option(
+        "auto", "the model on each process whole, or sharded over all; auto is whole where it fits"
+    )
 
-    tasks: TaskOptions | None = None
-    text: HeldoutOptions = field(default_factory=HeldoutOptions)
-    """The held-out text of perplexity and comparison."""
-
-    dtype: str = "auto"
-    placement: str = "auto"
-    batch: int = 32
-    max_length: int | None = None
-    """Tokens that tasks show a model at once; None for what its config says."""
+    @property
+    def text(self) -> HeldoutOptions:
+        """The held-out text of `perplexity` and `against`."""
+        return dataclasses.replace(self.rows, data=self.perplexity or "")
 
     def settings(self) -> dict[str, Any]:
         """What results depend on besides the model: two calls that agree in it can be joined."""
-        import dataclasses
-
         return {
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity is not None,
             "against": identity(resolve(self.against)) if self.against else None,
             "text": dataclasses.asdict(self.text),
-            "tasks": self.tasks and self.tasks.record(),
+            "tasks": self.tasks.record() if self.tasks.tasks else None,
             "dtype": self.dtype,
             "max_length": self.max_length,
         }
@@ -101,10 +112,10 @@ class _Bench:
     def _network(self, reference: ModelReference) -> "Network":
         from launch.lm.network import load_network
 
-        return load_network(reference, self.dtype, self.measures.placement)  # type: ignore[arg-type]
+        return load_network(reference, self.dtype, self.measures.placement)
 
     def _perplexity(self, name: str, reference: ModelReference, network: "Network") -> Record:
-        if not self.measures.perplexity:
+        if self.measures.perplexity is None:
             return {}
         from launch.evaluation.perplexity import measure_perplexity
 
@@ -128,7 +139,7 @@ class _Bench:
 
     def _scores(self, reference: ModelReference, network: "Network") -> Record:
         options = self.measures.tasks
-        if options is None:
+        if not options.tasks:
             return {}
         from flame.checkpoint.fingerprint import check_finite
         from flame.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-DTYPES = ("auto", "float32", "bfloat16")
-"""Compute dtypes; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+DType = Literal["auto", "float32", "bfloat16"]
+"""Names of compute dtypes, as `flame.process.distributed.compute_dtype` takes them."""
+
+DTYPE_HELP = "compute dtype; auto is bfloat16 on CUDA and float32 on a CPU"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.data.hub import hub_problem
 from flame.errors import UserError, first_line
+from flame.options import option
 
 if TYPE_CHECKING:
     from launch.lm.model import SlimstateLM
@@ -36,25 +37,26 @@ LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 class TaskOptions:
     """Which tasks, and how much of them."""
 
-    names: tuple[str, ...]
-    """Tasks, groups or tags."""
-
-    path: Path | None = None
-    """A folder with task files of the user's own; they come before those of the same name."""
-
-    limit: int | None = None
-    """Documents of each task; None for all."""
-
-    num_fewshot: int | None = None
-    """Examples before each question; None for what the task says."""
+    tasks: tuple[str, ...] = option(
+        (), "lm-eval's tasks, groups or tags, or those of --task-path", metavar="A,B"
+    )
+    task_path: Path | None = option(
+        None, "folder with task files of your own, which come before lm-eval's", metavar="DIR"
+    )
+    limit: int | None = option(None, "documents of each task (default: all)", least=1, metavar="N")
+    num_fewshot: int | None = option(
+        None, "examples before each question (default: the task's)", least=0, metavar="N"
+    )
 
     def record(self) -> dict[str, Any]:
         """What changes a score."""
         from launch.evaluation.results_file import files_mark
 
-        files = [] if self.path is None else [f for f in self.path.rglob("*") if f.is_file()]
+        files = (
+            [] if self.task_path is None else [f for f in self.task_path.rglob("*") if f.is_file()]
+        )
         return {
-            "tasks": list(self.names),
+            "tasks": list(self.tasks),
             "task_files": files_mark(files),
             "limit": self.limit,
             "num_fewshot": self.num_fewshot,
@@ -71,15 +73,10 @@ def check_tasks(options: TaskOptions) -> None:
         raise UserError(
             "tasks need lm-eval, which is not installed: pip install 'slimstate[tasks]'"
         )
-    if options.path is not None and not options.path.is_dir():
-        raise UserError(f"--task-path {options.path} is not a folder")
-    for name in ("limit", "num_fewshot"):
-        value, least = getattr(options, name), int(name == "limit")
-        if value is not None and value < least:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is {value}: it must be at least {least}")
+    if options.task_path is not None and not options.task_path.is_dir():
+        raise UserError(f"--task-path {options.task_path} is not a folder")
     known = _manager(options).all_tasks
-    for name in options.names:
+    for name in options.tasks:
         if name not in known:
             raise UserError(_unknown(name, known))
 
@@ -93,8 +90,8 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
     check_tasks(options)
     manager = _manager(options)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in options.names:
-        with _quiet(), _data_named(name, options.path):
+    for name in options.tasks:
+        with _quiet(), _data_named(name, options.task_path):
             for kind, found in manager.load([name]).items():
                 loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -188,11 +185,11 @@ def _settle_fewshot(task: Any, wanted: int | None) -> None:
 def _manager(options: TaskOptions) -> Any:
     """The local tasks if they are all that is asked for: reading lm-eval's own takes 10 s."""
     with _quiet():
-        if options.path is not None:
-            local = _indexed(options.path.absolute(), False)
-            if set(options.names) <= set(local.all_tasks):
+        if options.task_path is not None:
+            local = _indexed(options.task_path.absolute(), False)
+            if set(options.tasks) <= set(local.all_tasks):
                 return local
-        return _indexed(options.path and options.path.absolute(), True)
+        return _indexed(options.task_path and options.task_path.absolute(), True)
 
 
 @cache

@@ -6,70 +6,65 @@ or the traceback of the rank that failed first. `--dry-run` prints the torchrun 
 the same.
 """
 
-import inspect
 import logging
 import os
 import shlex
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any, NoReturn
 
 from flame.errors import UserError, first_line
+from flame.process.environment import environment, free_port
+from flame.stage import Stage
 from launch.processes import failures
 from launch.processes.topology import Topology, device_count
-
-STOP_SECONDS = 15
-"""Time that the agent gives its workers after a signal; they leave earlier (worker.py). A
-stage that saves its work first says with a `STOP_SECONDS` of its own how long it may take."""
 
 FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Makes torchrun meet in a new store at each start: in the old one lie the addresses of the dead,
 where the living would wait for them (flame/process/distributed.py does it for one node)."""
 
 STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Where torchrun looks for that time, in seconds."""
+"""Where torchrun looks for the seconds between a signal to its workers and their end by SIGKILL;
+they leave earlier (worker.py)."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One command line of a stage, on some processes."""
 
-    stage: ModuleType
+    stage: Stage
     arguments: Sequence[str]
     options: Any
-    """What the stage's `parse` made of `arguments`."""
+    """What `stage.parse` made of `arguments`."""
 
     topology: Topology
 
     def check(self) -> None:
         """Raise `UserError` for all that can be known to be wrong before the job runs."""
         self.topology.check()
-        size = {"world_size": self.topology.world_size}
-        takes_size = "world_size" in inspect.signature(self.stage.check).parameters
-        with _environment(self._rank_zero()):
-            self.stage.check(self.options, **(size if takes_size else {}))
+        with environment(self._rank_zero()):
+            self.stage.check(self.options, self.topology.world_size)
             self._check_smaller_sizes()
         _check_devices(self.topology.nproc)
 
     def _check_smaller_sizes(self) -> None:
-        sizes = self.topology.smaller_sizes()
-        if sizes and not hasattr(self.stage, "check_size"):
-            name = self.stage.__name__
-            raise UserError(f"--nnodes MIN:MAX: {name} cannot go on with fewer nodes, give one N")
-        for size in sizes:
+        for size in self.topology.smaller_sizes():
+            if self.stage.check_size is None:
+                raise UserError(
+                    f"--nnodes MIN:MAX: {self.stage.name} cannot go on with fewer nodes, give one N"
+                )
             self.stage.check_size(self.options, size)
 
     def command_line(self) -> str:
         """The torchrun command that runs the same job, quoted for a shell."""
         options = self.topology.torchrun_options()
-        return shlex.join(["torchrun", *options, "-m", self.stage.__name__, *self.arguments])
+        return shlex.join(["torchrun", *options, "-m", self.stage.module, *self.arguments])
 
     def run(self) -> None:
         """Run the stage to its end.
@@ -84,45 +79,28 @@ class Job:
             self._run_workers()
 
     def _run_here(self) -> None:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        with _environment(self._rank_zero() | address), _own_signals():
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with environment(self._rank_zero() | address), _own_signals():
             signal.signal(signal.SIGTERM, _leave)
             self.stage.run(self.options)
 
     def _run_workers(self) -> None:
         with tempfile.TemporaryDirectory(prefix="slimstate-") as reports:
-            worker = [
-                "-m",
-                "launch.processes.worker",
-                reports,
-                self.stage.__name__,
-                *self.arguments,
-            ]
+            worker = ["-m", "launch.processes.worker", reports, self.stage.module, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
             defaults = _worker_defaults(self.topology.nproc) | self._stop_time()
             if self.topology.starts_again:
                 defaults |= FRESH_STORES
-            with _environment(defaults), _own_signals(), _no_logs():
+            with environment(defaults), _own_signals(), _no_logs():
                 _run_agent([*self.topology.torchrun_options(), *log, *worker], Path(reports))
 
     def _stop_time(self) -> dict[str, str]:
-        seconds = getattr(self.stage, "STOP_SECONDS", STOP_SECONDS)
-        return {STOP_VARIABLE: os.environ.get(STOP_VARIABLE, str(seconds))}
+        return {STOP_VARIABLE: os.environ.get(STOP_VARIABLE, str(self.stage.stop_seconds))}
 
     def _rank_zero(self) -> dict[str, str]:
         size, local_size = str(self.topology.world_size), str(self.topology.nproc)
         ranks = {"RANK": "0", "LOCAL_RANK": "0"}
         return ranks | {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local_size}
-
-
-def start(stage: ModuleType, arguments: Sequence[str], topology: Topology | None = None) -> None:
-    """Parse, check and run one command line of `stage`: how one stage starts another.
-
-    Raises as `Job.check` and `Job.run` do.
-    """
-    job = Job(stage, arguments, stage.parse(list(arguments)), topology or Topology())
-    job.check()
-    job.run()
 
 
 def _check_devices(nproc: int) -> None:
@@ -134,12 +112,6 @@ def _check_devices(nproc: int) -> None:
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _worker_defaults(nproc: int) -> dict[str, str]:
     """Environment of the agent and its workers, where the user has set nothing."""
     cores = len(os.sched_getaffinity(0))
@@ -149,20 +121,6 @@ def _worker_defaults(nproc: int) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

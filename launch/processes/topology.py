@@ -1,15 +1,15 @@
 """How many processes run a stage, and where they meet: the options, and what is wrong with them."""
 
-import argparse
 import os
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
 
+from flame import options
 from flame.errors import UserError
+from flame.options import group, option
 
 STORE_SECONDS = 5.0
 """Time that a node which came before has to answer at the rendezvous endpoint."""
@@ -23,10 +23,12 @@ class Topology:
     nnodes: int = 1
     min_nodes: int = 0
     """Nodes that the job goes on with when others are lost; 0: all must be there."""
-    node_rank: int | None = None
-    rdzv_endpoint: str = ""
-    rdzv_id: str = "slimstate"
-    max_restarts: int = 0
+    node_rank: int | None = option(
+        None, "this node's rank (default: they agree on it)", least=0, metavar="R"
+    )
+    rdzv_endpoint: str = option("", "where the nodes meet: one node", metavar="HOST:PORT")
+    rdzv_id: str = option("slimstate", "the job's name on every node", metavar="ID")
+    max_restarts: int = option(0, "restarts after a failure", least=0, metavar="N")
 
     @property
     def world_size(self) -> int:
@@ -90,62 +92,52 @@ class Topology:
             _check_store(host.strip("[]"), int(port))
 
 
+def _node_numbers(text: str) -> tuple[int, int]:
+    """`N` as (0, N), and `MIN:MAX` as both."""
+    least, colon, most = text.partition(":")
+    for number in (least, most) if colon else (text,):
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"{number} is not a whole number of at least 1")
+    if not colon:
+        return 0, int(text)
+    if int(least) > int(most):
+        raise ValueError(f"{text} is no range MIN:MAX")
+    return int(least), int(most)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options that the launcher takes beside those of any stage."""
+
+    nproc: int | None = option(None, "processes on this node", least=1, metavar="N")
+    nnodes: tuple[int, int] = option(
+        (0, 1),
+        "nodes; run the same command on each (MIN:MAX goes on when some are lost)",
+        metavar="N",
+        parse=_node_numbers,
+    )
+    place: Topology = group(Topology)
+    dry_run: bool = option(False, "check, print the torchrun command, and stop")
+
+
 def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
     """The launcher's options in `arguments`, whether it is a dry run, and the stage's own.
 
     Without `--nproc` there are `nproc` processes, or as many as there are CUDA devices if fewer.
+
+    Raises:
+        UserError: a value cannot be read.
     """
-    known, rest = _parser().parse_known_args(list(arguments))
-    values = vars(known)
-    values["min_nodes"], values["nnodes"] = values["nnodes"]
-    dry_run = values.pop("dry_run")
-    values["nproc"] = values["nproc"] or min(nproc, device_count(nproc))
-    return Topology(**values), dry_run, rest
+    given, rest = options.parse_known(_Options, "slimstate", arguments)
+    min_nodes, nnodes = given.nnodes
+    chosen = given.nproc or min(nproc, device_count(nproc))
+    topology = replace(given.place, nproc=chosen, nnodes=nnodes, min_nodes=min_nodes)
+    return topology, given.dry_run, rest
 
 
 def options_help() -> str:
     """The launcher's part of a command's `--help`."""
-    return _parser().format_help().partition("\n\n")[2].rstrip()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="slimstate", add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("processes").add_argument
-    one, zero, default = _at_least(1), _at_least(0), Topology()
-    add("--nproc", type=one, metavar="N", help="processes on this node")
-    nodes = "nodes; run the same command on each (MIN:MAX goes on when some are lost)"
-    add("--nnodes", type=_node_numbers, default=(0, 1), metavar="N", help=nodes)
-    add("--node-rank", type=zero, metavar="R", help="this node's rank (default: they agree on it)")
-    add("--rdzv-endpoint", default="", metavar="HOST:PORT", help="where the nodes meet: one node")
-    add("--rdzv-id", default=default.rdzv_id, metavar="ID", help="the job's name on every node")
-    add("--max-restarts", type=zero, default=0, metavar="N", help="restarts after a failure")
-    add("--dry-run", action="store_true", help="check, print the torchrun command, and stop")
-    return parser
-
-
-def _at_least(bound: int) -> Any:
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < bound:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {bound}")
-        return int(text)
-
-    return whole_number
-
-
-def _node_numbers(text: str) -> tuple[int, int]:
-    """`N` as (0, N), and `MIN:MAX` as both."""
-    least, colon, most = text.partition(":")
-    if not colon:
-        return 0, _at_least(1)(text)
-    numbers = _at_least(1)(least), _at_least(1)(most)
-    if numbers[0] > numbers[1]:
-        raise argparse.ArgumentTypeError(f"{text} is no range MIN:MAX")
-    return numbers
+    return options.list_text(_Options, "processes")
 
 
 def _check_port(host: str, port: int, must_be_free: bool) -> None:

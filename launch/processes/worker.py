@@ -1,6 +1,6 @@
-"""One process of a job that the launcher started: runs a stage as `python -m STAGE` would.
+"""One process of a job that the launcher started: runs a stage whose options have been checked.
 
-    python -m launch.processes.worker REPORTS STAGE ARGUMENTS …
+    python -m launch.processes.worker REPORTS MODULE ARGUMENTS …
 
 Only rank 0 reaches the terminal. What the others write on stderr, and the traceback of an exception
 that nothing handles, go to the folder REPORTS, where the launcher looks for the cause of a failure
@@ -29,14 +29,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    folder, stage, *arguments = sys.argv[1:]
+    folder, module, *arguments = sys.argv[1:]
     reports, rank = Path(folder), int(os.environ["RANK"])
     _report_tracebacks(traceback_file(reports, rank))
     if rank > 0:
         _redirect_output(stderr_file(reports, rank))
     _end_on_signals()
-    sys.argv = [stage, *arguments]
-    import_module(stage).main(arguments)
+    sys.argv = [module, *arguments]
+    import_module(module).STAGE.main(arguments, checked=True)
 
 
 def _report_tracebacks(file: Path) -> None:

@@ -1,37 +1,39 @@
 """What can be wrong with a sweep, checked before its first process starts."""
 
 import math
-import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
+from flame.options import words
 from launch.sweeping.folder import FORMAT
-from launch.sweeping.options import Options, calibration_words
+from launch.sweeping.options import Options
 from launch.sweeping.points import Point
 from launch.sweeping.work import CONTINUED
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
+    from pruning import calibrate
+
+SAVE_EVERY = 16
+"""Calibration sequences between resume points."""
 
 STATES_OF_TRAINING = 4
 """Models of fp32 weights that a recovery writes: weights, two moments, and a merged model."""
 
 
-def check_sweep(options: Options, world_size: int) -> None:
+def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError for the first thing that would fail later."""
     from flame.checkpoint.reference import resolve
     from flame.process.atomic_output import check_file_output
 
+    options.check()
     reference = resolve(options.model)
     _check_points(options, reference)
-    options.out.check(settings(options, reference), options.overwrite, reference.folder)
+    options.folder.check(settings(options, reference), options.overwrite, reference.folder)
     if options.json is not None:
         check_file_output(options.json, overwrite=True, inside=reference.folder)
-    # The data, the recipe and the disk are looked at once, not by every process.
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
     _check_space(options, reference, world_size)
     _check_text(options, reference)
     if options.needing:
@@ -49,7 +51,7 @@ def settings(options: Options, reference: "ModelReference") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": fingerprint(reference.config, reference.source()),
-        "calibration": list(options.data_words),
+        "calibration": words(options.data),
         "budget": list(options.budget_words),
         "heldout": asdict(options.text),
         "dtype": options.dtype,
@@ -79,8 +81,7 @@ def _widths(options: Options, point: Point, reference: "ModelReference") -> Any:
     from pruning import prune
     from pruning.planning.choose import check_budget
 
-    words = [options.model, str(options.out.path), *options.budget_words, *point.words]
-    pruning = prune.parse(words)
+    pruning = prune.STAGE.parse([options.model, "", *options.budget_words, *point.words])
     widths = check_budget(pruning.budget, reference.config, pruning.method)
     # Heads of all layers together are a finer measure than those of one.
     shared = pruning.budget.allocate == "model" and "head" in widths
@@ -94,11 +95,23 @@ def _check_text(options: Options, reference: "ModelReference") -> None:
     check_text(text, vocabulary_size(reference.config), from_recipe=not options.text.data)
 
 
+def calibration(options: Options) -> "calibrate.Options":
+    """The options of `slimstate calibrate` for the statistics of a sweep."""
+    from pruning import calibrate
+
+    return calibrate.Options(
+        model=options.model,
+        stats=options.folder.statistics,
+        methods=options.needing,
+        save_every=SAVE_EVERY,
+        data=options.data,
+    )
+
+
 def _check_calibration(options: Options, world_size: int) -> None:
     from pruning import calibrate
 
-    words = [*calibration_words(options), "--overwrite"]
-    calibrate.check(calibrate.parse(words), world_size)
+    calibrate.check(replace(calibration(options), overwrite=True), world_size)
 
 
 def _check_recovery(options: Options) -> None:
@@ -106,8 +119,8 @@ def _check_recovery(options: Options) -> None:
     from flame import train
 
     assert options.recovery is not None
-    out = options.out.models(CONTINUED) / "recovered"
-    train.check(train.parse(options.recovery.words(options.model, out)), 1)
+    out = options.folder.models(CONTINUED) / "recovered"
+    train.check(train.STAGE.parse(options.recovery.words(options.model, out)), 1)
 
 
 def _check_space(options: Options, reference: "ModelReference", world_size: int) -> None:
@@ -119,4 +132,4 @@ def _check_space(options: Options, reference: "ModelReference", world_size: int)
     parameters = sum(math.prod(source.info(name).shape) for name in source.names())
     recovered = 0 if options.recovery is None else STATES_OF_TRAINING * 4 * parameters
     at_once = len(options.names) if options.keep else min(world_size, len(options.names))
-    check_space(options.out.path.absolute(), at_once * (total_bytes(source) + recovered))
+    check_space(options.out.absolute(), at_once * (total_bytes(source) + recovered))

@@ -13,7 +13,7 @@ A method that draws at random is a point for each seed of `--seeds`, unless its 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flame.errors import UserError
@@ -171,24 +171,3 @@ def _draws(word: _Word) -> bool:
     method = METHODS[word.method]
     seeded = any(field.name == "seed" for field in dataclasses.fields(method))
     return seeded and not method.needs and "seed" not in dict(word.options)
-
-
-def listed(text: str, option: str) -> tuple[str, ...]:
-    """The parts of a comma list; UserError if one is empty or there twice."""
-    parts = tuple(part.strip() for part in text.split(","))
-    for part in parts:
-        if not part:
-            raise UserError(f"{option} {text!r} has an empty part: write it as A,B")
-        if parts.count(part) > 1:
-            raise UserError(f"{option} names {part} twice: leave one out")
-    return parts
-
-
-def numbers(parts: Iterable[str], option: str) -> tuple[int, ...]:
-    """Whole numbers of at least 0."""
-    found = []
-    for part in parts:
-        if not part.isdecimal():
-            raise UserError(f"{option}: {part} is not a whole number of at least 0")
-        found.append(int(part))
-    return tuple(found)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
+from flame.process.environment import environment, free_port
 from launch.evaluation.heldout_text import HeldoutText
 from launch.sweeping.folder import Record, SweepFolder
 from launch.sweeping.points import Point
@@ -123,10 +124,10 @@ class Work:
         from pruning import prune
 
         words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
-        if prune.parse(words).method.needs:
-            words += ["--stats", str(self.folder.statistics)]
-        options = prune.parse(words)
-        prune.check(options)
+        options = prune.STAGE.parse(words)
+        if options.method.needs:
+            options = dataclasses.replace(options, stats=self.folder.statistics)
+        prune.check(options, 1)
         prune.run(options)
         plan = self.folder.keep_plan(point.file_name, Path(out))
         return {"widths": _widths(plan["spaces"]), "notes": plan.get("notes") or []}
@@ -167,22 +168,13 @@ def alone() -> Iterator[None]:
     """A process group of this process by itself, on the device that it has in its job."""
     import torch.distributed as dist
 
-    from flame.process.distributed import free_port, process_group
+    from flame.process.distributed import process_group
 
     assert not dist.is_initialized()
     # torchrun's agent keeps the store of its own job; a job of one process opens its own.
     place = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    before = {name: os.environ.get(name) for name in {**ALONE, **place}}
-    os.environ.update({**ALONE, **place})
-    try:
-        with process_group():
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with environment({**ALONE, **place}), process_group():
+        yield
 
 
 def _widths(spaces: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[int]]:
@@ -198,7 +190,7 @@ def _widths(spaces: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[int
 def _train(words: Sequence[str]) -> None:
     from flame import train
 
-    train.run(train.parse(list(words)))
+    train.run(train.STAGE.parse(words))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Selection methods by name. To add one, write its file and add its line here."""
 
+from flame.options import option
 from pruning.methods.activation_norm import ActivationNorm
 from pruning.methods.drrqr import DeltaRuleRRQR
-from pruning.methods.interface import Method, option
+from pruning.methods.interface import Method
 from pruning.methods.jrnp import JointRankNorm
 from pruning.methods.l1 import L1
 from pruning.methods.l2 import L2

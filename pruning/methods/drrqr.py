@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from flame.options import option
 from pruning.linalg import check_bound, strong_rrqr
-from pruning.methods.interface import Statistics, Weights, option, summed
+from pruning.methods.interface import Statistics, Weights, summed
 from pruning.methods.seeds import permutations
 from pruning.spaces import Kind, Space, check_count
 from pruning.statistics import QueryKeyGram, QueryKeySample, Statistic

@@ -1,7 +1,7 @@
 """What a selection method is, and what methods share: statistics, the k largest scores."""
 
 from collections.abc import Mapping
-from dataclasses import Field, field
+from dataclasses import Field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ Weights = Mapping[str, Tensor]
 class Method(Protocol):
     """A frozen dataclass that chooses the channels of a space to keep.
 
-    Its fields are its hyper-parameters and its command-line options (`option` declares them). A
+    Its fields are its hyper-parameters and its command-line options (flame/options.py). A
     method may also have
 
     - `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for channels that
@@ -58,11 +58,6 @@ class Method(Protocol):
             ValueError: k is not within 1..head_dim, or the input has no finite answer.
         """
         ...
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command-line option with this help text."""
-    return field(default=default, metadata={"help": help})
 
 
 def summed(statistics: Statistics, kind: type[S], space: Space, method: type[Method] | Method) -> S:

@@ -6,7 +6,8 @@ from typing import ClassVar
 from jaxtyping import Float64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, option, summed
+from flame.options import option
+from pruning.methods.interface import Statistics, Weights, summed
 from pruning.methods.scoring import ScoringMethod
 from pruning.spaces import Kind, Space
 from pruning.state_rank import EPSILON

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, option, summed
+from flame.options import option
+from pruning.methods.interface import Statistics, Weights, summed
 from pruning.spaces import Axis, Kind, Space, check_count, positions
 from pruning.statistics import NormalisedGrams, Statistic
 

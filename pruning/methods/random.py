@@ -6,7 +6,8 @@ from typing import ClassVar
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from pruning.methods.interface import Statistics, Weights, option
+from flame.options import option
+from pruning.methods.interface import Statistics, Weights
 from pruning.methods.seeds import permutations, uniform_scores
 from pruning.spaces import KINDS, Kind, Space, check_count
 from pruning.statistics import Statistic

@@ -13,40 +13,108 @@ from typing import Any, Literal
 
 from flame.errors import UserError, first_line
 from flame.models.widths import KERNEL_WIDTHS
+from flame.options import option
 from pruning.adapters.interface import Adapter, Config
 from pruning.spaces import KINDS, Kind, Space
 
 MULTIPLE_OF = 16
 """Widths are multiples of this unless asked otherwise: kernels work in tiles."""
 
+PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
+
 Allocate = Literal["uniform", "layer", "model"]
-ALLOCATE: tuple[Allocate, ...] = ("uniform", "layer", "model")
 
 PerKind = Mapping[Kind, Any]
 """A number for each kind of space."""
+
+
+def parse_ratio(text: str) -> float:
+    """The ratio that `text` writes; raises UserError if it is not a number between 0 and 1."""
+    try:
+        ratio = float(text)
+    except ValueError as error:
+        raise UserError(f"ratio {text!r} is not a number: give one between 0 and 1") from error
+    check_ratio(ratio)
+    return ratio
+
+
+def parse_width(text: str) -> int:
+    """The width that `text` writes; raises UserError if it is no whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"width {text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_per_kind(text: str, parse: Callable[[str], Any]) -> Any:
+    """One number for all kinds of spaces, or one for each, such as `key=0.5,head=0.25`."""
+    if "=" not in text:
+        return parse(text)
+    found: dict[Kind, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in KINDS:
+            raise UserError(
+                f"{part!r} of {text!r} is for no kind of space: write key=…, value=… or head=…"
+            )
+        if name in found:
+            raise UserError(f"{text!r} says {name} twice")
+        found[name] = parse(value)
+    return found
+
+
+def _written(value: Any) -> Any:
+    """A number for each kind as the command line has it; another value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return ",".join(f"{kind}={value[kind]}" for kind in KINDS if kind in value)
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much of what to remove. Exactly one of ratio, width and state_bytes is given.
 
-    Ratio and width are one number for all kinds of `space`, or one for each.
+    Ratio and width are one number for all kinds of `space`, or one for each. The fields are
+    options of the command line too.
     """
 
-    ratio: float | PerKind | None = None
-    """The part of the channels to remove."""
-    multiple_of: int = MULTIPLE_OF
-    """Widths are multiples of this; numbers of heads need not be."""
-    space: str = "key"
-    """Kinds of the spaces to prune, with commas between."""
-    width: int | PerKind | None = None
-    """Channels to keep."""
-    state_bytes: int | None = None
-    """Most bytes of the recurrent state of a sequence, over all layers, in float32."""
-    allocate: Allocate = "uniform"
-    """What shares the channels by the method's scores: the heads of a layer, or of the model."""
-    pad: bool = False
-    """Whether heads that keep less are filled up with zeros, for a stock model."""
+    ratio: float | PerKind | None = option(
+        None,
+        "part of the channels to remove, such as 0.5 or key=0.5,head=0.25",
+        parse=lambda text: parse_per_kind(text, parse_ratio),
+        write=lambda value: str(_written(value)),
+    )
+    width: int | PerKind | None = option(
+        None,
+        "channels a head to keep, such as 64 or key=64,value=32",
+        parse=lambda text: parse_per_kind(text, parse_width),
+        write=lambda value: str(_written(value)),
+    )
+    state_bytes: int | None = option(
+        None,
+        "most bytes of a sequence's recurrent state, over all layers, in float32",
+        least=1,
+        metavar="N",
+    )
+    space: str = option("key", "what to prune: key, value (channels) or head", metavar="KIND,KIND")
+    allocate: Allocate = option(
+        "uniform",
+        "share the channels by the method's scores between the heads of a layer or of the model",
+    )
+    pad: bool = option(False, PAD_HELP)
+    multiple_of: int | None = option(
+        None,
+        f"kept widths, but not numbers of heads, are multiples of this (default: {MULTIPLE_OF})",
+        least=1,
+        metavar="N",
+    )
+    paper: bool = option(False, "as published: --multiple-of 1, and the method's own settings")
+
+    @property
+    def multiple(self) -> int:
+        """What kept widths are multiples of; raises UserError if `paper` contradicts it."""
+        if self.paper and self.multiple_of not in (None, 1):
+            raise UserError(f"--paper means --multiple-of 1, not {self.multiple_of}: leave one out")
+        return self.multiple_of or (1 if self.paper else MULTIPLE_OF)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -65,17 +133,11 @@ class Budget:
             "ratio": _written(self.ratio),
             "width": _written(self.width),
             "state_bytes": self.state_bytes,
-            "space": self.space,
-            "multiple_of": self.multiple_of,
+            "space": ",".join(self.kinds),
+            "multiple_of": self.multiple,
             "allocate": self.allocate if self.allocate != "uniform" else None,
         }
         return {name: value for name, value in found.items() if value is not None}
-
-
-def _written(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return ",".join(f"{kind}={value[kind]}" for kind in KINDS if kind in value)
 
 
 def uniform_widths(
@@ -98,7 +160,7 @@ def uniform_widths(
         raise UserError("give exactly one of --ratio, --width and --state-bytes")
     if budget.ratio is not None:
         ratios = _of_kinds(budget.ratio, sizes, "--ratio")
-        multiples = {kind: 1 if kind == "head" else budget.multiple_of for kind in sizes}
+        multiples = {kind: 1 if kind == "head" else budget.multiple for kind in sizes}
         return {
             kind: width(size, ratios[kind], multiples[kind], _noun(kind))
             for kind, size in sizes.items()
@@ -106,7 +168,7 @@ def uniform_widths(
     if budget.width is not None:
         wanted = _of_kinds(budget.width, sizes, "--width")
         for kind, size in sizes.items():
-            _check_width(wanted[kind], size, budget.multiple_of, kind)
+            _check_width(wanted[kind], size, budget.multiple, kind)
         return wanted
     return _widths_of_bytes(budget, adapter, config, list(spaces))
 
@@ -155,40 +217,6 @@ def check_ratio(ratio: float) -> None:
             f"ratio {ratio} is not between 0 and 1: it is the part of the channels to remove, "
             f"such as 0.5"
         )
-
-
-def parse_ratio(text: str) -> float:
-    """The ratio that `text` writes; raises UserError if it is not a number between 0 and 1."""
-    try:
-        ratio = float(text)
-    except ValueError as error:
-        raise UserError(f"ratio {text!r} is not a number: give one between 0 and 1") from error
-    check_ratio(ratio)
-    return ratio
-
-
-def parse_width(text: str) -> int:
-    """The width that `text` writes; raises UserError if it is no whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"width {text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def parse_per_kind(text: str, parse: Callable[[str], Any]) -> Any:
-    """One number for all kinds of spaces, or one for each, such as `key=0.5,head=0.25`."""
-    if "=" not in text:
-        return parse(text)
-    found: dict[Kind, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in KINDS:
-            raise UserError(
-                f"{part!r} of {text!r} is for no kind of space: write key=…, value=… or head=…"
-            )
-        if name in found:
-            raise UserError(f"{text!r} says {name} twice")
-        found[name] = parse(value)
-    return found
 
 
 def kernel_warning(width: int) -> str | None:
@@ -245,7 +273,7 @@ def _widths_of_bytes(
             "--width or --ratio"
         )
     (kind,) = budget.kinds
-    step = 1 if kind == "head" else budget.multiple_of
+    step = 1 if kind == "head" else budget.multiple
     size, dense = spaces[0].head_dim, adapter.state_bytes(config)
     if dense <= limit:
         raise UserError(f"--state-bytes {limit}: the state takes {dense} already, nothing to prune")

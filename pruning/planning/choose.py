@@ -132,7 +132,7 @@ class _Chooser:
         found: dict[str, tuple[int, ...]] = {}
         for group in groups(spaces, budget.allocate):
             kind = group[0].kind
-            multiple = 1 if kind == "head" else budget.multiple_of
+            multiple = 1 if kind == "head" else budget.multiple
             taking_part = {space.name: _taking_part(space, staying) for space in group}
             scores = {space.name: self._scores(space)[taking_part[space.name]] for space in group}
             total = sum(map(len, scores.values())) * uniform[kind]

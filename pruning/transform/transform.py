@@ -8,7 +8,7 @@ merged model it stands for, without training state, which belongs to the adapter
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from flame.checkpoint.convert import (
 )
 from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import fingerprint
-from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, ModelReference
+from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, ModelReference
 from flame.checkpoint.source import TensorInfo, TensorSource, total_bytes
 from flame.checkpoint.steps import METADATA, save_step
 from flame.errors import UserError
@@ -37,8 +37,6 @@ from pruning.planning.choose import check_tensor_finite
 from pruning.planning.plan import Plan, check_fingerprint
 from pruning.planning.plan_file import PLAN_FILE, PROJECTED_FILE, plan_text, with_saved_tensors
 from pruning.transform.slices import Cut, Cuts, cut_tensor, cuts_of
-
-Form = Literal["dcp", "hf"]
 
 OPTIMIZER_STATE = "optimizer.state."
 """Beginning of the names of optimizer entries in a step: then the parameter's, then the entry's."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from tests.distributed import _free_port
+from flame.process.environment import free_port
 from tests.faults.moments import Counter, Moment, Work, kill, processor_time
 
 WARM = (
@@ -141,7 +141,7 @@ def _run(job: Job) -> Outcome:
 
 def _fork(job: Job) -> list[int]:
     """The ranks of the job, in a process group of their own."""
-    port, ranks = _free_port(), []
+    port, ranks = free_port(), []
     gate, opened = os.pipe()
     for rank in range(job.world_size):
         process = os.fork()

@@ -62,7 +62,7 @@ def make_inputs(inputs: Path) -> None:
     (assets / "config.json").write_text(json.dumps(SMALL))
     train_job(assets, inputs / "dense", **RECIPE)
     budget = ["--method", "l1", "--ratio", "0.5", "--paper"]
-    plan.run(plan.parse([str(inputs / "dense"), str(inputs / "plan.json"), *budget]))
+    plan.run(plan.STAGE.parse([str(inputs / "dense"), str(inputs / "plan.json"), *budget]))
 
 
 def train(inputs: Path, place: Path) -> None:
@@ -103,7 +103,7 @@ def calibrate(inputs: Path, place: Path) -> None:
         if read_meta(stats).is_complete:
             return
         words.append("--resume")
-    options = stage.parse(words)
+    options = stage.STAGE.parse(words)
     stage.check(options, int(os.environ["WORLD_SIZE"]))
     stage.run(options)
 
@@ -114,7 +114,7 @@ def apply(to: str) -> Callable[[Path, Path], None]:
 
         out = str(place / "work" / "out")
         words = [str(inputs / "dense"), str(inputs / "plan.json"), out]
-        options = stage.parse([*words, "--to", to, "--overwrite"])
+        options = stage.STAGE.parse([*words, "--to", to, "--overwrite"])
         stage.check(options)
         stage.run(options)
 
@@ -126,7 +126,7 @@ def convert(to: str) -> Callable[[Path, Path], None]:
         from flame import convert as stage
 
         out = str(place / "work" / "out")
-        options = stage.parse([str(inputs / "dense"), out, "--to", to, "--overwrite"])
+        options = stage.STAGE.parse([str(inputs / "dense"), out, "--to", to, "--overwrite"])
         stage.check(options)
         stage.run(options)
 

@@ -4,27 +4,38 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from flame.errors import UserError, run_stage
+from flame.errors import UserError
+from flame.options import argument
+from flame.stage import Stage
+from launch.processes.launcher import Job
+from launch.processes.topology import Topology
 
 
-def parse(argv: list[str]) -> list[str]:
-    return argv
+@dataclass(frozen=True)
+class Options:
+    words: tuple[str, ...] = argument("WORD", "what to do, and its arguments")
 
 
-def check(options: list[str], world_size: int = 1) -> None:
-    if options[0] == "refuse":
+def check(options: Options, world_size: int) -> None:
+    if options.words[0] == "refuse":
         raise UserError(f"refused for {world_size} processes")
 
 
-def run(options: list[str]) -> None:
+def run(options: Options) -> None:
     rank = int(os.environ["RANK"])
-    getattr(sys.modules[__name__], f"_{options[0]}")(rank, *options[1:])
+    action, *arguments = options.words
+    getattr(sys.modules[run.__module__], f"_{action}")(rank, *arguments)
 
 
-def main(argv: list[str]) -> None:
-    run_stage(lambda: run(parse(argv)))
+def start(arguments: Sequence[str], topology: Topology | None = None) -> None:
+    """Check and run one command line of the probe."""
+    job = Job(STAGE, arguments, STAGE.parse(arguments), topology or Topology())
+    job.check()
+    job.run()
 
 
 def _environment(rank: int, folder: str) -> None:
@@ -44,6 +55,17 @@ def _misuse_of_one(rank: int) -> None:
     if rank == 1:
         raise UserError("shard 1 is damaged")
     _wait_in_collective()
+
+
+def _damage(rank: int) -> None:
+    """Rank 1 alone finds a damaged file after the ranks have met."""
+    from flame.process.distributed import barrier, process_group
+
+    with process_group():
+        barrier()
+        if rank == 1:
+            raise UserError("shard 1 is damaged")
+        barrier()
 
 
 def _bug_of_one(rank: int) -> None:
@@ -99,5 +121,7 @@ def _wait_in_collective() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+STAGE = Stage("probe", "Do on command what stages do.", Options, run, check)
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    STAGE.main()

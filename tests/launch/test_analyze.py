@@ -13,7 +13,7 @@ import torch
 
 from flame.errors import UserError
 from launch import analyze
-from launch.analyze import check, parse
+from launch.analyze import STAGE, check
 from launch.drawing.figure import svg_file
 from launch.drawing.heatmaps import LEGEND_CELLS
 from launch.ranks.analysis_files import (
@@ -55,7 +55,7 @@ def stage(*arguments: str) -> None:
     """Run `analyze` as one of the processes of its job."""
     from flame.process.distributed import world_size
 
-    options = parse(list(arguments))
+    options = STAGE.parse(list(arguments))
     check(options, world_size())
     analyze.run(options)
 
@@ -246,11 +246,11 @@ def test_one_token_leaves_out_what_has_no_course() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metric", "rank"], "unknown metric 'rank': choose from stable_rank, utilisation"),
-        (["--length", "0"], "--length is 0: it must be at least 1"),
-        (["--sequences", "-1"], "--sequences is -1: it must be at least 1"),
-        (["--per-octave", "0"], "--per-octave is 0: it must be at least 1"),
-        (["--epsilon", "1"], "--epsilon is 1.0: it must lie between 0 and 1"),
+        (["--metric", "rank"], "--metric: unknown 'rank': choose from stable_rank, utilisation"),
+        (["--length", "0"], "--length: 0 is not a whole number of at least 1"),
+        (["--sequences", "-1"], "--sequences: -1 is not a whole number of at least 1"),
+        (["--per-octave", "0"], "--per-octave: 0 is not a whole number of at least 1"),
+        (["--epsilon", "1"], "--epsilon: 1 is not a number between 0 and 1"),
         (["--length", "50000", "--sequences", "2"], "--length 50000 need 100,000: give longer"),
         (["--data", "/no/where.txt"], "/no/where.txt"),
         (["--data", ""], "has no recipe that names held-out text: give --data"),
@@ -267,7 +267,7 @@ def test_bad_input_is_refused_before_work(
     given = ["--data", str(home / "text.jsonl"), *ARGUMENTS, *arguments]
     words = [word.format(home=home) for word in given]
     with pytest.raises(UserError) as error:
-        check(parse([str(home / "thin"), str(tmp_path / "out"), *words]))
+        check(STAGE.parse([str(home / "thin"), str(tmp_path / "out"), *words]))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -275,9 +275,9 @@ def test_bad_input_is_refused_before_work(
 def test_an_existing_output_is_refused(home: Path, tmp_path: Path) -> None:
     arguments = [str(home / "thin"), str(tmp_path), "--data", str(home / "text.jsonl"), *ARGUMENTS]
     with pytest.raises(UserError, match="exists: choose another, or pass --overwrite"):
-        check(parse(arguments))
-    check(parse([*arguments, "--overwrite"]))
-    inside = dataclasses.replace(parse(arguments), out=home / "thin" / "analysis")
+        check(STAGE.parse(arguments))
+    check(STAGE.parse([*arguments, "--overwrite"]))
+    inside = dataclasses.replace(STAGE.parse(arguments), out=home / "thin" / "analysis")
     with pytest.raises(UserError, match="lies inside the model's folder"):
         check(inside)
 

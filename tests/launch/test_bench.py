@@ -10,7 +10,7 @@ from torch import nn
 
 from flame.errors import UserError
 from launch import bench
-from launch.bench import check, model_names, parse, run
+from launch.bench import STAGE, check, model_names, run
 from launch.speed.bench_table import bench_table, cell, delta_kernels, ratio_of
 from launch.speed.kernel_trace import operators_of
 from launch.speed.peak_memory import peak_bytes
@@ -46,7 +46,7 @@ def test_every_measure_of_a_family_beside_its_half(
     folders: Path, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, half = tmp_path / "bench.json", f"{family}_half"
-    options = parse([str(folders / half), "--against", str(folders / family), *QUICK])
+    options = STAGE.parse([str(folders / half), "--against", str(folders / family), *QUICK])
     options = bench.replace(options, json=file)
     check(options)
     run(options)
@@ -81,7 +81,7 @@ def test_one_model_has_no_ratios_and_a_softmax_model_no_state(tmp_path: Path) ->
 
     tensors = {n: t for n, t in stored_tensors(build(LLAMA)).items() if n != "lm_head.weight"}
     write_hf(tmp_path / "llama", LLAMA, tensors)
-    options = parse([str(tmp_path / "llama"), *QUICK, "--measure", "mixer,decode"])
+    options = STAGE.parse([str(tmp_path / "llama"), *QUICK, "--measure", "mixer,decode"])
     from flame.checkpoint.reference import resolve
 
     record = bench.benchmark({"llama": resolve(options.model)}, None, options)
@@ -174,13 +174,13 @@ def test_models_are_named_by_what_tells_them_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "16,0"], "--lengths has 0: each must be at least 1"),
-        (["--batch-sizes", "a"], "--batch-sizes a: give whole numbers between commas"),
-        (["--repeats", "0"], "--repeats is 0: it must be at least 1"),
-        (["--train-length", "-1"], "--train-length is -1: it must be at least 1"),
-        (["--measure", "prefil"], "--measure names prefil: choose from prefill, decode"),
+        (["--lengths", "16,0"], "--lengths: 0 is not a whole number of at least 1"),
+        (["--batch-sizes", "a"], "--batch-sizes: a is not a whole number"),
+        (["--repeats", "0"], "--repeats: 0 is not a whole number of at least 1"),
+        (["--train-length", "-1"], "--train-length: -1 is not a whole number of at least 1"),
+        (["--measure", "prefil"], "--measure: unknown 'prefil': choose from prefill, decode"),
         (["--measure", ""], "--measure names nothing: choose from prefill"),
-        (["--seed", "-1"], "--seed is -1: it must not be negative"),
+        (["--seed", "-1"], "--seed: -1 is not a whole number of at least 0"),
         (["--against", "/no/such"], "no model at /no/such: no such folder"),
         (["--json", "{model}/out.json"], "lies inside the model's folder"),
         (["--json", "{exists}"], "exists: choose another, or pass --overwrite"),
@@ -192,11 +192,11 @@ def test_mistakes_are_one_line(
     model, exists = folders / "delta_net", tmp_path / "there.json"
     exists.write_text("mine")
     with pytest.raises(UserError) as error:
-        check(parse([str(model), *(a.format(model=model, exists=exists) for a in arguments)]))
+        check(STAGE.parse([str(model), *(a.format(model=model, exists=exists) for a in arguments)]))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert exists.read_text() == "mine"
 
 
 def test_several_processes_are_refused(folders: Path) -> None:
     with pytest.raises(UserError, match="--nproc 2: bench measures one device"):
-        check(parse([str(folders / "delta_net")]), world_size=2)
+        check(STAGE.parse([str(folders / "delta_net")]), world_size=2)

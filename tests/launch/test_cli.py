@@ -1,22 +1,32 @@
 """The command line: what it says, how fast, and that each mistake is one line."""
 
-import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flame.options import REQUIRED, option
+from flame.stage import Stage
 from launch import cli
 from launch.processes.launcher import Job
 
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    size: int = option(REQUIRED, "a size", metavar="SIZE")
+    note: str = option("", "a note")
+
+
 COMMAND = [sys.executable, "-m", "launch.cli"]
 
 
@@ -47,7 +57,7 @@ def test_overview_imports_nothing_heavy() -> None:
             ["toy", "--size", "3", "--color", "red"],
             "unrecognized arguments: --color red (slimstate toy --help)",
         ),
-        (["toy", "--size", "big"], "argument --size: invalid int value: 'big' (slimstate toy"),
+        (["toy", "--size", "big"], "--size: big is not a whole number"),
         (["toy"], "the following arguments are required: --size (slimstate toy --help)"),
         (["toy", "--size", "3", "--nproc", "0"], "--nproc: 0 is not a whole number of at least 1"),
         (["toy", "--size", "3", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
@@ -99,8 +109,8 @@ def test_help_is_the_stages_and_the_launchers(toy: Any, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_stage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    stage = import_module(cli.COMMANDS[name].module)
-    assert all(callable(getattr(stage, part)) for part in ("parse", "check", "run", "main"))
+    stage = import_module(cli.COMMANDS[name].module).STAGE
+    assert (stage.name, stage.module) == (name, cli.COMMANDS[name].module)
     cli.main([name, "--help"])
     assert capsys.readouterr().out.startswith(f"usage: slimstate {name}")
 
@@ -133,25 +143,22 @@ def test_keyboard_interrupt_is_silent(toy: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A stage with an argparse command line, registered as `slimstate toy`."""
-    stage: Any = types.ModuleType("toy_stage")
-    stage.ran, stage.checked = [], []
+    """A stage that keeps what it was checked for and ran, registered as `slimstate toy`."""
+    module: Any = types.ModuleType("toy_stage")
+    module.ran, module.checked = [], []
 
-    def parse(argv: list[str]) -> argparse.Namespace:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--size", type=int, required=True)
-        parser.add_argument("--note")
-        return parser.parse_args(argv)
-
-    def check(options: argparse.Namespace, world_size: int = 1) -> None:
+    def check(options: ToyOptions, world_size: int) -> None:
         assert os.environ["WORLD_SIZE"] == str(world_size)
-        stage.checked.append(world_size)
+        module.checked.append(world_size)
 
-    stage.parse, stage.check = parse, check
-    stage.run = lambda options: stage.ran.append(options.size)
-    monkeypatch.setitem(sys.modules, "toy_stage", stage)
+    def run(options: ToyOptions) -> None:
+        module.ran.append(options.size)
+
+    run.__module__ = "toy_stage"
+    module.STAGE = Stage("toy", "A toy.", ToyOptions, run, check)
+    monkeypatch.setitem(sys.modules, "toy_stage", module)
     monkeypatch.setitem(cli.COMMANDS, "toy", cli.Command("toy_stage", "a toy"))
-    return stage
+    return module
 
 
 def _children_cpu_seconds() -> float:

@@ -20,7 +20,7 @@ from flame.errors import UserError
 from flame.process.distributed import process_group
 from flame.versions import versions
 from launch import evaluate
-from launch.evaluate import check, main, parse
+from launch.evaluate import STAGE, check
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
 from launch.evaluation.perplexity import Perplexity, evaluate_perplexity, rounds
 from tests.distributed import run_distributed
@@ -164,7 +164,7 @@ def test_command_writes_json_and_prints_a_table(
     assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "figures.json"
-    main([str(assets / "run"), "--perplexity", "--json", str(out)])
+    STAGE.main([str(assets / "run"), "--perplexity", "--json", str(out)])
     record = json.loads(out.read_text())
     expected = measured(assets / "run")
     assert record["perplexity"] == expected.perplexity and record["tokens"] == expected.tokens
@@ -213,8 +213,12 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
         ([], None, "no recipe that names held-out text: give it as --perplexity DATA"),
         (["{empty}"], None, "has no text to evaluate on"),
         (["{missing}"], None, "missing"),
-        (["{data}", "--seq-len", "0"], None, "--seq-len is 0: it must be at least 1"),
-        (["{data}", "--max-sequences", "-1"], None, "--max-sequences is -1"),
+        (["{data}", "--seq-len", "0"], None, "--seq-len: 0 is not a whole number of at least 1"),
+        (
+            ["{data}", "--max-sequences", "-1"],
+            None,
+            "--max-sequences: -1 is not a whole number of at least 1",
+        ),
         (["{data}", "--text-key", "body"], None, "body"),
         (["{data}"], removed(*TOKENIZER), "has no tokenizer: give --tokenizer FOLDER"),
         (["{data}", "--tokenizer", "{empty}"], None, "tokenizer"),
@@ -244,7 +248,7 @@ def test_bad_input_is_refused_before_work(
     before = sorted(tmp_path.rglob("*"))
     argv = [str(model), "--perplexity", *(a.format(**places) for a in arguments)]
     with pytest.raises(UserError) as error:
-        check(parse(argv))
+        check(STAGE.parse(argv))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -255,18 +259,18 @@ def test_recipe_without_heldout_text_names_the_way_out(assets: Path, tmp_path: P
     recipe = (run / "recipe.toml").read_text().splitlines()
     (run / "recipe.toml").write_text("\n".join(r for r in recipe if "heldout =" not in r))
     with pytest.raises(UserError, match="give it as --perplexity DATA"):
-        check(parse([str(run), "--perplexity"]))
+        check(STAGE.parse([str(run), "--perplexity"]))
 
 
 def test_measure_must_be_named(assets: Path) -> None:
     with pytest.raises(UserError, match="say what to measure: --perplexity"):
-        parse([str(assets / "run")])
+        check(STAGE.parse([str(assets / "run")]))
 
 
 @pytest.mark.parametrize("model", ["no/such/folder/here", "/no/such/folder"])
 def test_missing_model_is_one_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main([model, "--perplexity"])
+        STAGE.main([model, "--perplexity"])
     assert exit_.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("slimstate: error: ") and error.count("\n") == 1
@@ -280,7 +284,7 @@ def test_nan_weights_are_named_and_nothing_is_written(assets: Path, tmp_path: Pa
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     argv = [str(broken), "--perplexity", str(assets / "heldout.jsonl"), "--json", str(out)]
     with pytest.raises(UserError, match=r"layers\.1\.attn\.v_proj\.weight holds 1 NaN"):
-        evaluate.run(parse(argv))
+        evaluate.run(STAGE.parse(argv))
     assert not out.exists()
 
 

@@ -20,7 +20,7 @@ from flame.errors import UserError
 from flame.process.distributed import process_group
 from launch.evaluation.recall_score import WordEncoder, accuracy, right_answers
 from launch.evaluation.recall_tasks import mqar_examples, needle_examples
-from launch.recall import check, main, measure, mqar_table, needle_table, parse, task_of
+from launch.recall import STAGE, check, measure, mqar_table, needle_table, task_of
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import stock_model
 
@@ -133,19 +133,19 @@ def test_examples_are_seeded() -> None:
 
 def test_sizes_are_those_that_the_model_was_trained_on(models: Path) -> None:
     trained, text = resolve(models / "trained"), resolve(models / "text")
-    assert task_of(parse(["m"]), trained) == TASK
-    assert task_of(parse(["m", "--pairs", "3"]), trained) == Mqar((3,), 32, 10, 10)
-    assert task_of(parse(["m", "--pairs", "3"]), resolve(models / "other")) == Mqar(
+    assert task_of(STAGE.parse(["m"]), trained) == TASK
+    assert task_of(STAGE.parse(["m", "--pairs", "3"]), trained) == Mqar((3,), 32, 10, 10)
+    assert task_of(STAGE.parse(["m", "--pairs", "3"]), resolve(models / "other")) == Mqar(
         (3,), 12, 10, 10
     )
-    assert task_of(parse(["m"]), resolve(models / "other")) == Mqar((4, 8), 32, 10, 10)
-    assert task_of(parse(["m"]), text) == Mqar((4, 8, 16), 64, 64, 64)
-    assert task_of(parse(["m", "--pairs", "99,2"]), text) == Mqar((2, 99), 396, 99, 99)
+    assert task_of(STAGE.parse(["m"]), resolve(models / "other")) == Mqar((4, 8), 32, 10, 10)
+    assert task_of(STAGE.parse(["m"]), text) == Mqar((4, 8, 16), 64, 64, 64)
+    assert task_of(STAGE.parse(["m", "--pairs", "99,2"]), text) == Mqar((2, 99), 396, 99, 99)
 
 
 def measured(models: Path, *arguments: str) -> list[dict[str, Any]]:
     names = [str(models / name) for name in ("trained", "other")]
-    return measure(parse([*names, "--examples", "11", "--batch", "4", *arguments]))
+    return measure(STAGE.parse([*names, "--examples", "11", "--batch", "4", *arguments]))
 
 
 def test_any_number_of_processes_gives_the_same(models: Path) -> None:
@@ -177,8 +177,8 @@ def test_command_prints_a_table_and_writes_json(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "recall.json"
-    main([str(models / "text"), "--pairs", "2", "--needle", "30", "--examples", "3", "--depths",
-          "50", "--query-noise", "--json", str(file)])  # fmt: skip
+    STAGE.main([str(models / "text"), "--pairs", "2", "--needle", "30", "--examples", "3",
+          "--depths", "50", "--query-noise", "--json", str(file)])  # fmt: skip
     out = capsys.readouterr().out
     (record,) = json.loads(file.read_text())
     assert mqar_table([record]).text() in out and needle_table([record]).text() in out
@@ -203,10 +203,17 @@ def test_what_cannot_work_is_refused_before(
     folder = tmp_path if arguments[0] == "bare" else models
     given = [str(folder / word) if (folder / word).is_dir() else word for word in arguments]
     with pytest.raises(UserError, match=message):
-        check(parse(given))
+        check(STAGE.parse(given))
 
 
-@pytest.mark.parametrize("option", [["--pairs", "4,x"], ["--depths", "101"], ["--needle", "1"]])
-def test_numbers_out_of_range_are_refused(option: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["m", *option])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--pairs", "4,x"], "--pairs: x is not a whole number of at least 1"),
+        (["--depths", "101"], "--depths: 101 is not a whole number from 0 to 100"),
+        (["--needle", "1"], "--needle: 1 is not a whole number of at least 8"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        STAGE.parse(["m", *option])

@@ -119,7 +119,7 @@ def test_recovery_runs_at_toy_size(family: str, tmp_path: Path) -> None:
 
 
 def recover(recipe: str, folder: Path) -> None:
-    from flame.train import parse, run
+    from flame.train import STAGE, run
 
     shrunk = {
         "job.dump_folder": folder / "run",
@@ -137,19 +137,19 @@ def recover(recipe: str, folder: Path) -> None:
         "lora.rank": 4,
     }
     words = [f"--{key}={value}" for key, value in shrunk.items()]
-    run(parse(["--config", str(ROOT / recipe), "--data.no-streaming", *words]))
+    run(STAGE.parse(["--config", str(ROOT / recipe), "--data.no-streaming", *words]))
 
 
 def test_the_comparison_of_recoveries_trains_what_it_says(tmp_path: Path) -> None:
     from benchmarks.recovery_modes import MODES, parse, words
     from flame.config import parse_job
-    from flame.train import parse as parse_command
+    from flame.train import STAGE
 
     options = parse([str(tmp_path / "demo"), str(tmp_path), "--rate", "all=1e-3", "full=5e-4"])
     for name, mode in MODES.items():
         if not mode.is_trained:
             continue
-        job = parse_job(list(parse_command(words(name, options)).arguments))
+        job = parse_job(list(STAGE.parse(words(name, options)).arguments))
         assert job.lora.rank == (32 if "lora" in name or "dora" in name else 0)
         assert job.lora.dora == ("dora" in name)
         assert job.trainable.modules == ([".attn."] if "partial" in name else [])

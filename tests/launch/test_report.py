@@ -11,7 +11,7 @@ import torch
 from flame.errors import UserError
 from launch import report
 from launch.ranks.analysis_files import write_analysis
-from launch.report import check, parse
+from launch.report import STAGE, check
 from launch.reporting.collect import collect
 from launch.reporting.run_folders import find_runs
 from launch.speed.bench_table import cell
@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(root / "text")
     write_run(root / "dense", GATED_DELTANET, weights(GATED_DELTANET))
     _log_losses(root / "dense", {1: 5.5, 2: 4.25, 3: 4.125})
-    prune.main([
+    prune.STAGE.main([
         str(root / "dense"), str(root / "half"), "--method", "drrqr", "--ratio", "0.5",
         "--data", str(text), "--tokenizer", str(root / "text" / "tokenizer"),
         "--sequences", "2", "--seq-len", "64",
@@ -158,12 +158,12 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
     ):
         (runs / "report.html").write_text("mine")
         with pytest.raises(UserError) as error:
-            check(parse([str(word) for word in arguments]))
+            check(STAGE.parse([str(word) for word in arguments]))
         assert message in str(error.value) and "\n" not in str(error.value)
         assert (runs / "report.html").read_text() == "mine"
         (runs / "report.html").unlink()
     with pytest.raises(UserError, match="--nproc 2: report only reads files"):
-        check(parse([str(runs)]), world_size=2)
+        check(STAGE.parse([str(runs)]), world_size=2)
 
 
 def test_nothing_to_report_is_said(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_analysis_that_cannot_be_drawn_is_named(results: Path) -> None:
 
 
 def run(folder: Path, *words: Any) -> None:
-    options = parse([str(folder), *map(str, words)])
+    options = STAGE.parse([str(folder), *map(str, words)])
     check(options)
     report.run(options)
 

@@ -17,6 +17,7 @@ import pytest
 
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
+from flame.options import words
 from launch import sweep
 from launch.drawing.sweep_chart import log_ticks
 from launch.sweeping.checks import _check_points
@@ -65,7 +66,7 @@ def run_alone(words: list[str]) -> None:
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    options = sweep.parse(words)
+    options = sweep.STAGE.parse(words)
     sweep.check(options, int(os.environ["WORLD_SIZE"]))
     sweep.run(options)
 
@@ -119,9 +120,11 @@ def test_every_registered_method_is_a_word() -> None:
 
 def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
     line = f"M O {shlex.join(SMALL)} --paper --recover R --lora.rank 4 --a.b=c --optimizer.lr -1"
-    options = sweep.parse([*shlex.split(line), "--data", "D", "--seed", "3", "--seeds", "1,2"])
+    options = sweep.STAGE.parse(
+        [*shlex.split(line), "--data", "D", "--seed", "3", "--seeds", "1,2"]
+    )
     assert options.budget_words == ("--multiple-of", "8", "--paper")
-    assert options.data_words == ("--data", "D", "--sequences", "3", "--seed", "3")
+    assert words(options.data) == ["--data", "D", "--sequences", "3", "--seed", "3"]
     assert options.recovery is not None
     assert options.recovery.overrides == ("--lora.rank", "4", "--a.b=c", "--optimizer.lr", "-1")
     assert len(options.points) == 2 + 2 + 4
@@ -135,9 +138,9 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
     [
         ("--methods magic --ratios 0.5", "unknown method 'magic': choose from drrqr"),
         ("--methods l1", "l1@key has no ratio: give --ratios"),
-        ("--methods l1 --ratio 0.5", "a sweep takes --ratios"),
-        ("--methods l1, --ratios 0.5", "--methods 'l1,' has an empty part"),
-        ("--methods l1,l1 --ratios 0.5", "--methods names l1 twice"),
+        ("--methods l1 --ratio 0.5", "--ratio 0.5: did you mean --ratios?"),
+        ("--methods l1, --ratios 0.5", "--methods: 'l1,' has an empty part"),
+        ("--methods l1,l1 --ratios 0.5", "--methods: l1,l1 names l1 twice"),
         ("--methods l1,l1@key --ratios 0.5", "l1@key=0.5 is in the sweep twice"),
         ("--methods l1@ --ratios 0.5", "cannot read 'l1@' in --methods: write METHOD"),
         ("--methods l1@key+head=0.5", "give a ratio to every kind, or to none"),
@@ -163,7 +166,7 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
 def test_one_line_says_what_is_wrong(root: Path, tmp_path: Path, words: str, message: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        sweep.check(sweep.parse([str(root / "dense"), str(out), *shlex.split(words)]), 1)
+        sweep.check(sweep.STAGE.parse([str(root / "dense"), str(out), *shlex.split(words)]), 1)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -171,10 +174,10 @@ def test_one_line_says_what_is_wrong(root: Path, tmp_path: Path, words: str, mes
 def test_ratios_of_heads_of_all_layers_may_agree_in_each_layer(root: Path) -> None:
     """Of two heads a layer one stays at both ratios, of the four of two layers three and two."""
     words = ["--methods", "random@head", "--ratios", "0.2,0.4", "--allocate", "model"]
-    options = sweep.parse([str(root / "dense"), "out", *words])
+    options = sweep.STAGE.parse([str(root / "dense"), "out", *words])
     reference = resolve(root / "dense")
     _check_points(options, reference)
-    uniform = sweep.parse([str(root / "dense"), "out", *words[:4]])
+    uniform = sweep.STAGE.parse([str(root / "dense"), "out", *words[:4]])
     with pytest.raises(UserError, match="keep as many channels and are the same model"):
         _check_points(uniform, reference)
 
@@ -182,7 +185,7 @@ def test_ratios_of_heads_of_all_layers_may_agree_in_each_layer(root: Path) -> No
 def test_places_that_are_taken_are_refused(root: Path, tmp_path: Path) -> None:
     def refused(out: Path, *words: str) -> str:
         with pytest.raises(UserError) as error:
-            options = sweep.parse([str(root / "dense"), str(out), "--methods", "l1", *words])
+            options = sweep.STAGE.parse([str(root / "dense"), str(out), "--methods", "l1", *words])
             sweep.check(options, 1)
         return str(error.value)
 
@@ -203,7 +206,7 @@ def test_room_is_asked_for_before_work(
     def needed(*words: str) -> float:
         with pytest.raises(UserError, match=r"GB, .* free") as error:
             line = [str(root / "dense"), str(tmp_path / "out"), "--methods", "l1,l2", *words]
-            sweep.check(sweep.parse([*line, "--ratios", "0.5", "--max-sequences", "1"]), 2)
+            sweep.check(sweep.STAGE.parse([*line, "--ratios", "0.5", "--max-sequences", "1"]), 2)
         return float(re.findall(r"needs (\S+) GB", str(error.value))[0])
 
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
@@ -289,9 +292,9 @@ def _measured_alone(root: Path, plan: Path, out: Path) -> float:
     from launch import evaluate
     from pruning import apply
 
-    apply.main([str(root / "dense"), str(plan / "plan.json"), str(out)])
+    apply.STAGE.main([str(root / "dense"), str(plan / "plan.json"), str(out)])
     file = out.with_suffix(".json")
-    evaluate.main([str(out), "--perplexity", "--max-sequences", "3", "--json", str(file)])
+    evaluate.STAGE.main([str(out), "--perplexity", "--max-sequences", "3", "--json", str(file)])
     return json.loads(file.read_text())["perplexity"]
 
 

@@ -20,7 +20,7 @@ from flame.checkpoint.reference import resolve
 from flame.checkpoint.safetensors_source import SafetensorsSource
 from flame.checkpoint.source import TensorInfo
 from flame.checkpoint.steps import METADATA, load_step, save_step, verify_step
-from flame.convert import Options, check, main, parse
+from flame.convert import STAGE, Options, check
 from flame.errors import UserError
 from flame.storage.checksums import CHECKSUMS
 from tests.flame.tiny import (
@@ -292,7 +292,7 @@ def test_the_disk_must_be_large_enough(tmp_path: Path, hf: Path, monkeypatch: An
 
 
 def test_the_command_line_is_checked_before_work(tmp_path: Path, run: Path, hf: Path) -> None:
-    options = parse([str(hf), str(tmp_path / "out"), "--to", "dcp", "--overwrite"])
+    options = STAGE.parse([str(hf), str(tmp_path / "out"), "--to", "dcp", "--overwrite"])
     assert options == Options(str(hf), tmp_path / "out", "dcp", True)
     check(options)
     refused = {
@@ -310,15 +310,15 @@ def test_the_command_line_is_checked_before_work(tmp_path: Path, run: Path, hf: 
 
 def test_checking_needs_no_torch(tmp_path: Path, hf: Path) -> None:
     code = (
-        "import sys; from flame.convert import check, parse;"
-        f"check(parse([{str(hf)!r}, {str(tmp_path / 'out')!r}, '--to', 'dcp']));"
+        "import sys; from flame.convert import STAGE, check;"
+        f"check(STAGE.parse([{str(hf)!r}, {str(tmp_path / 'out')!r}, '--to', 'dcp']));"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_stage_converts(tmp_path: Path, hf: Path) -> None:
-    main([str(hf), str(tmp_path / "out"), "--to", "dcp"])
+    STAGE.main([str(hf), str(tmp_path / "out"), "--to", "dcp"])
     assert resolve(tmp_path / "out").step_folder == tmp_path / "out" / "checkpoint" / "step-0"
 
 

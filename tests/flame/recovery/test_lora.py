@@ -242,9 +242,9 @@ def test_peft_loads_the_adapters_of_a_sharded_run(
     import flame.register  # noqa: F401
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
-    from flame.convert import check, parse, run
+    from flame.convert import STAGE, check, run
 
-    options = parse([str(dora_run), str(tmp_path / "adapter"), "--to", "peft"])
+    options = STAGE.parse([str(dora_run), str(tmp_path / "adapter"), "--to", "peft"])
     check(options)
     run(options)
     base = AutoModelForCausalLM.from_pretrained(published)
@@ -298,9 +298,9 @@ def test_adapters_of_another_shape_are_not_started_from(tmp_path: Path) -> None:
 
 
 def test_merge_is_an_option_of_the_command() -> None:
-    from flame.train import parse
+    from flame.train import STAGE
 
-    assert "--lora.merge" in parse(["--config", "recipe.toml", "--merge"]).arguments
+    assert "--lora.merge" in STAGE.parse(["--config", "recipe.toml", "--merge"]).arguments
 
 
 def test_only_adapters_become_a_peft_folder(two_ranks: Path, tmp_path: Path) -> None:

@@ -135,10 +135,10 @@ def test_init_starts_at_step_zero_from_published_weights(
 
 def continue_pruned(run: Path, steps: int) -> None:
     """What `slimstate train --config RUN/recipe.toml --training.steps N` does."""
-    from flame.train import parse
+    from flame.train import STAGE
     from flame.train import run as train_stage
 
-    train_stage(parse(["--config", str(run / "recipe.toml"), f"--training.steps={steps}"]))
+    train_stage(STAGE.parse(["--config", str(run / "recipe.toml"), f"--training.steps={steps}"]))
 
 
 def test_a_pruned_run_trains_on_where_it_stood(
@@ -150,7 +150,7 @@ def test_a_pruned_run_trains_on_where_it_stood(
     pruned = tmp_path / "pruned"
     config = tmp_path / "wide"
     run_distributed(train_job, 2, assets, config, model__config=str(wide_config(assets, tmp_path)))
-    prune.run(prune.parse([str(config), str(pruned), "--method", "l1", "--ratio", "0.5"]))
+    prune.run(prune.STAGE.parse([str(config), str(pruned), "--method", "l1", "--ratio", "0.5"]))
     before, cut = tensors_of(config / "checkpoint/step-6"), tensors_of(pruned / "checkpoint/step-6")
     kept = json.loads((pruned / "plan.json").read_text())["spaces"]["layers.0.key"]
     rows = [head * 32 + channel for head, channels in enumerate(kept) for channel in channels]

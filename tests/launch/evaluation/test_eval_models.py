@@ -15,7 +15,7 @@ from flame.data.tokenizer import train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
 from launch import evaluate
-from launch.evaluate import check, main, parse
+from launch.evaluate import STAGE, check
 from launch.evaluation import measures
 from launch.evaluation.fidelity import divergence, sum_divergences
 from tests.distributed import run_distributed
@@ -73,7 +73,7 @@ def test_all_steps_of_a_run_come_out_as_one_table(
         "--against",
         str(assets / "hf"),
     ]
-    main([f"{run}/checkpoint/*", *arguments, "--json", str(out)])
+    STAGE.main([f"{run}/checkpoint/*", *arguments, "--json", str(out)])
     printed = capsys.readouterr().out
     lines = [line.split()[0] for line in printed.splitlines()[2:]]
     assert lines == steps(run)
@@ -105,7 +105,7 @@ def test_second_call_measures_only_what_is_missing(
     arguments = [*steps(run), "--perplexity", "--json", str(out)]
     monkeypatch.setattr(measures._Bench, "record", spy)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(parse(arguments))
+        evaluate.run(STAGE.parse(arguments))
     assert list(json.loads(out.read_text())["models"]) == steps(run)[:1]
 
     def note(bench: Any, name: str, reference: Any) -> Any:
@@ -113,15 +113,15 @@ def test_second_call_measures_only_what_is_missing(
         return record(bench, name, reference)
 
     monkeypatch.setattr(measures._Bench, "record", note)
-    main(arguments)
+    STAGE.main(arguments)
     assert measured == steps(run)
-    main(arguments)
+    STAGE.main(arguments)
     assert measured == steps(run)
     (run / "checkpoint" / "step-9" / ".metadata").touch()
-    main(arguments)
+    STAGE.main(arguments)
     assert measured == [*steps(run), steps(run)[1]]
     with pytest.raises(UserError, match="holds results under other settings"):
-        check(parse([*arguments, "--max-sequences", "1"]))
+        check(STAGE.parse([*arguments, "--max-sequences", "1"]))
 
 
 def test_single_model_keeps_its_keys_at_the_top(
@@ -129,17 +129,17 @@ def test_single_model_keeps_its_keys_at_the_top(
 ) -> None:
     out = tmp_path / "out.json"
     arguments = [str(run), "--perplexity", *tasks_of(assets, "choices"), "--json", str(out)]
-    main(arguments)
+    STAGE.main(arguments)
     first = json.loads(out.read_text())
     assert {"perplexity", "bits_per_byte", "tokens", "tasks"} <= set(first)
     assert first["weights"].endswith("step-10")
     table = capsys.readouterr().out
-    main(arguments)
+    STAGE.main(arguments)
     assert json.loads(out.read_text()) == first and capsys.readouterr().out == table
 
 
 def ranks_record(arguments: list[str]) -> dict[str, Any]:
-    options = parse(arguments)
+    options = STAGE.parse(arguments)
     return measures.evaluate_models(options.models, options.measures, evaluate._results(options))
 
 
@@ -193,12 +193,22 @@ def test_divergence_counts_predicted_tokens_of_all_rows() -> None:
     ("arguments", "message"),
     [
         (["--tasks", "local_cloz"], "unknown task local_cloz: did you mean local_cloze"),
-        (["--tasks", "local_cloze", "--limit", "0"], "--limit is 0: it must be at least 1"),
-        (["--tasks", "local_cloze", "--num-fewshot", "-1"], "--num-fewshot is -1: it must be at"),
-        (["--tasks", "local_cloze", "--batch", "0"], "--batch is 0: it must be at least 1"),
+        (
+            ["--tasks", "local_cloze", "--limit", "0"],
+            "--limit: 0 is not a whole number of at least 1",
+        ),
+        (
+            ["--tasks", "local_cloze", "--num-fewshot", "-1"],
+            "--num-fewshot: -1 is not a whole number of at least 0",
+        ),
+        (
+            ["--tasks", "local_cloze", "--batch", "0"],
+            "--batch: 0 is not a whole number of at least 1",
+        ),
         (["--tasks", "local_cloze", "--task-path", "/gone"], "--task-path /gone is not a folder"),
         (["--tasks", "local_cloze", "--tokenizer", "{tasks}"], "has no tokenizer"),
-        (["--tasks", ","], "say what to measure: --perplexity"),
+        (["--tasks", ""], "say what to measure: --perplexity"),
+        (["--tasks", ","], "--tasks: ',' has an empty part"),
         (["--against", "/gone"], "no model at /gone"),
         (["--against", "{llama}"], "has a vocabulary of 300 and"),
         (["{run}", "--perplexity"], "is named twice"),
@@ -235,7 +245,7 @@ def test_bad_input_is_one_line(
     if "--task-path" not in own:
         own += ["--task-path", str(assets / "tasks")]
     with pytest.raises(UserError) as error:
-        check(parse([str(run), *own]))
+        check(STAGE.parse([str(run), *own]))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -244,7 +254,7 @@ def test_missing_data_is_found_before_work(run: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "x.yaml").write_text(task_file("x", TASKS["cloze"], "gone.jsonl"))
     with pytest.raises(UserError, match="task local_x needs the file gone.jsonl or .*/tasks/gone"):
-        check(parse([str(run), "--tasks", "local_x", "--task-path", str(folder)]))
+        check(STAGE.parse([str(run), "--tasks", "local_x", "--task-path", str(folder)]))
 
 
 def test_missing_lm_eval_names_the_extra(
@@ -257,7 +267,7 @@ def test_missing_lm_eval_names_the_extra(
         importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else found(name, *a)
     )
     with pytest.raises(UserError, match=r"pip install 'slimstate\[tasks\]'"):
-        check(parse([str(run), *tasks_of(assets, "cloze")]))
+        check(STAGE.parse([str(run), *tasks_of(assets, "cloze")]))
 
 
 def test_nan_weight_is_named_by_tasks_too(assets: Path, tmp_path: Path) -> None:
@@ -269,4 +279,4 @@ def test_nan_weight_is_named_by_tasks_too(assets: Path, tmp_path: Path) -> None:
     weights["model.layers.1.attn.v_proj.weight"][0, 0] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.1\.attn\.v_proj\.weight holds 1 NaN"):
-        evaluate.run(parse([str(broken), *tasks_of(assets, "rolling")]))
+        evaluate.run(STAGE.parse([str(broken), *tasks_of(assets, "rolling")]))

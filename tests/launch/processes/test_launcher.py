@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from flame.errors import UserError
+from flame.process.environment import free_port
 from launch.processes import failures
-from launch.processes.launcher import Job, start
+from launch.processes.launcher import Job
 from launch.processes.topology import Topology, split_options
 from tests.launch import probe_stage
+from tests.launch.probe_stage import start
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +31,7 @@ def fails(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit_:
-            start(probe_stage, arguments, Topology(nproc=2))
+            start(arguments, Topology(nproc=2))
         assert exit_.value.code == 1
         out, err = capfd.readouterr()
         assert out == ""
@@ -40,7 +42,7 @@ def fails(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def test_workers_environment(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = dict(os.environ)
-    start(probe_stage, ["environment", str(tmp_path)], Topology(nproc=2))
+    start(["environment", str(tmp_path)], Topology(nproc=2))
     ranks = [_environment(tmp_path / f"rank-{rank}") for rank in range(2)]
     for rank, found in enumerate(ranks):
         assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (
@@ -58,7 +60,7 @@ def test_workers_environment(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
 
 def test_one_process_runs_in_place(tmp_path: Path) -> None:
     before = dict(os.environ)
-    start(probe_stage, ["environment", str(tmp_path)])
+    start(["environment", str(tmp_path)])
     found = _environment(tmp_path / "rank-0")
     assert found["pid"] == str(os.getpid())
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("0", "1", "0")
@@ -98,11 +100,11 @@ def test_exit_status_comes_with_last_words(fails: Callable[..., str]) -> None:
 def test_checks_run_before_any_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "run", lambda self: pytest.fail("started"))
     with pytest.raises(UserError, match="refused for 2 processes"):
-        start(probe_stage, ["refuse"], Topology(nproc=2))
+        start(["refuse"], Topology(nproc=2))
 
 
 def test_restart_after_a_failure(tmp_path: Path) -> None:
-    start(probe_stage, ["flaky", str(tmp_path)], Topology(nproc=1, max_restarts=1))
+    start(["flaky", str(tmp_path)], Topology(nproc=1, max_restarts=1))
     assert (tmp_path / "attempt-0").exists()
 
 
@@ -131,7 +133,7 @@ def test_death_of_the_launcher_ends_the_workers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [(0, 1), (None, None)], ids=["static", "c10d"])
 def test_two_nodes_meet(tmp_path: Path, ranks: tuple[int | None, ...]) -> None:
-    meeting = f"nnodes=2, rdzv_endpoint='127.0.0.1:{_free_port()}'"
+    meeting = f"nnodes=2, rdzv_endpoint='127.0.0.1:{free_port()}'"
     nodes = [_job(f"Topology(node_rank={r}, {meeting})", "environment", tmp_path) for r in ranks]
     outcomes = [(node.communicate(timeout=60)[1], node.returncode) for node in nodes]
     assert [code for _, code in outcomes] == [0, 0], outcomes
@@ -165,7 +167,7 @@ def test_command_line_is_torchruns(topology: Topology, expected: str) -> None:
     from torch.distributed.run import config_from_args, parse_args
 
     arguments = ["it's", "a b", "--x=1"]
-    words = shlex.split(Job(probe_stage, arguments, None, topology).command_line())
+    words = shlex.split(Job(probe_stage.STAGE, arguments, None, topology).command_line())
     assert words[0] == "torchrun"
     assert words[1 : len(expected.split()) + 1] == expected.split()
     assert words[len(expected.split()) + 1 :] == ["-m", "tests.launch.probe_stage", *arguments]
@@ -256,10 +258,9 @@ def _environment(file: Path) -> dict[str, str]:
 def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
     words = [str(argument) for argument in arguments]
     code = (
-        "from flame.errors import run_stage; from launch.processes.launcher import start; "
-        "from launch.processes.topology import Topology; "
-        "from tests.launch import probe_stage; "
-        f"run_stage(lambda: start(probe_stage, {words}, {topology}))"
+        "from flame.errors import run_stage; from launch.processes.topology import Topology; "
+        "from tests.launch.probe_stage import start; "
+        f"run_stage(lambda: start({words}, {topology}))"
     )
     temporary = Path(str(arguments[-1]), "tmp")
     temporary.mkdir(exist_ok=True)
@@ -299,9 +300,3 @@ def _assert_nothing_left(folder: Path, pids: list[int], temporary: bool = True) 
     assert not list(folder.glob("half-written-*"))
     if temporary:
         assert not list((folder / "tmp").iterdir())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

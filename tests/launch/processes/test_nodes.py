@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flame.process.environment import free_port
 from tests.distributed import run_distributed
 from tests.flame.jobs import (
     TINY,
@@ -54,7 +54,9 @@ def test_two_nodes_do_what_one_does(assets: Path, tmp_path: Path) -> None:
 
     one = tmp_path / "one"
     run_distributed(train_job, 4, assets, one / "dense")
-    run_distributed(prune.run, 4, prune.parse([str(one / "dense"), str(one / "pruned"), *PRUNE]))
+    run_distributed(
+        prune.run, 4, prune.STAGE.parse([str(one / "dense"), str(one / "pruned"), *PRUNE])
+    )
     recovery["model__init"] = str(one / "pruned")
     run_distributed(train_job, 4, assets, one / "recovered", **recovery)
     assert losses_of(dense) == losses_of(one / "dense")
@@ -71,7 +73,7 @@ def test_a_lost_node_does_not_end_an_elastic_job(assets: Path, tmp_path: Path) -
         "training__steps": 60, "lr_scheduler__total_steps": 60, "checkpoint__interval": 5,
     }  # fmt: skip
     run_distributed(train_job, 1, assets, tmp_path / "whole", **options)
-    run, port = tmp_path / "run", _free_port()
+    run, port = tmp_path / "run", free_port()
     recipe = _recipe(assets, run, **options)
     elastic = ["--nnodes", "1:2", "--nproc", "1", "--max-restarts", "3"]
     nodes = [_start(_slimstate("train", [*elastic, *recipe], port)) for _ in range(2)]
@@ -183,7 +185,7 @@ def _slimstate(command: str, arguments: list[str], port: int) -> list[str]:
 
 
 def _on_nodes(command: Callable[..., list[str]], name: str, arguments: list[str]) -> None:
-    port = _free_port()
+    port = free_port()
     nodes = [_start(command(name, arguments, port)) for _ in range(2)]
     outcomes = [(node.communicate(timeout=WAIT)[1], node.returncode) for node in nodes]
     assert [code for _, code in outcomes] == [0, 0], outcomes
@@ -200,12 +202,6 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _listens(pid: int, port: int) -> bool:

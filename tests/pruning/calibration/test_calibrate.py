@@ -69,7 +69,7 @@ def stage(*arguments: str) -> None:
     """Run `calibrate` as one of the processes of its job."""
     from flame.process.distributed import world_size
 
-    options = calibrate.parse(list(arguments))
+    options = calibrate.STAGE.parse(list(arguments))
     calibrate.check(options, world_size())
     calibrate.run(options)
 
@@ -92,7 +92,7 @@ def run_plan(
     home: Path, family: str, stats: Path, out: Path, method: str = "drrqr", *flags: str
 ) -> bytes:
     arguments = [str(home / family), str(out), "--stats", str(stats), "--method", method]
-    options = plan.parse([*arguments, "--ratio", "0.5", *flags])
+    options = plan.STAGE.parse([*arguments, "--ratio", "0.5", *flags])
     plan.check(options)
     plan.run(options)
     return out.read_bytes()
@@ -400,13 +400,13 @@ def test_statistics_of_several_sources_add_up_over_ranks(home: Path) -> None:
 
 def test_data_and_tokenizer_must_come_from_somewhere(home: Path, tmp_path: Path) -> None:
     arguments = [str(home / "delta_net"), str(tmp_path / "stats")]
-    text = complaint(calibrate.check, calibrate.parse(arguments))
+    text = complaint(calibrate.check, calibrate.STAGE.parse(arguments))
     assert text.endswith("has no recipe that names its training data: give --data")
-    options = calibrate.parse([*arguments, "--data", str(home / "text.jsonl")])
+    options = calibrate.STAGE.parse([*arguments, "--data", str(home / "text.jsonl")])
     assert "has no tokenizer, and calibration reads text: give --token" in complaint(
         calibrate.check, options
     )
-    options = calibrate.parse([*arguments, *data_arguments(home)])
+    options = calibrate.STAGE.parse([*arguments, *data_arguments(home)])
     assert "3 processes do not divide 8 virtual shards" in complaint(calibrate.check, options, 3)
     assert "more processes than virtual shards" in complaint(calibrate.check, options, 16)
 

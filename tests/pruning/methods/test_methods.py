@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from flame.options import entries
 from pruning.linalg import strong_rrqr
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
@@ -138,8 +139,9 @@ def select(
 def test_a_method_is_a_frozen_dataclass_whose_fields_explain_themselves(name: str) -> None:
     method: Any = METHODS[name]
     assert method.name == name and is_dataclass(method)
-    for field in fields(method):
-        assert field.metadata["help"], f"{name}.{field.name} has no help text"
+    declared = {entry.name: entry.declared.help for entry in entries(method)}
+    assert list(declared) == [field.name for field in fields(method)]
+    assert all(declared.values()), f"{name} has an option without a help text: {declared}"
     with pytest.raises(FrozenInstanceError):
         method().anything = 1
 

@@ -27,7 +27,7 @@ _WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def _apply(arguments: list[str]) -> None:
-    options = apply.parse(arguments)
+    options = apply.STAGE.parse(arguments)
     apply.check(options)
     apply.run(options)
 

@@ -80,7 +80,7 @@ def test_from_training_to_a_smaller_stock_model(family: str, assets: Path, tmp_p
     check_replicated_parameters(tmp_path)
     for form in ("hf", "dcp"):
         command = [str(tmp_path / "run2"), str(tmp_path / form), "--method", "l1", "--to", form]
-        options = prune.parse([*command, "--ratio", "0.5", "--space", SPACES[family]])
+        options = prune.STAGE.parse([*command, "--ratio", "0.5", "--space", SPACES[family]])
         prune.check(options)
         prune.run(options)
     out = tmp_path / "hf"

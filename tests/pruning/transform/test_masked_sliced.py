@@ -78,7 +78,7 @@ def pruned(
         state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
         write_hf(folder / "dense", config, state)
     command = [str(folder / "dense"), str(folder / form), "--to", form, "--paper", *flags]
-    options = prune.parse([*command, "--method", "l1"])
+    options = prune.STAGE.parse([*command, "--method", "l1"])
     prune.check(options)
     prune.run(options)
     return dense, read_plan(folder / form / "plan.json")
@@ -95,7 +95,7 @@ def applied(folder: Path, config: dict[str, Any], kind: str, pad: bool) -> tuple
     plan = uneven_plan(resolve(model), kinds, pad_at_once)
     (folder / "plan.json").write_text(plan_text(plan))
     words = [str(model), str(folder / "plan.json"), str(folder / "hf"), *["--pad"] * pad]
-    options = apply.parse(words)
+    options = apply.STAGE.parse(words)
     apply.check(options)
     apply.run(options)
     return dense, read_plan(folder / "hf" / "plan.json")

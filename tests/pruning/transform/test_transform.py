@@ -59,7 +59,7 @@ def plan_for(folder: Path, ratio: float = 0.5) -> Plan:
 def apply_plan(model: Path, plan: Plan, out: Path, *options: str) -> None:
     file = out.parent / f"{out.name}.json"
     file.write_text(plan_text(plan))
-    arguments = apply.parse([str(model), str(file), str(out), *options])
+    arguments = apply.STAGE.parse([str(model), str(file), str(out), *options])
     apply.check(arguments)
     apply.run(arguments)
 

@@ -1,0 +1,190 @@
+"""From a command line to a dataclass of options, and back."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from flame.errors import UserError
+from flame.options.declaration import REQUIRED, declaration
+from flame.options.entry import Entry, entries, entries_of_several
+
+T = TypeVar("T")
+
+OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=|$)")
+"""A word such as `--training.steps` or `--training.steps=200`."""
+
+
+def parse(of: type[T], program: str, description: str, argv: Sequence[str], epilog: str = "") -> T:
+    """An instance of the dataclass `of` from the words of a command line.
+
+    Args:
+        of: the dataclass of options.
+        program: what the help and messages call the program, such as `slimstate plan`.
+        description: one sentence for the help.
+        argv: the words, without the program's name.
+        epilog: what the help says below the options.
+
+    Raises:
+        UserError: a word is no option, a value cannot be read, or something is missing.
+        SystemExit: the words ask for `--help`, which has been printed.
+    """
+    overridden, rest = _take_overrides(of, argv)
+    parser = _parser(of, program, description, epilog)
+    values, unknown = parser.parse_known_args(rest)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [entry.flag for entry in entries(of)], n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return _built(of, vars(values), overridden)
+
+
+def parse_known(of: type[T], program: str, argv: Sequence[str]) -> tuple[T, list[str]]:
+    """An instance of `of` from those words of a command line that it knows, and the other words.
+
+    Raises:
+        UserError: a value cannot be read.
+    """
+    values, rest = _parser(of, program, add_help=False).parse_known_args(list(argv))
+    return _built(of, vars(values)), rest
+
+
+def help_text(of: type, program: str, description: str, epilog: str = "") -> str:
+    """The text of `--help`: usage, description and all options; arguments as for `parse`."""
+    return _parser(of, program, description, epilog).format_help()
+
+
+def list_text(of: type, title: str) -> str:
+    """The part of a `--help` that lists the options of a dataclass under a heading."""
+    return _parser(of, "", title=title, add_help=False).format_help().partition("\n\n")[2].rstrip()
+
+
+def words(options: Any) -> list[str]:
+    """The command line that gives an instance; what is at its default is left out."""
+    return _words(options, set())
+
+
+def _words(options: Any, seen: set[str]) -> list[str]:
+    kinds = {entry.name: entry for entry in entries(type(options))}
+    found: list[str] = []
+    for each in dataclasses.fields(options):
+        declared, value = declaration(each), getattr(options, each.name)
+        if declared is None or each.name in seen:
+            continue
+        if declared.form == "group":
+            found += _words(value, seen)
+        elif declared.form == "options of":
+            found += [word for name in value for word in _option_words(kinds[name], value[name])]
+        elif declared.form == "option":
+            seen.add(each.name)
+            found += [] if value == each.default else _option_words(kinds[each.name], value)
+        else:
+            found += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return found
+
+
+def _option_words(entry: Entry, value: Any) -> list[str]:
+    return [entry.flag] if entry.kind is bool else [entry.flag, entry.write(value)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and raises a UserError instead of writing to stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        about_value = message.startswith("argument ")
+        hint = "" if about_value else f" ({self.prog} --help)"
+        raise UserError(message.removeprefix("argument ") + hint)
+
+
+def _parser(
+    of: type,
+    program: str,
+    description: str = "",
+    epilog: str = "",
+    title: str = "",
+    add_help: bool = True,
+) -> _Parser:
+    parser = _Parser(
+        program, description=description, epilog=epilog, add_help=add_help, allow_abbrev=False
+    )
+    groups: dict[str, Any] = {"": parser}
+    added: set[str] = set()
+    for entry in entries(of, title):
+        if entry.name not in added:
+            added.add(entry.name)
+            if entry.title not in groups:
+                groups[entry.title] = parser.add_argument_group(entry.title)
+            _add(groups[entry.title], entry)
+    return parser
+
+
+def _add(parser: Any, entry: Entry) -> None:
+    declared, default = entry.declared, entry.shown_default
+    text = (declared.help + (f" (default: {default})" if default else "")).replace("%", "%%")
+    if declared.form == "argument":
+        nargs = "+" if entry.is_list else None
+        parser.add_argument(
+            entry.name, type=entry.read, metavar=entry.metavar, nargs=nargs, help=text
+        )
+    elif declared.form == "overrides":
+        # For the help alone: the words are taken out before this parser sees them.
+        parser.add_argument(entry.flag, dest=entry.name, metavar="VALUE", help=text)
+    elif entry.kind is bool:
+        parser.add_argument(
+            entry.flag, dest=entry.name, action="store_true", default=entry.default, help=text
+        )
+    else:
+        required = entry.default is REQUIRED
+        parser.add_argument(
+            entry.flag,
+            dest=entry.name,
+            type=entry.read,
+            metavar=entry.metavar,
+            nargs=None if declared.bare is None else "?",
+            const=declared.bare,
+            required=required,
+            default=None if required else entry.default,
+            help=text,
+        )
+
+
+def _built(of: type[T], values: Mapping[str, Any], overridden: Sequence[str] = ()) -> T:
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(of):  # type: ignore[arg-type]
+        declared = declaration(each)
+        if declared is None:
+            continue
+        if declared.form == "group":
+            kept = {name: value for name, value in values.items() if name not in declared.without}
+            found[each.name] = _built(declared.classes[""], kept)
+        elif declared.form == "options of":
+            names = [entry.name for entry in entries_of_several(declared)]
+            found[each.name] = {n: values[n] for n in names if values[n] is not None}
+        elif declared.form == "overrides":
+            found[each.name] = tuple(overridden)
+        elif each.name in values:
+            value = values[each.name]
+            found[each.name] = tuple(value) if isinstance(value, list) else value
+    return of(**found)
+
+
+def _take_overrides(of: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The `--section.key VALUE …` words of a command line, and the other words."""
+    forms = {entry.declared.form for entry in entries(of)}
+    limit = 1 if "argument" in forms else len(argv)
+    taken: list[str] = []
+    rest: list[str] = []
+    room = 0
+    for word in argv:
+        if "overrides" in forms and OVERRIDE.match(word):
+            taken.append(word)
+            room = 0 if "=" in word else limit
+        elif room and not word.startswith("--"):
+            taken.append(word)
+            room -= 1
+        else:
+            rest.append(word)
+            room = 0
+    return taken, rest
