@@ -49,7 +49,7 @@ def sweep_chart(
         _set_scales(ax, rows, stage, dense, WIDTH - LEFT - right)
         labelled = list(lines)
         for line in lines:
-            ax.plot(line.x, line.y, "o-", color=line.colour, lw=2, ms=5)
+            ax.plot(line.x, line.y, "o-", color=line.colour, lw=2, ms=5, clip_on=False)
             _draw_band(ax, line, _of(rows, line.label), stage)
         if dense is not None:
             ends = ax.get_xlim()

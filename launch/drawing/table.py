@@ -1,7 +1,6 @@
-"""One table, written as text for a terminal, CSV, Markdown, HTML or LaTeX."""
+"""One table, written as text for a terminal, CSV, Markdown or LaTeX."""
 
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,16 +62,21 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
 
+    def lines(self) -> list[list[str]]:
+        """The headings, then the cells of each row, as a reader sees them."""
+        cells = [[column.cell(row.get(column.key)) for column in self.columns] for row in self.rows]
+        return [[column.heading or column.key for column in self.columns], *cells]
+
     def text(self) -> str:
         """Aligned columns under a rule, for a terminal."""
-        lines = [self._headings(), *self._cells()]
+        lines = self.lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         return "\n".join(self._padded(line, widths).rstrip() for line in lines)
 
     def markdown(self) -> str:
         rule = ["---:" if column.align == "right" else ":---" for column in self.columns]
-        lines = [[_escaped(cell) for cell in line] for line in [self._headings(), *self._cells()]]
+        lines = [[_escaped(cell) for cell in line] for line in self.lines()]
         lines.insert(1, rule)
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -84,37 +88,21 @@ class Table:
         writer.writerows([row.get(column.key) for column in self.columns] for row in self.rows)
         return buffer.getvalue()
 
-    def html(self) -> str:
-        """A `<table>` whose cells carry their alignment as a class, for a page's own style."""
-        lines = [self._html_line("th", self._headings())]
-        lines += [self._html_line("td", cells) for cells in self._cells()]
-        return "<table>\n" + "\n".join(lines) + "\n</table>"
-
     def latex(self) -> str:
         """A `tabular` in the style of the package booktabs, which the document must load.
 
         Text is escaped; the mathematical signs that our own headings use become mathematics.
         """
         alignment = "".join(column.align[0] for column in self.columns)
-        lines = [_latex_line(self._headings()), r"\midrule", *map(_latex_line, self._cells())]
+        headings, *cells = map(_latex_line, self.lines())
+        lines = [headings, r"\midrule", *cells]
         begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
         return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", end])
-
-    def _headings(self) -> list[str]:
-        return [column.heading or column.key for column in self.columns]
-
-    def _cells(self) -> list[list[str]]:
-        return [[column.cell(row.get(column.key)) for column in self.columns] for row in self.rows]
 
     def _padded(self, line: Sequence[str], widths: Sequence[int]) -> str:
         cells = zip(self.columns, line, widths, strict=True)
         pad = {"left": str.ljust, "right": str.rjust}
         return "  ".join(pad[column.align](cell, width) for column, cell, width in cells)
-
-    def _html_line(self, tag: str, line: Sequence[str]) -> str:
-        cells = zip(self.columns, line, strict=True)
-        written = [f'<{tag} class="{c.align}">{html.escape(cell)}</{tag}>' for c, cell in cells]
-        return f"<tr>{''.join(written)}</tr>"
 
 
 def _escaped(cell: str) -> str:

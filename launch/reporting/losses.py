@@ -1,9 +1,12 @@
-"""Training losses of a run, from its TensorBoard files."""
+"""Training losses: read from the TensorBoard files of a run, smoothed and drawn."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flame.errors import UserError
+from launch.drawing.lines import Line, line_chart
+from launch.reporting.sentences import LABELS
 
 LOSS_TAG = "loss_metrics/global_avg_loss"
 """torchtitan's TensorBoard tag of the mean loss over all ranks, in nats per token."""
@@ -30,3 +33,25 @@ def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
         raise UserError(f"{run_folder} has no loss curve: no TensorBoard events with {LOSS_TAG}")
     steps = sorted(losses)
     return steps, [losses[step][1] for step in steps]
+
+
+def loss_chart(heading: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """An SVG of steps and losses by model: the running mean, and behind it each loss."""
+    lines = [
+        Line(name, LABELS.get(name, name), steps, smoothed(losses, len(losses) // 20), faint=losses)
+        for name, (steps, losses) in curves.items()
+    ]
+    return line_chart(lines, "step", "loss, nats per token", f"Training loss: {heading}")
+
+
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over `reach` neighbours on either side, NaN passed over.
+
+    Windows shrink evenly at the start, where a loss is steep, and are cut off at the end.
+    """
+    result = []
+    for middle in range(len(values)):
+        first = middle - min(reach, middle)
+        window = [v for v in values[first : 2 * middle - first + 1] if math.isfinite(v)]
+        result.append(sum(window) / len(window) if window else math.nan)
+    return result

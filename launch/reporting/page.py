@@ -1,27 +1,20 @@
 """One self-contained HTML page about a run: what pruning saved, what it cost, how it was measured.
 
-The page's sentences are computed from the numbers (`launch.reporting.sentences`).
+`templates/report.html` has its sections; its sentences are computed from the numbers
+(`launch.reporting.sentences`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flame.process.atomic_output import replacing_file
-from launch.reporting import sections
-from launch.reporting.blocks import Tile, render
+from launch.reporting import pictures, sentences, tables
 from launch.reporting.data import ReportData
-from launch.reporting.sentences import (
-    Row,
-    bytes_text,
-    change_text,
-    control_of,
-    described,
-    number,
-    short,
-    verdict,
-)
-from launch.sweeping.page import sweep_sections
-from launch.sweeping.tables import sweep_of
+from launch.reporting.render import render
+from launch.reporting.sentences import Row, bytes_text, short
+from launch.speed import bench_table
+from launch.sweeping import tables as sweep_tables
+from launch.sweeping.page import charts
 
 CHANGES = (
     ("Recurrent state a sequence", "state_bytes", bytes_text),
@@ -41,31 +34,33 @@ def write_report(path: Path, data: ReportData, overwrite: bool = False) -> Path:
 
 
 def page(data: ReportData) -> str:
-    """The HTML of a report: one file with its style and pictures, without a script or a link."""
-    found = [
-        *sections.models(data),
-        *sections.scores(data),
-        *sections.speed(data),
-        *(section for results in data.sweeps for section in sweep_sections(sweep_of(results))),
-        *sections.pruned(data),
-        *sections.ranks(data),
-        *sections.training(data),
-        *sections.made(data),
-    ]
-    control = control_of(data.rows)
-    note = f"From {described(control)} to the recovered one."
-    return render(data.title, verdict(data.rows), found, _tiles(data.rows), note)
+    """The HTML of a report."""
+    run = {"seed": data.seed, "processes": data.world_size}
+    known = {name: value for name, value in run.items() if value is not None}
+    return render(
+        "report.html",
+        title=data.title,
+        verdict=sentences.verdict(data.rows),
+        changes=list(_changes(data.rows)),
+        data=data,
+        control=sentences.described(sentences.control_of(data.rows)),
+        sweeps=[(sweep, charts(sweep)) for sweep in map(sweep_tables.sweep_of, data.sweeps)],
+        commands=data.commands,
+        facts={**known, **data.facts, **data.versions},
+        bench_table=bench_table,
+        pictures=pictures,
+        sentences=sentences,
+        tables=tables,
+        words=sweep_tables,
+    )
 
 
-def _tiles(rows: Mapping[str, Row]) -> list[Tile]:
-    """The changes that matter, from the dense model to the recovered one."""
-    control = control_of(rows)
-    if control is None or "recovered" not in rows:
-        return []
-    tiles = []
-    for label, key, write in CHANGES:
-        before, after = number(rows, control, key), number(rows, "recovered", key)
+def _changes(rows: Mapping[str, Row]) -> Iterator[tuple[str, str, str]]:
+    """The changes that matter, from the dense model to the recovered one: label, change, values."""
+    control = sentences.control_of(rows)
+    for label, key, write in CHANGES if control and "recovered" in rows else ():
+        before = sentences.number(rows, str(control), key)
+        after = sentences.number(rows, "recovered", key)
         if before and after is not None:
-            values = f"{write(before)} → {write(after)}"
-            tiles.append(Tile(label, change_text(before, after), values))
-    return tiles
+            change = sentences.change_text(before, after)
+            yield label, change, f"{write(before)} → {write(after)}"

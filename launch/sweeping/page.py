@@ -7,32 +7,13 @@ from typing import Any
 
 from flame.process.atomic_output import replacing_file
 from launch.drawing.sweep_chart import sweep_chart
-from launch.reporting.blocks import (
-    Block,
-    Folded,
-    Panel,
-    Panels,
-    Record,
-    Section,
-    TableBlock,
-    bars,
-    render,
-)
+from launch.reporting.render import Bars, Panel, render
 from launch.reporting.sentences import short
-from launch.sweeping.tables import (
-    HEADING,
-    NOTE,
-    Row,
-    Sweep,
-    percent,
-    rows_table,
-    sweep_of,
-    with_spread,
-)
+from launch.sweeping import tables
+from launch.sweeping.tables import Row, Sweep, percent, rows_table, sweep_of, with_spread
 
 PAGE_FILE = "sweep.html"
 RESULTS = "results"
-OWN_HEADING = "Points with a ratio of their own"
 CONTROL = "random"
 """The method that the others are compared with."""
 
@@ -45,12 +26,11 @@ def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = No
     """
     sweep = sweep_of(results)
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    tables = sweep.tables()
     files = {
         folder / f"{RESULTS}.json": text,
         folder / f"{RESULTS}.csv": rows_table(sweep.rows).csv(),
-        folder / f"{RESULTS}.md": "\n\n".join(table.markdown() for table in tables) + "\n",
-        folder / f"{RESULTS}.tex": "\n\n".join(table.latex() for table in tables) + "\n",
+        folder / f"{RESULTS}.md": "\n\n".join(table.markdown() for table in sweep.tables()) + "\n",
+        folder / f"{RESULTS}.tex": "\n\n".join(table.latex() for table in sweep.tables()) + "\n",
         folder / PAGE_FILE: page(sweep, results),
         **({copy: text} if copy is not None else {}),
     }
@@ -61,21 +41,17 @@ def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = No
 
 def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
     """The HTML: a sentence, the charts, the tables, and how it was made; no script, no link."""
-    said = dict.fromkeys(note for row in sweep.rows for note in row.get("notes") or [])
-    notes = [Section("What the methods say", " ".join(said), [])] if said else []
-    facts = {**results.get("facts", {}), **results.get("versions", {})}
-    made = Section("How it was made", "", [Record(results.get("commands", ()), facts)])
-    return render(sweep.title, verdict(sweep), [*sweep_sections(sweep), *notes, made])
-
-
-def sweep_sections(sweep: Sweep) -> list[Section]:
-    """The charts and the tables of a sweep, for its own page and a report's."""
-    grid, own = sweep.grid_table(), sweep.own_table()
-    tables: list[Block] = [TableBlock(grid, "wide")] if grid else []
-    tables += [TableBlock(own, "wide", OWN_HEADING)] if own else []
-    rows = TableBlock(rows_table(sweep.rows), "wide")
-    folded = Folded("Every point in numbers", [rows])
-    return [_charts(sweep), Section(HEADING, NOTE, [*tables, folded])]
+    return render(
+        "sweep.html",
+        title=sweep.title,
+        verdict=verdict(sweep),
+        sweep=sweep,
+        charts=charts(sweep),
+        words=tables,
+        notes=list(dict.fromkeys(n for row in sweep.rows for n in row.get("notes") or [])),
+        commands=results.get("commands", ()),
+        facts={**results.get("facts", {}), **results.get("versions", {})},
+    )
 
 
 def verdict(sweep: Sweep) -> str:
@@ -114,35 +90,29 @@ def _distance_from_half(row: Row) -> float:
         return 1.0
 
 
-def _charts(sweep: Sweep) -> Section:
-    """A row of charts for each kind of space, a chart for each stage."""
+def charts(sweep: Sweep) -> list[list[Panel]]:
+    """A row of panels for each kind of space, a panel for each stage."""
     names = dict.fromkeys(row["method"] for row in sweep.rows if row["method"] != CONTROL)
     colours = {name: number for number, name in enumerate(names)}
-    blocks = []
+    found = []
     for space in dict.fromkeys(row["space"] for row in sweep.rows):
-        rows = [row for row in sweep.rows if row["space"] == space]
-        drawn = []
+        panels = []
         for stage in sweep.stages:
+            rows = [row for row in sweep.rows if row["space"] == space and row.get(stage)]
             when = "before recovery" if stage == "before" else "after recovery"
             title = f"{_channels(space)}, {when}".capitalize()
-            drawn += _panel(rows, stage, sweep.controls.get(stage), colours, title)
-        blocks += [Panels(drawn)] if drawn else []
-    note = (
-        "Held-out perplexity; lower is better. Axes are logarithmic, bars start at 0. The grey "
-        "band is one standard deviation of random channels, the dashed line the model before "
-        "pruning; after recovery, that model trained on for as long, where it was."
-    )
-    return Section("Perplexity against the state removed", note, blocks)
+            panel = _panel(rows, stage, sweep.controls.get(stage), colours, title)
+            panels += [panel] if panel.picture or panel.bars else []
+        found += [panels] if panels else []
+    return found
 
 
 def _panel(
     rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
-) -> list[Panel]:
+) -> Panel:
     """Lines over the state removed, or bars where all rows are without the same part of it."""
     if len({row.get("removed") for row in rows}) > 1:
-        chart = sweep_chart(rows, stage, dense, colours, title)
-        return [Panel(title, chart)] if chart else []
-    values = {row["method"]: row[stage] for row in rows if row.get(stage) is not None}
+        return Panel(title, sweep_chart(rows, stage, dense, colours, title))
+    values = {row["method"]: row[stage] for row in rows}
     texts = {row["method"]: with_spread(row, stage) or "" for row in rows}
-    drawn = bars(values, {}, texts, mark=dense, role="soft", thin=True)
-    return [Panel(title, blocks=[drawn])] if values else []
+    return Panel(title, bars=[Bars(values, texts, "soft", mark=dense)] if values else [])

@@ -11,9 +11,8 @@ import pytest
 from flame.errors import UserError
 from launch.ranks.spectra import Spectrum
 from launch.reporting.data import KeptChannels, ReportData
-from launch.reporting.losses import loss_curve
+from launch.reporting.losses import loss_curve, smoothed
 from launch.reporting.page import page, write_report
-from launch.reporting.sections import smoothed
 from launch.reporting.sentences import verdict, won_back
 from launch.reporting.tables import COLUMNS
 

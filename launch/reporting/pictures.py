@@ -1,0 +1,134 @@
+"""The pictures and bars of a report, each under its heading."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launch.drawing.heatmaps import channel_grid
+from launch.drawing.lines import Line, line_chart
+from launch.reporting.data import RankAnalysis, ReportData
+from launch.reporting.losses import loss_chart
+from launch.reporting.render import Bars, Panel
+from launch.reporting.sentences import bytes_text, control_of, perplexity, short
+from launch.reporting.tables import label
+from launch.speed.bench_table import figure
+
+LOG_SCALE_FROM = 6.0
+"""Ratio of the largest perplexity to the smallest above which bars are logarithmic."""
+
+SMALLEST_DRAWN = 1e-8
+"""Singular values, over the largest, below this are fp32 noise and drawn at it."""
+
+MEASURES = {
+    "prefill": "Reading prompts, tokens a second",
+    "decode": "Decoding, tokens a second",
+    "train_step": "Training step, milliseconds",
+    "state_bytes": "Recurrent state a sequence",
+    "train_peak_bytes": "Peak memory of a training step",
+}
+"""Measures of a benchmark that have bars beside the table."""
+
+COUNTED = {"key": "channels a head", "value": "value channels", "head": "heads"}
+"""What is counted of each kind of space."""
+
+
+def perplexity_bars(data: ReportData) -> Bars | None:
+    """Perplexities of the models that have one, marked at the control's; None without any."""
+    values = {name: perplexity(data.rows, name) for name in data.rows}
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known:
+        return None
+    control = control_of(data.rows)
+    return Bars(
+        known,
+        {name: short(value) for name, value in known.items()},
+        mark=perplexity(data.rows, control) if control else None,
+        log=max(known.values()) > LOG_SCALE_FROM * min(known.values()),
+    )
+
+
+def time_bars(data: ReportData) -> Bars:
+    """Seconds by stage, but for the total."""
+    stages = {n.replace("_", " "): value for n, value in data.seconds.items() if n != "total"}
+    return Bars(stages, {name: f"{value:,.1f} s" for name, value in stages.items()}, "soft")
+
+
+def recall_panels(data: ReportData) -> Iterator[Panel]:
+    """Accuracy by what makes recall hard, a line a model."""
+    for recall in data.recall:
+        lines = [
+            Line(name, label(name), x, [100 * accuracy for accuracy in y])
+            for name, (x, y) in recall.curves.items()
+        ]
+        if recall.chance is not None:
+            xs = [x for line in lines for x in line.x]
+            lines.append(Line("soft", "chance", [min(xs), max(xs)], [100 * recall.chance] * 2))
+        extent, title = (-3.0, 103.0), recall.heading
+        chart = line_chart(lines, recall.x_label, "accuracy, %", title, y_extent=extent)
+        yield Panel(title, chart)
+
+
+def bench_panels(record: Mapping[str, Any]) -> Iterator[Panel]:
+    """Bars of a benchmark, a panel a measure and a block of bars a size."""
+    for name, heading in MEASURES.items():
+        found = [m for m in record["measures"] if m["name"] == name and m["values"]]
+        if found:
+            yield Panel(heading, bars=[_bench_bars(measure) for measure in found])
+
+
+def _bench_bars(measure: Mapping[str, Any]) -> Bars:
+    values = {name: value["median"] for name, value in measure["values"].items()}
+    write = bytes_text if measure["unit"] == "bytes" else figure
+    size = ""
+    if measure["name"] == "decode":
+        size = f"batch {measure['batch_size']}"
+    if measure["name"] == "prefill":
+        size = f"{measure['length']:,} tokens"
+    return Bars(values, {name: write(value) for name, value in values.items()}, heading=size)
+
+
+def kept_panels(data: ReportData) -> dict[str, list[Panel]]:
+    """What the plan kept, a picture a layer, by kind of space."""
+    found: dict[str, list[Panel]] = {kind: [] for kind in COUNTED}
+    for layer in data.kept:
+        counts = sorted({len(channels) for channels in layer.kept}) or [0]
+        count = " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+        title = f"Layer {layer.layer}: {count} of {layer.head_dim} {COUNTED[layer.kind]}"
+        picture = channel_grid(layer.kept, layer.head_dim, title)
+        found[layer.kind].append(Panel(title, picture))
+    return found
+
+
+def spectrum_panels(data: ReportData) -> Iterator[Panel]:
+    """Singular values of the states, a panel a layer and a line a model."""
+    for layer in sorted({s.layer for spectra in data.spectra.values() for s in spectra}):
+        found = {n: s for n, spectra in data.spectra.items() for s in spectra if s.layer == layer}
+        lines = []
+        for name, s in found.items():
+            drawn = [max(value, SMALLEST_DRAWN) for value in s.values]
+            lines.append(Line(name, label(name), range(1, len(drawn) + 1), drawn))
+        title, x_label = f"Layer {layer}", "singular value, by size"
+        yield Panel(
+            title,
+            line_chart(lines, x_label, "σ / largest σ", title, log_y=True),
+            stable_ranks={
+                name: f"{s.stable_rank:.1f} of {len(s.values)}"
+                for name, s in found.items()
+                if math.isfinite(s.stable_rank)
+            },
+        )
+
+
+def rank_panels(analysis: RankAnalysis) -> list[Panel]:
+    """The plots of an analysis of ranks."""
+    return [Panel(plot.title, plot.picture) for plot in analysis.plots]
+
+
+def loss_panels(data: ReportData) -> Iterator[Panel]:
+    """Training losses: pretraining, and what followed it."""
+    curves = dict(data.loss_curves)
+    if "dense" in curves:
+        yield Panel("Pretraining", loss_chart("Pretraining", {"dense": curves.pop("dense")}))
+    if curves:
+        heading = "After pruning, and the dense control"
+        yield Panel(heading, loss_chart(heading, curves))
