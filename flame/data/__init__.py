@@ -1,8 +1,10 @@
-"""Text to token batches: sources of documents, tokenizers, packing, loading, held-out sets.
+"""From text to batches of tokens.
 
-`config` holds the recipe's `[data]`; `sources` finds the documents (`corpus` the embedded ones),
-`mixing` draws on several in given shares;
-`packing` cuts them into rows; `loader` deals the rows out to ranks, resumable at any world size;
-`heldout` measures bytes beside tokens; `tokenizer` loads and trains tokenizers; `hub` tells early
-that there is no network.
+- `config`: the recipe's `[data]`.
+- `sources`, `documents`, `local_files`, `hub`: finding sets of documents and reading them.
+- `corpus`, `mqar`, `mqar_tokens`: the embedded text, and generated associative recall.
+- `mixing`: several sources in given shares.
+- `tokenizer`, `packing`: token ids, cut into rows.
+- `loader`, `loader_checks`: rows dealt out to ranks, resumable at any world size.
+- `heldout`: held-out text, with the bytes that its tokens stand for.
 """

@@ -10,7 +10,7 @@ from flame.errors import UserError
 NAME = "python-stdlib"
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 10
-"""One file in so many is held out."""
+"""One file in this many is held out."""
 
 SKIPPED_FOLDERS = {
     "__pycache__",
@@ -31,10 +31,10 @@ SKIPPED_FOLDERS = {
 
 
 def stdlib_texts(split: str, root: Path | None = None) -> list[str]:
-    """The UTF-8 source files of `split` (`train` or `heldout`), in the order of their paths.
+    """Return the texts of the source files of `split` (`train` or `heldout`), sorted by path.
 
-    A file belongs to a split by a hash of its path: the splits are disjoint, and a file stays in
-    its split when others come or go.
+    A hash of its path puts a file into a split. So the splits are disjoint, and a file stays in its
+    split when others come or go. Raises `UserError` if the split is unknown or has no file.
     """
     if split not in SPLITS:
         raise UserError(f"{NAME} has no split {split!r}: choose {' or '.join(SPLITS)}")
@@ -50,20 +50,17 @@ def stdlib_texts(split: str, root: Path | None = None) -> list[str]:
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """The source files below `root`, sorted; tests, tables and machine-made files left out."""
+    """Return the source files below `root`, sorted, without tests, tables and generated files."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
-        files += [Path(folder, name) for name in names if _is_source(name)]
+        sources = [n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+        files += [Path(folder, name) for name in sources]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _is_source(name: str) -> bool:
-    return name.endswith(".py") and not name.startswith("_sysconfigdata")
-
-
 def split_of(path: Path) -> str:
-    """The split of the file at `path`, relative to the library's folder."""
+    """Return the split of the file at `path`, which is relative to the library's folder."""
     digest = hashlib.sha256(path.as_posix().encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_SHARE == 0 else "train"
 

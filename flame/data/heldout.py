@@ -1,4 +1,4 @@
-"""Held-out text for perplexity: every token once, with the bytes that the predictions stand for."""
+"""Held-out text for perplexity: every token once, with the bytes that the tokens stand for."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flame.data import corpus
 from flame.data.config import DataConfig
+from flame.data.documents import Documents
 from flame.data.mixing import MixedDocuments, shares, source_configs
-from flame.data.mqar import answers_of
+from flame.data.mqar_tokens import answers_of
 from flame.data.packing import (
     IGNORE_INDEX,
     Cursor,
@@ -22,23 +23,22 @@ from flame.data.packing import (
     plain_batch,
     varlen_batch,
 )
-from flame.data.sources import Documents, build_documents
+from flame.data.sources import build_documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
 Heldout = tuple[dict[str, Tensor], Tensor, int]
+"""A batch of one row, its labels, and the UTF-8 bytes of the tokens that the labels ask for."""
 
 
 def heldout_sequences(
     config: DataConfig, tokenizer: Any, seq_len: int, max_sequences: int | None = None
 ) -> Iterator[Heldout]:
-    """The held-out documents in order, packed into rows of `seq_len` tokens, the last shorter.
+    """Yield the held-out documents in order, packed into rows; the last row may be shorter.
 
-    Each item is a batch of one row as `PackedLoader` makes it, and the UTF-8 bytes of the tokens
-    that its labels ask for. The rows do not overlap, so a token is predicted once; with
-    `config.varlen` the first of each document is not, and its bytes are not counted.
-
-    Raises `UserError` at the call for a missing set, and for one with no text.
+    Rows of `seq_len` tokens do not overlap, so each token is predicted once. With `config.varlen`
+    the first token of a document is not predicted, and its bytes are not counted. Raises
+    `UserError` at the call if the set is missing or has no text.
     """
     encoder = Encoder(tokenizer, config.add_eos)
     documents = heldout_documents(config)
@@ -51,9 +51,10 @@ def heldout_sequences(
 
 
 def heldout_documents(config: DataConfig) -> Documents:
-    """The held-out set that the recipe names, in its own order.
+    """Return the held-out set that the recipe names, in its own order.
 
-    Without one it is those of all `config.sources`, a document of each in turn.
+    A recipe with `sources` and without `heldout` means the sources' own held-out sets, one document
+    of each in turn.
     """
     if config.sources and not config.heldout:
         sources = source_configs(config)

@@ -28,12 +28,7 @@ def hub_problem() -> str | None:
 
 
 def reachable(url: str, timeout: float = TIMEOUT) -> bool:
-    """Return whether the host of `url`, or the proxy for it, accepts a connection in time.
-
-    Args:
-        url: the address, with its scheme.
-        timeout: seconds to wait.
-    """
+    """Return whether the host of `url`, or the proxy for it, is connected within `timeout` s."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if proxy:
@@ -52,12 +47,8 @@ def reachable(url: str, timeout: float = TIMEOUT) -> bool:
 def download(name: str, patterns: Sequence[str]) -> Path:
     """Return the local folder of a hub model, brought up to date if the hub can be reached.
 
-    Args:
-        name: the model's name on the hub.
-        patterns: glob patterns of the files to fetch.
-
-    Raises:
-        UserError: the model is neither on the hub nor in the local cache.
+    Only files that match one of the glob `patterns` are fetched. Raises `UserError` if the model is
+    neither on the hub nor in the local cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError

@@ -1,10 +1,11 @@
 """Batches of packed documents in an order that does not depend on the number of processes.
 
-Sequence n of the run comes from virtual shard n mod V; rank r of W takes the sequences n with
-n mod W = r, so W divides V and a rank owns whole shards. Step s holds the sequences from s·G to
-(s + 1)·G − 1, whatever W and the accumulation count are. Of several sources n also says which one
-the sequence comes from (`flame.data.mixing`). A rank's state is a cursor per shard and source; the
-states of all ranks together resume at any W that divides V.
+With V virtual shards, sequence n of the run comes from shard n mod V. Rank r of W takes the
+sequences n with n mod W = r; W divides V, so a rank owns whole shards. With G sequences in a global
+batch, step s holds the sequences from s·G to (s + 1)·G − 1, whatever W and the accumulation count
+are. With several sources, n also says which of them the sequence comes from (`flame.data.mixing`).
+A rank's state is a cursor per shard and source; merged, the states of all ranks resume at any W
+that divides V.
 """
 
 from collections import deque
@@ -15,48 +16,47 @@ from itertools import islice
 from typing import Any
 
 from flame.data.config import DataConfig
+from flame.data.documents import Documents
 from flame.data.loader_checks import check_order, check_shards
 from flame.data.mixing import part_of, parts_of
-from flame.data.mqar import answers_of
+from flame.data.mqar_tokens import answers_of
 from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
-from flame.data.sources import Documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
 FORMAT = 1
+"""Format of a loader's state."""
 MIXTURE = {"sources", "weights"}
-"""Keys of a state of several sources."""
+"""Keys that only the state of several sources has."""
 PREFETCH = 4
 """Batches made ahead of the consumer."""
 
 State = dict[str, Any]
 Cursors = tuple[Cursor, ...]
+"""The positions in one virtual shard, one for each source."""
 Packers = list[Packer]
-"""Of one virtual shard, one for each source."""
-
-
-def alone(ready: bool) -> bool:
-    """The agreement of a single process."""
-    return ready
+"""The packers of one virtual shard, one for each source."""
 
 
 class PackedLoader:
-    """Iterates over the batches of one rank.
+    """Iterates over the batches of one rank; iterating again continues where it stands.
 
     With `config.varlen` a batch is `({"input": [1, B·T], "cu_seqlens": [n + 1]}, labels [1, B·T])`,
-    otherwise `({"input": [B, T]}, labels [B, T])`; all int64. A thread tokenises ahead; what goes
-    wrong there is raised here. Going over a loader again goes on where it stands.
+    otherwise `({"input": [B, T]}, labels [B, T])`; all are int64. A thread tokenises ahead, and its
+    errors are raised by `next`.
 
     Args:
         documents: from `build_documents`.
         tokenizer: from `load_tokenizer`.
         config: the recipe's `[data]`.
-        seq_len: T.
-        local_batch_size: B, sequences a batch.
-        rank: this process among the `world_size` that share the data.
-        world_size: processes that share the data.
-        agree: for data that end (`repeat` off) in several processes: called at every batch with
-            whether this rank has one; returns whether all have, so that they end together.
+        seq_len: T, tokens in a sequence.
+        local_batch_size: B, sequences in a batch.
+        rank: this process's number among the `world_size` that share the data.
+        agree: called at every batch with whether this rank has one; returns whether all ranks have,
+            so that they end together. Needed in several processes if the data ends (`repeat` off).
+
+    Raises:
+        UserError: the virtual shards cannot be dealt out evenly, or one has no document.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PackedLoader:
         local_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        agree: Callable[[bool], bool] = alone,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         check_order(config.virtual_shards, world_size)
         check_shards(documents, config.virtual_shards)
@@ -102,13 +102,17 @@ class PackedLoader:
         return batch
 
     def state_dict(self) -> State:
-        """This rank's position after the last batch taken: JSON-able, a few numbers a shard."""
+        """Return this rank's position after the last batch taken, as values that fit into JSON."""
         shards = {str(shard): _written(cursors) for shard, cursors in self._cursors.items()}
         position = {"next_sequence": self._sequence, "shards": shards}
         return {"format": FORMAT, **self._identity(), **position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the merged states of all ranks, of any world size."""
+        """Continue from the merged states of all ranks, at any world size.
+
+        Raises:
+            UserError: the state is of other data, another order or another format.
+        """
         _check_state(state, self._identity())
         self.close()
         first = state["next_sequence"]
@@ -117,35 +121,31 @@ class PackedLoader:
 
     @staticmethod
     def merge_states(states: Sequence[State]) -> State:
-        """See `merge_states` of this module."""
-        return merge_states(states)
+        """Merge the states of all ranks at one step into one that any world size resumes from."""
+        shards = {shard: own for state in states for shard, own in state["shards"].items()}
+        first = min(state["next_sequence"] for state in states)
+        return {**states[0], "next_sequence": first, "shards": shards}
 
     def close(self) -> None:
-        """Stop the thread; the loader can be used again and goes on after the last batch taken."""
+        """Stop the thread; the next use of the loader continues after the last batch taken."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
         self._pending.clear()
 
     def _identity(self) -> State:
-        """What fixes the order of the data: a state resumes only where all of it is the same."""
-        return {
+        """Return what fixes the order of the data; a state resumes only if all of it is equal."""
+        identity: State = {
             "virtual_shards": self.config.virtual_shards,
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
             "documents": self.documents.size,
-            **self._mixture(),
         }
-
-    def _mixture(self) -> State:
-        """What fixes the order of several sources beside what fixes that of one."""
         parts = parts_of(self.documents)
-        if len(parts) == 1:
-            return {}
-        return {
-            "sources": [[part.name, part.size] for part in parts],
-            "weights": list(self.documents.weights),  # type: ignore[attr-defined]
-        }
+        if len(parts) > 1:
+            identity["sources"] = [[part.name, part.size] for part in parts]
+            identity["weights"] = list(self.documents.weights)  # type: ignore[attr-defined]
+        return identity
 
     def _start(self) -> None:
         packers = {shard: self._packers(shard, here) for shard, here in self._cursors.items()}
@@ -171,7 +171,7 @@ class PackedLoader:
 
 
 def _written(cursors: Cursors) -> list[Any]:
-    """A shard's cursors as JSON; of a single source the numbers alone."""
+    """Return a shard's cursors as JSON: three numbers, or a list of such for several sources."""
     numbers = [[cursor.epoch, cursor.document, cursor.token] for cursor in cursors]
     return numbers if len(numbers) > 1 else numbers[0]
 
@@ -184,7 +184,7 @@ def _read(numbers: list[Any]) -> Cursors:
 def _rows(
     packers: dict[int, Packers], part: Callable[[int], int], first: int, stride: int, seq_len: int
 ) -> Iterator[tuple[Row, int]]:
-    """Each next row of this rank with the number of the sequence after it; ends with a shard."""
+    """Yield this rank's rows, each with the number of the next sequence, until a shard ends."""
     sequence, num_shards = first, stride * len(packers)
     while (row := packers[sequence % num_shards][part(sequence)].row(seq_len)) is not None:
         sequence += stride
@@ -197,20 +197,10 @@ def _batches(
     size: int,
     collate: Callable[[list[Row]], Batch],
 ) -> Iterator[tuple[Batch, int, dict[int, Cursors]]]:
-    """Batches of `size` rows, each with the sequence and the cursors that follow it."""
+    """Yield batches of `size` rows, each with the next sequence's number and the next cursors."""
     while len(group := list(islice(rows, size))) == size:
         cursors = {shard: tuple(packer.cursor for packer in own) for shard, own in packers.items()}
         yield collate([row for row, _ in group]), group[-1][1], cursors
-
-
-def merge_states(states: Sequence[State]) -> State:
-    """The states of all ranks, taken at the same step, as one that any world size resumes from."""
-    merged = dict(states[0])
-    merged["next_sequence"] = min(state["next_sequence"] for state in states)
-    merged["shards"] = {}
-    for state in states:
-        merged["shards"].update(state["shards"])
-    return merged
 
 
 def _check_state(state: Mapping[str, Any], expected: State) -> None:

@@ -1,11 +1,11 @@
-"""Whether data can be dealt out to processes, and are enough: checked before work starts."""
+"""Checks before work starts: can the data be dealt out to the processes, and is it enough."""
 
 from typing import Any
 
 from flame.data.config import DataConfig
+from flame.data.documents import Documents
 from flame.data.mixing import part_of, parts_of
 from flame.data.packing import shard_packer
-from flame.data.sources import Documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
@@ -16,7 +16,7 @@ def check_order(
     global_batch_size: int | None = None,
     local_batch_size: int = 1,
 ) -> None:
-    """Raise `UserError` if the data cannot be dealt out evenly to `world_size` processes."""
+    """Raise `UserError` if virtual shards or batches cannot be dealt out evenly to processes."""
     if virtual_shards < 1:
         raise UserError(f"data.virtual_shards is {virtual_shards}: it must be above 0")
     if world_size > virtual_shards:
@@ -41,8 +41,8 @@ def check_enough(
 ) -> None:
     """Raise `UserError` if one epoch is shorter than one global batch.
 
-    Tokenises documents until there are enough. Of a stream the tokens are counted, not those of
-    each virtual shard, which would mean to open it as many times.
+    Documents are tokenised until there are enough. Virtual shards are counted one by one only if
+    the data does not repeat and is no stream, which would have to be opened once for each.
     """
     encoder = Encoder(tokenizer, config.add_eos)
     check_shards(documents, config.virtual_shards)
@@ -73,14 +73,12 @@ def _check_rows(
         needed = sum(sequence % num_shards == shard for sequence in sequences)
         found = sum(packer.row(seq_len) is not None for _ in range(needed))
         if found < needed:
-            text = (
-                f"virtual shard {shard} of {num_shards} has {found} sequences, and gives {needed}"
-            )
+            text = f"virtual shard {shard} of {num_shards} has {found} sequences, not {needed}"
             raise _too_short(documents, text, len(sequences), seq_len)
 
 
 class TooShortError(UserError):
-    """The data has fewer sequences than are asked for; `found` says how many."""
+    """The data has fewer sequences than a step needs; `found` says how many, in words."""
 
     def __init__(self, message: str, found: str) -> None:
         super().__init__(message)
@@ -96,7 +94,7 @@ def _too_short(documents: Documents, found: str, batch: int, seq_len: int) -> To
 
 
 def check_shards(documents: Documents, virtual_shards: int) -> None:
-    """Raise `UserError` if a virtual shard would have no document."""
+    """Raise `UserError` if there are fewer documents than virtual shards."""
     for part in parts_of(documents):
         if part.size is not None and part.size < virtual_shards:
             raise UserError(

@@ -10,23 +10,25 @@ FORMATS = {
     "json": (".jsonl", ".json"),
     "text": (".txt",),
 }
-"""Loaders of local files with their suffixes; in a folder the first that is there is read."""
+"""Loaders of the `datasets` library, with their suffixes. In a folder with files for several
+loaders, only those of the first are read."""
 
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
-"""Names by which a folder's files are known not to be training data."""
+"""Words in a file's name that say it is not training data."""
 
 
 def looks_local(name: str) -> bool:
-    """Whether `name` can be no hub name."""
+    """Return whether `name` cannot be a hub name."""
     suffixes = tuple(suffix for group in FORMATS.values() for suffix in group)
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(suffixes)
 
 
 def local_files(path: Path, split: str) -> tuple[str, list[Path]]:
-    """The loader for a local file or folder, and the files of `split` in it, sorted.
+    """Return the loader for a local file or folder, and its files of a split, sorted.
 
     A folder's files belong to the split that their path names (`train-00001.parquet`,
-    `test/a.txt`); those that name none are training data.
+    `test/a.txt`). Files that name no split are training data. Raises `UserError` if there is no
+    file of a known format, or none of the split.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_data(path, p))
     for loader, suffixes in FORMATS.items():
@@ -63,5 +65,5 @@ def _words(root: Path, file: Path) -> set[str]:
 
 
 def base_split(split: str) -> str:
-    """The split that `split` is a part of: `train` of `train[:90%]`."""
+    """Return the split that `split` is a part of, such as `train` for `train[:90%]`."""
     return re.split(r"[\[+]", split)[0]

@@ -1,9 +1,9 @@
 """Several sources of documents in one stream of sequences, in shares that the recipe sets.
 
-Every sequence comes from one source, chosen by the sequence's number n in the run alone: the source
-whose part of the unit interval holds frac(n · φ), φ the golden ratio, which spreads more evenly
-than random numbers do. All sequences have as many tokens, so shares of sequences are shares of
-tokens. Each source is packed by itself, as if there were no other.
+Each sequence comes from one source, which depends only on the sequence's number n in the run. The
+sources divide the unit interval by their shares, and the one that holds frac(n · φ) is taken; φ is
+the golden ratio, whose multiples spread more evenly than random numbers. All sequences have equally
+many tokens, so shares of sequences are shares of tokens. Each source is packed by itself.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from flame.data.mqar import is_mqar
 from flame.errors import UserError
 
 OPTIONS = ("subset", "split", "revision", "text_key", "streaming", "max_documents")
-"""Keys of `[data]` that a source may have of its own."""
+"""Keys of `[data]` that the name of a source may set."""
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2⁶⁴ / φ, so that n · φ is exact in integers, on every machine."""
@@ -26,11 +26,11 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass
 class MixedDocuments:
-    """Sets of documents that sequences are drawn from by weight."""
+    """Several sets of documents, from which sequences are drawn by weight."""
 
     parts: Sequence[Any]
     weights: Sequence[float]
-    """Share of each part, in tokens; together 1."""
+    """Share of each part in the tokens; they sum to 1."""
 
     @property
     def name(self) -> str:
@@ -42,9 +42,9 @@ class MixedDocuments:
         return None if None in sizes else sum(sizes)
 
     def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
-        """The documents of all parts, one of each in turn until none has any left.
+        """Yield the documents of all parts, one of each in turn, until none has any left.
 
-        For those who read documents and not sequences: the weights do not count.
+        It serves readers of documents rather than sequences, and ignores the weights.
         """
         shards = [part.shard(shard, num_shards, epoch, 0) for part in self.parts]
         while shards:
@@ -58,7 +58,7 @@ class MixedDocuments:
                     yield text
 
     def part_of(self, sequence: int) -> int:
-        """The part that sequence `sequence` of the run comes from."""
+        """Return the number of the part that sequence `sequence` of the run comes from."""
         place = (sequence * GOLDEN % 2**64) / 2**64
         for part, weight in enumerate(self.weights):
             place -= weight
@@ -68,20 +68,20 @@ class MixedDocuments:
 
 
 def parts_of(documents: Any) -> Sequence[Any]:
-    """The sets that sequences of `documents` come from: its parts, or itself alone."""
+    """Return the sets that sequences of `documents` come from: its parts, or itself."""
     return documents.parts if isinstance(documents, MixedDocuments) else [documents]
 
 
 def part_of(documents: Any, sequence: int) -> int:
-    """Which of `parts_of(documents)` sequence `sequence` of the run comes from."""
+    """Return which of `parts_of(documents)` sequence `sequence` of the run comes from."""
     return documents.part_of(sequence) if isinstance(documents, MixedDocuments) else 0
 
 
 def source_configs(config: DataConfig) -> list[DataConfig]:
-    """One `[data]` for each of `config.sources`, with the options that its name carries.
+    """Return a `[data]` for each of `config.sources`, with the options that its name carries.
 
     Raises:
-        UserError: an unknown option, a value that it does not take, weights that do not fit.
+        UserError: an option is unknown or has a wrong value, or the weights do not fit.
     """
     if config.dataset:
         raise UserError("data.dataset and data.sources are both given: put all into data.sources")
@@ -90,7 +90,7 @@ def source_configs(config: DataConfig) -> list[DataConfig]:
 
 
 def shares(config: DataConfig) -> list[float]:
-    """The share of each of `config.sources`; together 1."""
+    """Return the share of each of `config.sources`; the shares sum to 1."""
     weights = config.weights or [1.0] * len(config.sources)
     return [weight / sum(weights) for weight in weights]
 

@@ -1,24 +1,23 @@
 """Multi-query associative recall (MQAR) as generated documents.
 
-A document states pairs of a key and a value, then asks for each key once, in a new order, the
-questions strewn among filler: `k5 v1 k2 v7 . k2 v7 . k5 v1`. What is learned and measured is the
-value behind a key that the document has stated; everything else is random, so it gets no label.
-The task is that of Zoology (Arora et al., arXiv 2312.04927); here the answer follows its question
-in the input too, and questions lie at even distances rather than by a power law.
+A document states pairs of a key and a value, then asks for each key once, in a new order, with
+filler between the questions: `k5 v1 k2 v7 . k2 v7 . k5 v1`. A model learns, and is measured by, the
+values that follow a key which the document has stated. The other words are random and get no label.
+The task is that of Zoology (Arora et al., arXiv 2312.04927), except that the answer follows its
+question in the input too, and questions are spread evenly rather than by a power law.
 
-A data set is a name with its numbers, `mqar:pairs=4/8/16,length=64,every=4000`, so that recipes
-and commands take it wherever they take data. Example i is a function of seed, split and i alone.
+A data set is a name that holds its numbers, such as `mqar:pairs=4/8/16,length=64,every=4000`, so
+recipes and commands take it wherever they take data. Example i depends on seed, split and i alone.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flame.errors import UserError
 
@@ -29,30 +28,34 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Mqar:
-    """The numbers of an MQAR data set; the fields are what its name may set."""
+    """The numbers of an MQAR data set; its name may set each field.
+
+    Raises:
+        UserError: a number is out of range, or the pairs do not fit into a document.
+    """
 
     pairs: tuple[int, ...] = (4, 8, 16)
-    """Stages of the curriculum; in a name with `/` between them."""
+    """Pairs in a document, at each stage of the curriculum; a name has `/` between them."""
 
     length: int = 64
-    """Words a document: two a pair, two a question, the rest filler."""
+    """Words in a document: two for each pair, two for each question, the rest filler."""
 
     keys: int = 64
-    """Different keys, `k0` and so on."""
+    """Number of different keys, `k0` and so on."""
 
     values: int = 64
-    """Different values, `v0` and so on."""
+    """Number of different values, `v0` and so on."""
 
     every: int = 0
-    """Examples before the next stage is reached; 0 reaches all at once."""
+    """Examples before the next stage is reached; 0 reaches all stages at once."""
 
     again: int = 0
-    """1, for training, puts more questions, for keys drawn at random, in place of some of the
-    filler, and some among the pairs: a document teaches more, and a model learns in a fraction of
-    the tokens and wherever a pair may lie."""
+    """1, for training, replaces some of the filler by more questions for random keys, and moves
+    some of it among the pairs. A document then teaches more: a model learns from a fraction of the
+    tokens, and wherever a pair may lie."""
 
     examples: int = 1000
-    """Size of a split that is not `train`; that one has no end."""
+    """Examples in every split but `train`, which has no end."""
 
     def __post_init__(self) -> None:
         for field in ("length", "keys", "values", "examples"):
@@ -74,12 +77,12 @@ class Mqar:
 
     @property
     def name(self) -> str:
-        """The data set's name, every number said."""
+        """The data set's name, with every number."""
         numbers = {**dataclasses.asdict(self), "pairs": "/".join(map(str, self.pairs))}
         return f"{NAME}:" + ",".join(f"{key}={value}" for key, value in numbers.items())
 
     def vocabulary(self) -> list[str]:
-        """Every word, in the order of the token ids of `mqar_tokenizer`."""
+        """Return every word, in the order of the token ids of `mqar_tokenizer`."""
         keys = [f"k{n}" for n in range(self.keys)]
         return [END, FILLER, *keys, *(f"v{n}" for n in range(self.values))]
 
@@ -90,19 +93,19 @@ class Example:
 
     words: list[str]
     answers: list[int]
-    """Positions of the values behind a question."""
+    """Positions of the values that answer a question."""
 
 
 def is_mqar(dataset: str) -> bool:
-    """Whether a data set's name is that of MQAR."""
+    """Return whether a data set's name is that of an MQAR set."""
     return dataset.partition(":")[0] == NAME
 
 
 def parse_mqar(dataset: str) -> Mqar:
-    """The numbers that a name gives, e.g. `mqar:pairs=4/8,length=32`.
+    """Return the numbers in a data set's name, such as `mqar:pairs=4/8,length=32`.
 
     Raises:
-        UserError: a number is unknown, no number, or out of range.
+        UserError: a field is unknown, or its value is not a number or out of range.
     """
     given: dict[str, Any] = {}
     known = [field.name for field in dataclasses.fields(Mqar)]
@@ -115,20 +118,20 @@ def parse_mqar(dataset: str) -> Mqar:
 
 
 def without_curriculum(dataset: str) -> str:
-    """The same set with all of its stages reached; other data sets as they are."""
+    """Return the name of the same set with all stages reached at once; other names unchanged."""
     if not is_mqar(dataset):
         return dataset
     return dataclasses.replace(parse_mqar(dataset), every=0).name
 
 
 def recall_example(task: Mqar, pairs: int, random: np.random.RandomState) -> Example:
-    """One document of `pairs` pairs."""
+    """Return one document with `pairs` pairs, drawn from `random`."""
     keys = [f"k{n}" for n in random.permutation(task.keys)[:pairs]]
     values = [f"v{n}" for n in random.permutation(task.values)[:pairs]]
     words: list[str] = []
     answers: list[int] = []
     seen: set[int] = set()
-    for pair in _plan(task, pairs, random):
+    for pair in _pair_order(task, pairs, random):
         if pair < 0:
             words.append(FILLER)
             continue
@@ -139,8 +142,8 @@ def recall_example(task: Mqar, pairs: int, random: np.random.RandomState) -> Exa
     return Example(words, answers)
 
 
-def _plan(task: Mqar, pairs: int, random: np.random.RandomState) -> list[int]:
-    """The pairs in the order of the document, first stated, then asked; −1 is a word of filler."""
+def _pair_order(task: Mqar, pairs: int, random: np.random.RandomState) -> list[int]:
+    """Return the pairs as a document states them, then asks for them; −1 is a word of filler."""
     room = task.length - 4 * pairs
     again = random.randint(room // 2 + 1) if task.again else 0
     filler = room - 2 * again
@@ -153,14 +156,14 @@ def _plan(task: Mqar, pairs: int, random: np.random.RandomState) -> list[int]:
 
 
 def example_random(seed: int, split: str, number: int) -> np.random.RandomState:
-    """The random numbers of one example; the same in every version of numpy."""
+    """Return the random numbers of one example, the same in every version of numpy."""
     label = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, label, number])))
 
 
 @dataclass
 class MqarDocuments:
-    """The documents of one split: without end for `train`, else `task.examples`."""
+    """The documents of one split: endless for `train`, else `task.examples` of them."""
 
     name: str
     task: Mqar
@@ -180,7 +183,7 @@ class MqarDocuments:
             yield " ".join(self.example(number).words)
 
     def example(self, number: int) -> Example:
-        """Example `number`, of a stage that is reached by then: a later one more often."""
+        """Return example `number`, of a stage reached by then; later stages come more often."""
         random = example_random(self.seed, self.split, number)
         stages = len(self.task.pairs)
         reached = min(1 + number // self.task.every, stages) if self.task.every else stages
@@ -190,76 +193,8 @@ class MqarDocuments:
 
 
 def mqar_documents(dataset: str, split: str, seed: int) -> MqarDocuments:
-    """The documents of `split` of the MQAR set of this name."""
+    """Return the documents of a split of the MQAR set of this name."""
     return MqarDocuments(f"{dataset} ({split})", parse_mqar(dataset), split, seed)
-
-
-def mqar_tokenizer(dataset: str) -> Any:
-    """A tokenizer with one token a word, so that a run on MQAR is complete as any other is."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(parse_mqar(dataset).vocabulary())}
-    model = Tokenizer(models.WordLevel(words, unk_token=END))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token=END, pad_token=END, unk_token=END
-    )
-
-
-def mqar_sizes(vocabulary: Collection[str]) -> tuple[int, int] | None:
-    """How many keys and values a tokenizer's words are, if it is one of MQAR; else None."""
-    keys, values = (next(n for n in count() if f"{letter}{n}" not in vocabulary) for letter in "kv")
-    whole = (
-        keys
-        and values
-        and set(vocabulary) == set(Mqar(keys=keys, values=values, pairs=(1,)).vocabulary())
-    )
-    return (keys, values) if whole else None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Says which tokens of a row are answers: values behind a key that its document has stated."""
-
-    keys: tuple[int, ...]
-    """Token ids of the keys."""
-
-    values: tuple[int, ...]
-
-    def __call__(self, tokens: NDArray[np.int64], starts: Sequence[int]) -> NDArray[np.bool_]:
-        """Whether each of the tokens `[n]` is one; documents begin at 0 and at `starts`."""
-        bounds = [0, *starts, tokens.size]
-        documents = [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        return np.concatenate([self._of_document(document) for document in documents])
-
-    def _of_document(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        asked = np.isin(tokens, self.keys)
-        asked[np.unique(tokens, return_index=True)[1]] = False
-        is_answer = np.isin(tokens, self.values)
-        is_answer[:1] = False
-        is_answer[1:] &= asked[:-1]
-        return is_answer
-
-
-def answers_of(dataset: str, tokenizer: Any) -> Answers | None:
-    """What is predicted of a data set's rows: the answers of MQAR; None for all, as in text.
-
-    Raises:
-        UserError: the tokenizer has no token for a word of the task.
-    """
-    if not is_mqar(dataset):
-        return None
-    task, vocabulary = parse_mqar(dataset), tokenizer.get_vocab()
-    words = task.vocabulary()
-    lacking = [word for word in words[1:] if word not in vocabulary]
-    if lacking:
-        raise UserError(
-            f"the tokenizer has no token for {lacking[0]!r} of {dataset}: leave data.tokenizer "
-            "empty, and give a model that was trained on as many keys and values"
-        )
-    ids = [vocabulary[word] for word in words[2:]]
-    return Answers(tuple(ids[: task.keys]), tuple(ids[task.keys :]))
 
 
 def _number(text: str, dataset: str) -> int:

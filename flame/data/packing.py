@@ -1,8 +1,8 @@
 """Documents cut into rows of fixed length, resumable at any token.
 
-A virtual shard's documents lie end to end in a stream of tokens. Row i is the tokens from i·L to
-(i + 1)·L inclusive: inputs are its first L tokens, labels its last L, and the next row begins with
-its last token. A cursor names the first token of the next row; it does not depend on L.
+A virtual shard's documents lie end to end in one stream of tokens. Row i holds the tokens from i·L
+to (i + 1)·L inclusive: its first L tokens are inputs, its last L are labels, and the next row
+begins with its last token. A cursor names the first token of the next row, for any L.
 """
 
 from collections import deque
@@ -16,38 +16,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flame.data.sources import Documents
+from flame.data.documents import Documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
 IGNORE_INDEX = -100
-"""Label of a token with nothing to predict, as torch's and torchtitan's cross entropy read it."""
+"""Label where nothing is to be predicted, as torch's cross entropy reads it."""
 
 Array: TypeAlias = NDArray[np.int64]
 Batch = tuple[dict[str, Tensor], Tensor]
 Predicted = Callable[[Array, Sequence[int]], NDArray[np.bool_]]
-"""Says of a row's tokens, and of where documents start in it, which are to be predicted."""
+"""Takes a row's tokens and where documents start in it; returns which tokens are predicted."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in a virtual shard: epoch, document of the shard in that epoch, its token."""
+    """A position in a virtual shard."""
 
     epoch: int = 0
     document: int = 0
+    """Number of the document in the shard's order of that epoch."""
     token: int = 0
+    """Number of the token in the document."""
 
 
 class Row(NamedTuple):
+    """L + 1 consecutive tokens of a virtual shard."""
+
     tokens: Array
-    """`[..., L + 1]`: token ids, or ids and what is counted beside them."""
+    """Token ids `[L + 1]`, or `[2, L + 1]` with each token's bytes beside its id."""
 
     starts: list[int]
-    """Where a document begins in the row, the row's own begin left out: increasing, in 1 … L."""
+    """Positions in 1 … L where a document begins, increasing; 0 is left out."""
 
 
 class Packer:
-    """Cuts `pieces`, the documents from `cursor` on, into rows."""
+    """Cuts documents into rows.
+
+    Args:
+        pieces: the documents' tokens from `cursor` on, each with the position where it begins.
+        cursor: the position of the first token.
+    """
 
     def __init__(self, pieces: Iterator[tuple[Cursor, Array]], cursor: Cursor = Cursor()) -> None:
         self.cursor = cursor
@@ -56,7 +65,7 @@ class Packer:
         self._held = 0
 
     def row(self, length: int) -> Row | None:
-        """The next row of `length + 1` tokens, or `None` if there are fewer."""
+        """Return the next row of `length + 1` tokens, or None if fewer are left."""
         while self._held <= length:
             piece = next(self._source, None)
             if piece is None:
@@ -66,7 +75,7 @@ class Packer:
         return self._cut(length)
 
     def rest(self) -> Row | None:
-        """A shorter last row, or `None` if there is not even one token with a label."""
+        """Return what is left as a shorter row, or None if it has no token with a label."""
         return self._cut(self._held - 1) if self._held > 1 else None
 
     def _cut(self, length: int) -> Row:
@@ -100,9 +109,11 @@ def shard_packer(
     epochs: int | None = None,
     cursor: Cursor = Cursor(),
 ) -> Packer:
-    """The rows of one virtual shard from `cursor` on, over `epochs` epochs (`None`: for ever)."""
-    pieces = _encoded(documents, encoder, shard, num_shards, epochs, cursor)
-    return Packer(pieces, cursor)
+    """Return a packer of one virtual shard from `cursor` on, over `epochs` epochs (None: endless).
+
+    The packer raises `UserError` if an epoch of the shard has no text.
+    """
+    return Packer(_encoded(documents, encoder, shard, num_shards, epochs, cursor), cursor)
 
 
 def _encoded(
@@ -130,11 +141,16 @@ def _encoded(
 
 
 def varlen_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:
-    """Rows end to end, documents and rows kept apart.
+    """Lay rows end to end, keeping documents and rows apart.
 
-    Returns `input` `[1, B·T]` with `cu_seqlens` `[n + 1]` (int64, from 0 to B·T, strictly
-    increasing), and labels `[1, B·T]`, `IGNORE_INDEX` at the last token of each document and where
-    the next token is not `predicted` (default: all are).
+    Args:
+        rows: B rows of T + 1 tokens.
+        predicted: says which tokens are predicted; None predicts all.
+
+    Returns:
+        `input` `[1, B·T]` with `cu_seqlens` `[n + 1]` (strictly increasing from 0 to B·T), and
+        labels `[1, B·T]`; all int64. The label is `IGNORE_INDEX` at the last token of each document
+        and where the next token is not predicted.
     """
     inputs, labels, bounds, offset = [], [], [0], 0
     for row in rows:
@@ -150,7 +166,10 @@ def varlen_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:
 
 
 def plain_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:
-    """`input` and labels `[B, T]`, documents run into one another; `predicted` as above."""
+    """Stack rows to `input` and labels `[B, T]`, without regard to where documents begin.
+
+    Arguments are those of `varlen_batch`.
+    """
     inputs = torch.from_numpy(np.stack([row.tokens[:-1] for row in rows]))
     return {"input": inputs}, torch.from_numpy(np.stack([_targets(r, predicted) for r in rows]))
 

@@ -13,18 +13,21 @@ from flame.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
-"""Every byte and the end of text."""
+"""Every byte, and the end of text."""
 
 CHUNK_DOCUMENTS = 64
 CHUNK_CHARACTERS = 1 << 17
-"""A chunk is tokenised in one call: enough to keep the tokenizer busy, little to wait for."""
+"""Documents and characters after which a chunk ends. A chunk is tokenised in one call: it is large
+enough to keep the tokenizer busy, and small enough not to be waited for."""
 
 
 def load_tokenizer(reference: str) -> Any:
-    """The tokenizer in a folder, or of a hub model (cached or from the network).
+    """Return the tokenizer in a folder, or that of a hub model (cached or from the network).
 
-    Code that comes with a tokenizer is never run. Raises `UserError` for a folder without one and
-    for a hub name that cannot be reached.
+    Code that comes with a tokenizer is never run.
+
+    Raises:
+        UserError: the folder has no tokenizer, or the hub cannot be reached.
     """
     if not reference:
         raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
@@ -65,7 +68,7 @@ def _from_pretrained(reference: str, local_files_only: bool) -> Any:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep transformers from warning of a family that it does not know before fla is imported."""
+    """Silence transformers in the block: without fla it warns of unknown model families."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -79,8 +82,12 @@ def _without_warnings() -> Iterator[None]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Any:
     """Train a byte-level BPE on `texts`, save it in `folder` and return it.
 
-    The same texts in the same order give the same files. Every text can be encoded; end of text and
-    padding are `<|endoftext|>`, id 0. Source: Sennrich et al. 2016, over bytes as in GPT-2.
+    The same texts in the same order give the same files. The tokenizer can encode every text; its
+    end of text and its padding are `<|endoftext|>`, id 0. The method is that of Sennrich et al.
+    (arXiv 1508.07909), over bytes as in GPT-2.
+
+    Raises:
+        UserError: `vocab_size` is below 257.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -108,7 +115,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise `UserError` if a text could become a token id that the model has no embedding for."""
+    """Raise `UserError` if the tokenizer may give ids of `vocab_size` or more, padding aside."""
     padding = tokenizer.pad_token_id
     ids = (i for i in tokenizer.get_vocab().values() if i != padding or i == tokenizer.eos_token_id)
     largest = max(ids, default=-1)
@@ -120,9 +127,10 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 class Encoder:
-    """Texts to token ids, each document closed by the end-of-text token if asked for.
+    """Turns texts into token ids, with an end-of-text token after each if `add_eos`.
 
-    Nothing is put in front of a text (no BOS). An empty text has no tokens, no end either.
+    No token is put before a text, and an empty text has no tokens. Raises `UserError` if the
+    tokenizer lacks the end-of-text token that is asked for.
     """
 
     def __init__(self, tokenizer: Any, add_eos: bool) -> None:
@@ -132,15 +140,16 @@ class Encoder:
         self.end = [tokenizer.eos_token_id] if add_eos else []
 
     def stream(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
-        """The token ids `[n]` of each text; n is 0 for an empty one."""
+        """Yield the token ids `[n]` of each text; n is 0 for an empty one."""
         for chunk in chunks(texts):
             for ids in self._encode(chunk)["input_ids"]:
                 yield np.array([*ids, *self.end] if ids else [], dtype=np.int64)
 
     def stream_with_bytes(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
-        """Ids and UTF-8 bytes `[2, n]` of each text's tokens; the bytes sum to the text's length.
+        """Yield ids and UTF-8 bytes `[2, n]` of each text's tokens; the bytes sum to the text's.
 
-        A character that spans several tokens counts with the first of them, the end token is empty.
+        A character that spans several tokens counts with the first of them; the end-of-text token
+        has no bytes. Raises `UserError` if the tokenizer is not a fast one.
         """
         if not self.tokenizer.is_fast:
             raise UserError("counting bytes needs a fast tokenizer (tokenizer.json): convert it")
@@ -165,9 +174,10 @@ class Encoder:
 
 
 def token_bytes(text: str, spans: list[tuple[int, int]]) -> NDArray[np.int64]:
-    """UTF-8 bytes `[n]` of each token, from its characters' span in `text`; they sum to the text's.
+    """Return the UTF-8 bytes `[n]` of each token, which sum to those of `text`.
 
-    What lies between spans, or behind the last, goes to the token that follows, or to the last.
+    `spans` says where each token's characters begin and end. Characters between spans count with
+    the next token, those after the last span with the last token.
     """
     if not spans:
         return np.zeros(0, dtype=np.int64)
@@ -180,7 +190,7 @@ def token_bytes(text: str, spans: list[tuple[int, int]]) -> NDArray[np.int64]:
 
 
 def chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    """`texts` in lists of a bounded number of documents and, but for the last, of characters."""
+    """Yield `texts` in lists, ended by the 64th text or by the one that passes 2¹⁷ characters."""
     chunk: list[str] = []
     size = 0
     for text in texts:

@@ -26,8 +26,9 @@ from flame.checkpoint.reference import (
     resolve,
 )
 from flame.data.hub import hub_problem
-from flame.data.loader import PackedLoader, alone
-from flame.data.mqar import is_mqar, mqar_tokenizer
+from flame.data.loader import PackedLoader
+from flame.data.mqar import is_mqar
+from flame.data.mqar_tokens import mqar_tokenizer
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError, first_line
@@ -191,7 +192,7 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: A
         local_batch_size=training.local_batch_size,
         rank=dp_rank,
         world_size=dp_world_size,
-        agree=alone if data.repeat or dp_world_size == 1 else all_agree,
+        agree=bool if data.repeat or dp_world_size == 1 else all_agree,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flame.data.mqar import Example, mqar_sizes
+from flame.data.mqar import Example
+from flame.data.mqar_tokens import mqar_sizes
 from flame.errors import UserError
 from flame.process.distributed import local_device, rank, world_size
 from launch.evaluation.perplexity import rounds

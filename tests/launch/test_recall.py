@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.steps import save_step
-from flame.data.mqar import FILLER, Mqar, mqar_tokenizer
+from flame.data.mqar import FILLER, Mqar
+from flame.data.mqar_tokens import mqar_tokenizer
 from flame.data.tokenizer import train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from flame.data.config import DataConfig
+from flame.data.documents import StreamedDocuments
 from flame.data.heldout import heldout_sequences
-from flame.data.loader import PackedLoader, merge_states
+from flame.data.loader import PackedLoader
 from flame.data.loader_checks import check_enough
 from flame.data.mixing import MixedDocuments, shares, source_configs
-from flame.data.sources import IndexedDocuments, ListedTexts, StreamedDocuments, build_documents
+from flame.data.sources import build_documents
 from flame.errors import UserError
 from tests.distributed import run_distributed
 from tests.flame.jobs import train_job
-from tests.flame.text import tiny_tokenizer
+from tests.flame.text import listed_documents, tiny_tokenizer
 
 SHARDS = 4
 SEQ_LEN = 24
@@ -40,10 +41,7 @@ def mixture(config: DataConfig, streamed: bool = True) -> MixedDocuments:
     """A permuted set, a small one, and a stream."""
     import datasets
 
-    parts: list[Any] = [
-        IndexedDocuments(LETTERS[part], ListedTexts(texts(part)), config.shuffle, config.seed)
-        for part in range(3)
-    ]
+    parts: list[Any] = [listed_documents(LETTERS[part], texts(part), config) for part in range(3)]
     if streamed:
         rows = datasets.Dataset.from_dict({"text": texts(2)}).to_iterable_dataset()
         parts[2] = StreamedDocuments("c", rows, "text")
@@ -122,7 +120,9 @@ def test_resumes_at_another_world_size(
 ) -> None:
     first = loaders(tokenizer, make_config(), before)
     begin = take(first, 72)
-    state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in first])))
+    state = json.loads(
+        json.dumps(PackedLoader.merge_states([loader.state_dict() for loader in first]))
+    )
     second = loaders(tokenizer, make_config(), after)
     for loader in second:
         loader.load_state_dict(state)

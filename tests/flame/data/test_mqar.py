@@ -16,16 +16,14 @@ from flame.data.heldout import heldout_sequences
 from flame.data.loader import PackedLoader
 from flame.data.mqar import (
     FILLER,
-    Answers,
     Mqar,
-    answers_of,
     example_random,
     mqar_documents,
-    mqar_tokenizer,
     parse_mqar,
     recall_example,
     without_curriculum,
 )
+from flame.data.mqar_tokens import Answers, answers_of, mqar_tokenizer
 from flame.data.packing import IGNORE_INDEX
 from flame.data.sources import build_documents
 from flame.data.tokenizer import load_tokenizer

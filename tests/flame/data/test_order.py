@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flame.data.config import DataConfig
-from flame.data.loader import PackedLoader, merge_states
-from flame.data.sources import IndexedDocuments, ListedTexts, StreamedDocuments
+from flame.data.documents import IndexedDocuments, StreamedDocuments
+from flame.data.loader import PackedLoader
 from flame.errors import UserError
-from tests.flame.text import random_texts, tiny_tokenizer
+from tests.flame.text import listed_documents, random_texts, tiny_tokenizer
 
 SHARDS = 4
 SEQ_LEN = 24
@@ -35,7 +35,7 @@ def make_config(**values: Any) -> DataConfig:
 
 
 def documents(config: DataConfig, texts: list[str] = TEXTS) -> IndexedDocuments:
-    return IndexedDocuments("texts", ListedTexts(texts), config.shuffle, config.seed)
+    return listed_documents("texts", texts, config)
 
 
 def stream(texts: list[str] = TEXTS, files: int = 1) -> StreamedDocuments:
@@ -235,7 +235,7 @@ def state_after(
     loaders = [make_loader(docs, tokenizer, config, 1, rank, world) for rank in range(world)]
     for n in range(taken):
         next(loaders[n % world])
-    state = merge_states([loader.state_dict() for loader in loaders])
+    state = PackedLoader.merge_states([loader.state_dict() for loader in loaders])
     for loader in loaders:
         loader.close()
     text = json.dumps(state)
