@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,12 @@ def write_table(path: Path, analyses: "Mapping[tuple[str, str], Analysis]") -> N
 
 def read_table(path: Path) -> "dict[tuple[str, str], Analysis]":
     """The analyses that `write_table` wrote, by the names of model and text, in its order."""
-    from pyarrow import compute, parquet
+    from pyarrow import parquet
 
     table = parquet.read_table(path)
     keys = zip(table["model"].to_pylist(), table["data"].to_pylist(), strict=True)
     return {
-        (model, data): _analysis(
-            table.filter((compute.field("model") == model) & (compute.field("data") == data))
-        )
+        (model, data): _analysis(table.filter(_is("model", model) & _is("data", data)))
         for model, data in dict.fromkeys(keys)
     }
 
@@ -78,58 +76,48 @@ def read_table(path: Path) -> "dict[tuple[str, str], Analysis]":
 def _analysis(rows: Any) -> "Analysis":
     """The analysis whose rows of the table these are."""
     import torch
-    from pyarrow import compute
 
     from pruning.states.analysis import Analysis
 
-    names = ("sequence", "layer", "head", "tokens")
-    sequences, layers, heads, times = (rows[name].unique().to_pylist() for name in names)
-    shape = [len(sequences), len(layers), len(heads), len(times)]
+    sequences, layers, heads, times = (
+        rows[name].unique().to_pylist() for name in ("sequence", "layer", "head", "tokens")
+    )
+    shape = (len(sequences), len(layers), len(heads), len(times))
     metrics = rows.column_names[rows.column_names.index("tokens") + 1 : -1]
     values = {name: torch.tensor(rows[name].to_numpy()).view(shape) for name in metrics}
-    spectra = [
-        rows.filter(compute.field("layer") == layer)["singular_values"].drop_null().to_pylist()
-        for layer in layers
-    ]
-    return Analysis(
-        layers,
-        times,
-        values,
-        [torch.tensor(states, dtype=torch.float64).unflatten(0, shape[::2]) for states in spectra],
-    )
+    spectra = []
+    for layer in layers:
+        states = rows.filter(_is("layer", layer))["singular_values"].drop_null().to_pylist()
+        spectra.append(torch.tensor(states, dtype=torch.float64).unflatten(0, shape[0:3:2]))
+    return Analysis(layers, times, values, spectra)
+
+
+def _is(column: str, value: Any) -> Any:
+    from pyarrow import compute
+
+    return compute.field(column) == value
 
 
 def _columns(model: str, data: str, analysis: "Analysis") -> dict[str, Any]:
+    import numpy as np
     import pyarrow
 
-    shape = next(iter(analysis.values.values())).shape
-    sequences, layers, heads, times = shape
-    columns: dict[str, Any] = {"model": [model] * shape.numel(), "data": [data] * shape.numel()}
-    columns |= {
-        "sequence": _repeated(range(sequences), shape, 0),
-        "layer": _repeated(analysis.layers, shape, 1),
-        "head": _repeated(range(heads), shape, 2),
-        "tokens": _repeated(analysis.times, shape, 3),
-    }
-    columns |= {name: values.flatten().numpy() for name, values in analysis.values.items()}
-    lists = [
-        analysis.spectra[layer][sequence, head].tolist() if time == times - 1 else None
-        for sequence in range(sequences)
-        for layer in range(layers)
-        for head in range(heads)
-        for time in range(times)
+    shape = tuple(analysis.values["beta"].shape)
+    sequence, layer, head, time = np.indices(shape).reshape(4, -1)
+    last = [
+        analysis.spectra[i][s, h].tolist() if t == shape[-1] - 1 else None
+        for s, i, h, t in np.ndindex(shape)
     ]
-    columns["singular_values"] = pyarrow.array(lists, pyarrow.list_(pyarrow.float64()))
-    return columns
-
-
-def _repeated(values: Sequence[int], shape: Sequence[int], dim: int) -> Any:
-    """`values` along one dimension of `shape`, flattened."""
-    import torch
-
-    view = [1] * len(shape)
-    view[dim] = shape[dim]
-    return torch.tensor(list(values)).view(view).expand(*shape).flatten().numpy()
+    return {
+        "model": [model] * len(last),
+        "data": [data] * len(last),
+        "sequence": sequence,
+        "layer": np.array(analysis.layers)[layer],
+        "head": head,
+        "tokens": np.array(analysis.times)[time],
+        **{name: values.flatten().numpy() for name, values in analysis.values.items()},
+        "singular_values": pyarrow.array(last, pyarrow.list_(pyarrow.float64())),
+    }
 
 
 def model_summary(analysis: "Analysis") -> dict[str, Any]:
