@@ -63,7 +63,7 @@ def _apply(options: Options, reference: "ModelReference") -> None:
     from flame.process.atomic_output import replacing_folder
     from pruning.plan import summary
     from pruning.planning.plan_file import read_plan
-    from pruning.transform.transform import check_model, write_pruned
+    from pruning.transform.write import check_model, write_pruned
 
     plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)
     check_model(plan, reference, f"plan {options.plan}")
@@ -80,7 +80,7 @@ def _asked(plan: "Plan", options: Options) -> "Plan":
 
     if not options.pad or plan.pad:
         return plan
-    if plan.replaced is not None:
+    if plan.tensors_file is not None:
         raise UserError(
             f"plan {options.plan} mixes channels, which --pad cannot fill up with zeros: leave it "
             "out"
@@ -101,8 +101,8 @@ def form_of(asked: Form | None, reference: "ModelReference") -> Form:
 
 def say_what_to_know(plan: "Plan", reference: "ModelReference", form: Form) -> None:
     """Warn of what a user may not expect of the output."""
+    from flame.models.widths import kernel_warning
     from pruning.plan import say_notes
-    from pruning.planning.budgets import kernel_warning
 
     if reference.is_lora and form == "dcp":
         log.warning(

@@ -47,7 +47,7 @@ def check(options: Options, world_size: int = 1) -> None:
     reference = resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config, options.method)
-    if hasattr(options.method, "project"):
+    if hasattr(options.method, "new_tensors"):
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
     check_stats(options.stats, options.method)
 
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
         plan = planned(resolve(options.model), options.method, options.budget, options.stats)
         with ExitStack() as stack:
             file = stack.enter_context(replacing_file(options.plan, options.overwrite))
-            if plan.projected:
+            if plan.new_tensors:
                 plan = _saved(plan, options, stack)
             file.write_text(plan_text(plan))
         print(f"{options.plan}: {summary(plan)}", flush=True)

@@ -76,7 +76,7 @@ def run(options: Options) -> None:
     from flame.process.peers import on_first
     from pruning.apply import form_of, say_what_to_know
     from pruning.plan import summary
-    from pruning.transform.transform import write_pruned
+    from pruning.transform.write import write_pruned
 
     reference, out = resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)

@@ -25,6 +25,8 @@ Kind = Literal["key", "value", "head"]
 Role = Literal["projection", "convolution", "vector", "norm", "gate"]
 
 KINDS: tuple[Kind, ...] = ("key", "value", "head")
+NOUNS: dict[Kind, str] = {"key": "key channels", "value": "value channels", "head": "heads"}
+"""What is kept or dropped, in words, by kind."""
 
 Kept = tuple[Int64[Tensor, " k_h"], ...]
 """A selection: for each head of a space the channels to keep, in increasing order."""
@@ -130,11 +132,11 @@ class Space:
     @property
     def noun(self) -> str:
         """The channels in words, for messages."""
-        return "heads" if self.kind == "head" else f"{self.kind} channels"
+        return NOUNS[self.kind]
 
 
 def positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
-    """Positions along the axis that survive when `kept` survives, in increasing order.
+    """The positions along the axis that survive when `kept` survives, in increasing order.
 
     Args:
         axis: the axis to slice.
@@ -154,7 +156,7 @@ def survives(axis: Axis, kept: Kept) -> Bool[Tensor, " size"]:
 
 
 def dropped_positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
-    """Positions along the axis that go when only `kept` survives, in increasing order."""
+    """The positions along the axis that are removed when only `kept` survives, increasing."""
     table = axis.layout.table()
     dropped = torch.ones(table.shape[:2], dtype=torch.bool)
     for of_head, channels in zip(dropped, kept, strict=True):
@@ -163,7 +165,7 @@ def dropped_positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
 
 
 def rows(kept: Int64[Tensor, "H k"]) -> Kept:
-    """A rectangular selection, as methods make it, as one row a head."""
+    """The rows of a selection in which every head keeps k channels, one tensor a head."""
     return tuple(kept.cpu())
 
 
@@ -199,9 +201,9 @@ def _check_row(space: Space, head: int, channels: Tensor) -> None:
 
 
 def widths_of(spaces: Iterable[Space], kept: Mapping[str, Kept]) -> dict[str, tuple[int, ...]]:
-    """Kept channels of each head of the planned spaces, by the space's name.
+    """How many channels each head keeps, by the name of the planned space.
 
-    Of key channels, those of the heads that survive count: one that goes has none.
+    Key widths are listed for surviving heads only.
     """
     planned = [space for space in spaces if space.name in kept]
     heads = {space.layer: kept[space.name][0].tolist() for space in planned if space.kind == "head"}

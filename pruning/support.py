@@ -10,9 +10,7 @@ from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS
 from pruning.adapters.interface import Adapter
 from pruning.methods import METHODS
 from pruning.planning.applicable import methods_for
-from pruning.spaces import KINDS, Kind, Space
-
-NOUNS: dict[Kind, str] = {"key": "key channels", "value": "value channels", "head": "heads"}
+from pruning.spaces import KINDS, NOUNS, Kind, Space
 
 
 def page() -> str:

@@ -24,7 +24,7 @@ OBJECTIVE = "flame.training.objective."
 
 MATHEMATICS = (
     "spaces", "linalg", "state_rank", "statistics", "methods", "planning.budgets",
-    "planning.allocation",
+    "planning.per_kind", "planning.allocation",
 )  # fmt: skip
 """Modules of pruning that import torch and nothing built on it."""
 

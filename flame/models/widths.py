@@ -21,6 +21,16 @@ KERNEL_WIDTHS = range(16, 257)
 """Key widths that fla's CUDA kernels take."""
 
 
+def kernel_warning(width: int) -> str | None:
+    """One sentence if fla's CUDA kernels do not take this key width, else None."""
+    if width in KERNEL_WIDTHS:
+        return None
+    return (
+        f"fla's CUDA kernels take {KERNEL_WIDTHS.start} to {KERNEL_WIDTHS.stop - 1} key channels "
+        f"per head, not {width}: the model will run on a CPU only"
+    )
+
+
 @dataclass(frozen=True)
 class LayerWidths:
     """The shape of one layer's recurrent state."""

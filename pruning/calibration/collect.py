@@ -1,9 +1,9 @@
-"""Collecting: a model runs over calibration sequences under FSDP2 and its taps feed statistics.
+"""Calibration runs: a model reads sequences under FSDP2, and its taps feed the statistics.
 
-Every sequence is a batch of its own, dealt to the ranks in turn, so that what a sequence adds does
-not depend on the number of processes. A rank without a sequence in the last round runs one token
-that nothing counts, since FSDP2's gathers need every rank. Memory is the model's and the sums';
-it does not grow with the number of tokens. Gradients are made only if a statistic needs them.
+Every sequence is a batch of its own, dealt to the ranks in turn, so that what it adds to a sum does
+not depend on the number of processes. In the last round a rank without a sequence runs one token
+that is not counted, since FSDP2's gathers need every rank. Memory holds the model and the sums, and
+does not grow with the number of tokens. The backward pass runs only if a statistic needs it.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,17 +42,21 @@ Write = Callable[[Collected, Meta], AbstractContextManager[AddGradient]]
 
 @dataclass(frozen=True)
 class ResumePoints:
-    """Where statistics are saved on the way: after about every so many sequences."""
+    """When and how an unfinished calibration is saved."""
 
     every: int
-    """Rounded up to a multiple of the virtual shards, so that every world size can go on."""
+    """Sequences between saves, rounded up to a multiple of the virtual shards, so that the
+    calibration can be resumed at every world size."""
     write: Write
     """Entered on rank 0 with the sums so far; gradients are added in its body."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What an earlier calibration left: each rank gives the same, the sums count on rank 0."""
+    """What an earlier calibration left, read by every rank.
+
+    Only rank 0 adds the saved sums, so that the all-reduce counts them once.
+    """
 
     collected: Collected
     meta: Meta
@@ -128,7 +132,7 @@ class _Collector:
         return self.collected, self._reduce()
 
     def _round(self, first: int, batches: Iterator[Any]) -> None:
-        """One sequence on every rank, or none on the last ones."""
+        """Run one sequence on every rank; in the last round some ranks have none."""
         mine = first + rank() < self.data.sequences
         batch = self.peers.agree(lambda: self._next(batches) if mine else None)
         self.feed.start(first + rank() if batch is not None else None)
@@ -138,7 +142,7 @@ class _Collector:
         self.peers.agree(lambda: self._take(first))
 
     def _take(self, first: int) -> None:
-        """Complain of what was not finite in this round; otherwise add its gradients."""
+        """Add the gradients of this round; UserError if anything in it was not finite."""
         self.feed.complain()
         if self.gradients is not None:
             self.gradients.add(_sequences(first + 1, self.done))
@@ -156,7 +160,7 @@ class _Collector:
         return WeightGradients(self.model, spaces) if spaces else None
 
     def _add_gradients(self) -> None:
-        """Let the statistics that are made of the whole gradient see this rank's share of it."""
+        """Update the statistics of whole gradients with this rank's share of them."""
         if self.gradients is None:
             return
         for space in self.spaces:
@@ -220,7 +224,7 @@ def _run(
     batch: tuple[dict[str, Tensor], Tensor] | None,
     gradients: WeightGradients | None,
 ) -> None:
-    """One pass over a sequence, or over a token that does not count, with gradients if wanted."""
+    """Run the model on a sequence, or without one on a token that is not counted."""
     nothing = torch.zeros((1, 1), dtype=torch.int64)
     inputs, labels = batch if batch is not None else ({"input": nothing}, nothing)
     given = {name: value.to(local_device()) for name, value in inputs.items()}
@@ -241,7 +245,7 @@ def _sequences(first: int, last: int) -> str:
 
 
 def _hidden_size(model: nn.Module, spaces: list[Space]) -> int:
-    """Numbers of a token that enter a mixer: the columns of its projections."""
+    """The width of a mixer's input: the columns of its projections."""
     axes = (axis for space in spaces for axis in space.axes)
     name = next(axis.fqn for axis in axes if axis.role == "projection" and axis.dim == 0)
     return dict(model.named_parameters())[name].shape[1]

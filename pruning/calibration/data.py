@@ -15,7 +15,7 @@ from flame.recipe import data_config, read_tables, sequence_length
 from pruning.options import SEQ_LEN, SEQUENCES, DataOptions
 
 NOT_RECORDED = ("heldout", "heldout_split", "repeat", "seed", "tokenizer")
-"""Fields of the data's configuration that do not say what was calibrated on, or are said apart."""
+"""Fields that do not identify the calibration text, or are recorded elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class CalibrationData:
     seq_len: int
     """Tokens a sequence."""
     asked: str = ""
-    """The two in words, with the options that they come from."""
+    """Both numbers in words, with the options that they come from, for messages."""
 
     def record(self) -> dict[str, Any]:
-        """What identifies the data, for plans and statistics."""
+        """The settings that identify the data, as plans and statistics record them."""
         values = dataclasses.asdict(self.config)
         return {key: value for key, value in values.items() if key not in NOT_RECORDED}
 
     def too_short(self, found: str = "it ends before") -> str:
-        """What to say if the data has fewer sequences."""
+        """The message for data that has fewer sequences than asked for."""
         asked = self.asked or f"{self.sequences} sequences of {self.seq_len} tokens"
         return f"{asked} are too many: {found}; ask for fewer, or give more text (--data)"
 
@@ -64,7 +64,7 @@ class CalibrationData:
 
 
 def calibration_data(reference: ModelReference, options: DataOptions) -> CalibrationData:
-    """What `options` and, for what they leave open, the recipe of `reference` say.
+    """The data that `options` and, where they say nothing, the recipe of `reference` describe.
 
     Raises:
         UserError: neither names data or a tokenizer, or the recipe cannot be read.
@@ -131,7 +131,7 @@ _FRESH: dict[str, Any] = {
     "text_key": DataConfig.text_key,
     "max_documents": DataConfig.max_documents,
 }
-"""What the recipe says of its own data set and not of another."""
+"""The settings that describe the recipe's own data set, and are reset for another one."""
 
 
 def _tokenizer(reference: ModelReference, options: DataOptions, config: DataConfig) -> str:

@@ -1,4 +1,4 @@
-"""Feeding: what the taps of a model deliver, checked, goes to the statistics of its spaces."""
+"""From taps to statistics: every tensor that a tap delivers is checked and then summed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,11 +20,10 @@ OP_TENSORS = ("q", "k", "v", "beta", "g")
 
 
 class Feed:
-    """Gives statistics what they are summed from, one sequence at a time.
+    """Updates statistics from the taps of a model, one sequence at a time.
 
-    What is not finite is complained of, and nothing more is fed. The complaint is kept until
-    `complain`: raised in the middle of a forward pass, it would leave the other ranks waiting in a
-    gather.
+    The first NaN or infinity stops the updates and is stored; `complain` raises it later. Raised in
+    the middle of a forward pass, it would leave the other ranks waiting in a gather.
     """
 
     def __init__(
@@ -56,11 +55,11 @@ class Feed:
             yield
 
     def start(self, sequence: int | None) -> None:
-        """Say the number of the sequence that comes next, from 0; None for one not to count."""
+        """Set the number, from 0, of the sequence that runs next; None if it is not counted."""
         self.sequence = sequence
 
     def complain(self) -> None:
-        """Raise what there is to complain of."""
+        """Raise UserError if something that was not finite has been seen."""
         if self.complaint is not None:
             raise self.complaint
 
@@ -86,7 +85,7 @@ class Feed:
             self._give(Source.MIXER_INPUT, layer, hidden)
 
     def _accepts(self, layer: int, given: Mapping[str, Tensor | None], where: str) -> bool:
-        """Whether this counts; what is not finite does not, and is complained of."""
+        """Whether to sum these tensors; stores a complaint if one of them is not finite."""
         if self.sequence is None or self.complaint is not None:
             return False
         bad = first_not_finite(given)

@@ -1,8 +1,8 @@
-"""Gradients of a calibration's loss by the projections of a model's spaces, under FSDP2.
+"""Gradients of a calibration's loss with respect to the projections of a model, under FSDP2.
 
-The trainer's own forward and backward make them, reduced over the ranks; no other parameter has a
-gradient and no step is taken. Sums are float64 and sharded like the weights, so each process holds
-its rows only.
+The loss and its backward pass are the trainer's, and FSDP2 reduces the gradients over the ranks. No
+other parameter gets a gradient, and no optimizer step is taken. Sums are float64 and sharded like
+the weights, so each process holds its own rows only.
 """
 
 import warnings
@@ -24,12 +24,13 @@ ReadRows = Callable[[str, slice], Tensor]
 
 
 class WeightGradients:
-    """The sum of the gradients of all sequences so far."""
+    """The gradients of all sequences so far, summed."""
 
     def __init__(self, model: nn.Module, spaces: Iterable[Space]) -> None:
-        """Make `model`, which is sharded, ready to train the projections of `spaces` alone.
+        """Let only the projections of `spaces` in the sharded `model` have gradients.
 
-        In training mode, since fla's layers choose operators by it that have a backward pass.
+        The model is put into training mode, in which fla's layers take operators with a backward
+        pass.
         """
         self.layers = {axis.fqn: space.layer for space in spaces for axis in projections(space)}
         model.requires_grad_(False).train()
@@ -48,11 +49,13 @@ class WeightGradients:
     def backward(
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, counts: bool
     ) -> None:
-        """Make the gradients of one sequence of every rank. Collective.
+        """Run forward and backward on one sequence of every rank. Collective.
 
         Args:
-            counts: whether this rank's sequence does; it runs in any case, since the ranks reduce
-                together.
+            model: the sharded model.
+            inputs, labels: this rank's sequence.
+            counts: False for a sequence that must add nothing; it runs nevertheless, since the
+                ranks reduce together.
         """
         with warnings.catch_warnings():
             # The loss changes nothing in place.
@@ -62,10 +65,10 @@ class WeightGradients:
 
     @torch.no_grad()
     def add(self, sequences: str) -> None:
-        """Add what `backward` made to the sums.
+        """Add the gradients that `backward` left to the sums.
 
         Raises:
-            UserError: a gradient is not finite: its layer is named, and `sequences`.
+            UserError: a gradient is not finite; the message names its layer and `sequences`.
         """
         bad = None
         for name, weight in self.weights.items():
@@ -81,7 +84,7 @@ class WeightGradients:
             )
 
     def share(self, space: Space, tokens: int) -> GradientShare:
-        """This process's part of the projections of `space`."""
+        """This process's rows of the weights and summed gradients of the projections of `space`."""
         names = [axis.fqn for axis in projections(space)]
         shards = {
             name: Shard(
@@ -94,13 +97,13 @@ class WeightGradients:
         return GradientShare(space, shards, tokens)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Each sum, gathered, one at a time. Collective: every rank goes through all of them."""
+        """Yield the name and the gathered sum of each projection. Collective for each of them."""
         for name, total in self.totals.items():
             yield name, total.full_tensor().cpu()
 
     @torch.no_grad()
     def load(self, read: ReadRows) -> None:
-        """Go on from saved sums, of which this process reads its rows."""
+        """Replace the sums by saved ones, of which this process reads its own rows."""
         for name, total in self.totals.items():
             rows = _rows(total)
             if rows.stop > rows.start:

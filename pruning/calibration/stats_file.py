@@ -1,4 +1,4 @@
-"""Statistics on a disk: a folder with the sums and with what they are sums of.
+"""Statistics on disk: a folder with the sums and with a record of what was summed.
 
 `statistics.safetensors` holds the sums, `meta.json` the model's fingerprint, the data with a cursor
 into it, and the number of tokens. A folder whose calibration was cut short says so, and the cursor
@@ -22,7 +22,6 @@ from flame.errors import UserError, first_line
 from flame.process.atomic_output import replacing_folder
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from pruning.methods import METHODS
 from pruning.spaces import Space
 from pruning.statistics import Statistic
 
@@ -38,7 +37,7 @@ Collected = dict[str, dict[type[Statistic], Statistic]]
 
 @dataclass(frozen=True)
 class Meta:
-    """What the sums of a statistics folder are sums of."""
+    """The record of a statistics folder: model, data, and how far the calibration got."""
 
     fingerprint: str
     """Of the model."""
@@ -75,11 +74,6 @@ class Meta:
         }
 
 
-def known_statistics() -> dict[str, type[Statistic]]:
-    """The statistics that registered methods need, by name."""
-    return {kind.__name__: kind for method in METHODS.values() for kind in method.needs}
-
-
 def zeros(
     spaces: Iterable[Space],
     kinds: Iterable[type[Statistic]],
@@ -114,7 +108,7 @@ def save_statistics(
 def writing_statistics(
     path: Path, collected: Collected, meta: Meta, overwrite: bool = False, locked: bool = False
 ) -> Iterator[AddGradient]:
-    """As `save_statistics`, with the gradients so far that the body adds one by one."""
+    """Write a statistics folder to which the body of the context adds gradients one by one."""
     with replacing_folder(path, overwrite, locked) as folder:
         files: dict[str, list[str]] = {}
 
@@ -131,7 +125,7 @@ def writing_statistics(
 
 
 def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
-    """Reads rows of the gradients that a calibration which was cut short has saved.
+    """A function that reads rows of the gradients saved by an unfinished calibration.
 
     Raises:
         UserError: from the reader, if a file is damaged or missing.
@@ -150,7 +144,7 @@ def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
 
 
 def read_meta(path: Path) -> Meta:
-    """What the statistics folder `path` says of itself; UserError if it is none."""
+    """The record of the statistics folder `path`; UserError if it has none that can be read."""
     content = _read_meta_file(path)
     found = content.get("format")
     if type(found) is not int or found > FORMAT:

@@ -24,8 +24,8 @@ class Method(Protocol):
 
     - `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for channels that
       matter more and comparable between the spaces of a model; shared budgets need it;
-    - `project(space, widths, weights, statistics) -> dict[str, Tensor]`: tensors of the pruned size
-      (`widths`, a tuple, channels of each head) that take the place of sliced ones, where the
+    - `new_tensors(space, widths, weights, statistics) -> dict[str, Tensor]`: tensors of the pruned
+      size (`widths`, a tuple, channels of each head) that take the place of sliced ones, where the
       method mixes channels and `select` returns the first k of the mixed ones;
     - `notes(config, kinds) -> list[str]`: sentences that a user must read beside the plan;
     - `paper: ClassVar[Mapping[str, Any]]`: hyper-parameters that `--paper` sets, as published.

@@ -52,7 +52,7 @@ class PCA:
         """Variances of the components, decreasing: of unit vectors, so comparable between heads."""
         return self._components(space, statistics)[0]
 
-    def project(
+    def new_tensors(
         self, space: Space, k: int | Iterable[int], weights: Weights, statistics: Statistics
     ) -> dict[str, Float64[Tensor, "..."]]:
         """Every tensor of the space in the pruned size, its channels mixed, in float64.

@@ -42,7 +42,7 @@ def _able(kind: Kind, spaces: Iterable[Space]) -> str:
 
 def _fixed_tensor(method: type[Method] | Method, kind: Kind, spaces: Iterable[Space]) -> str | None:
     """A tensor of the spaces whose channels `method` would mix and must not; None without any."""
-    if not hasattr(method, "project"):
+    if not hasattr(method, "new_tensors"):
         return None
     axes = (axis for space in spaces if space.kind == kind for axis in space.axes)
     return next((axis.fqn for axis in axes if axis.role not in MIXABLE), None)

@@ -2,20 +2,28 @@
 
 A budget is one of three: a part to remove (`ratio`), a width to keep, or the bytes that the
 recurrent state may take. Ratio and width may differ between kinds of spaces. What a space keeps is
-a multiple of `multiple_of`, which heads have no use for.
+a multiple of `multiple_of`; numbers of heads need not be.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
 from flame.errors import UserError, first_line
-from flame.models.widths import KERNEL_WIDTHS
 from flame.options import option
 from pruning.adapters.interface import Adapter, Config
-from pruning.spaces import KINDS, Kind, Space
+from pruning.planning.per_kind import (
+    PerKind,
+    as_text,
+    check_ratio,
+    for_kinds,
+    parse_per_kind,
+    parse_ratio,
+    parse_width,
+)
+from pruning.spaces import KINDS, NOUNS, Kind, Space
 
 MULTIPLE_OF = 16
 """Widths are multiples of this unless asked otherwise: kernels work in tiles."""
@@ -23,50 +31,6 @@ MULTIPLE_OF = 16
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
 Allocate = Literal["uniform", "layer", "model"]
-
-PerKind = Mapping[Kind, Any]
-"""A number for each kind of space."""
-
-
-def parse_ratio(text: str) -> float:
-    """The ratio that `text` writes; raises UserError if it is not a number between 0 and 1."""
-    try:
-        ratio = float(text)
-    except ValueError as error:
-        raise UserError(f"ratio {text!r} is not a number: give one between 0 and 1") from error
-    check_ratio(ratio)
-    return ratio
-
-
-def parse_width(text: str) -> int:
-    """The width that `text` writes; raises UserError if it is no whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"width {text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def parse_per_kind(text: str, parse: Callable[[str], Any]) -> Any:
-    """One number for all kinds of spaces, or one for each, such as `key=0.5,head=0.25`."""
-    if "=" not in text:
-        return parse(text)
-    found: dict[Kind, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in KINDS:
-            raise UserError(
-                f"{part!r} of {text!r} is for no kind of space: write key=…, value=… or head=…"
-            )
-        if name in found:
-            raise UserError(f"{text!r} says {name} twice")
-        found[name] = parse(value)
-    return found
-
-
-def _written(value: Any) -> Any:
-    """A number for each kind as the command line has it; another value as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    return ",".join(f"{kind}={value[kind]}" for kind in KINDS if kind in value)
 
 
 @dataclass(frozen=True)
@@ -81,13 +45,13 @@ class Budget:
         None,
         "part of the channels to remove, such as 0.5 or key=0.5,head=0.25",
         parse=lambda text: parse_per_kind(text, parse_ratio),
-        write=lambda value: str(_written(value)),
+        write=lambda value: str(as_text(value)),
     )
     width: int | PerKind | None = option(
         None,
         "channels a head to keep, such as 64 or key=64,value=32",
         parse=lambda text: parse_per_kind(text, parse_width),
-        write=lambda value: str(_written(value)),
+        write=lambda value: str(as_text(value)),
     )
     state_bytes: int | None = option(
         None,
@@ -118,7 +82,7 @@ class Budget:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of `space`; UserError for what is none, or none at all."""
+        """The kinds that `space` names; UserError for an unknown or repeated name."""
         names = [name.strip() for name in self.space.split(",")]
         for name in names:
             if name not in KINDS:
@@ -128,10 +92,10 @@ class Budget:
         return tuple(kind for kind in KINDS if kind in names)
 
     def record(self) -> dict[str, Any]:
-        """What a plan says of it: what was asked for, as on the command line."""
+        """What a plan records of the budget: what was asked for, as on the command line."""
         found = {
-            "ratio": _written(self.ratio),
-            "width": _written(self.width),
+            "ratio": as_text(self.ratio),
+            "width": as_text(self.width),
             "state_bytes": self.state_bytes,
             "space": ",".join(self.kinds),
             "multiple_of": self.multiple,
@@ -152,21 +116,21 @@ def uniform_widths(
         spaces: those of the budget's kinds.
 
     Raises:
-        UserError: the budget is none, a width would not change, or no width satisfies it.
+        UserError: a width would not change, or no width satisfies the budget.
     """
     sizes = {space.kind: space.head_dim for space in spaces}
-    given = [budget.ratio, budget.width, budget.state_bytes]
+    given = (budget.ratio, budget.width, budget.state_bytes)
     if sum(value is not None for value in given) != 1:
         raise UserError("give exactly one of --ratio, --width and --state-bytes")
     if budget.ratio is not None:
-        ratios = _of_kinds(budget.ratio, sizes, "--ratio")
+        ratios = for_kinds(budget.ratio, sizes, "--ratio")
         multiples = {kind: 1 if kind == "head" else budget.multiple for kind in sizes}
         return {
-            kind: width(size, ratios[kind], multiples[kind], _noun(kind))
+            kind: width(size, ratios[kind], multiples[kind], NOUNS[kind])
             for kind, size in sizes.items()
         }
     if budget.width is not None:
-        wanted = _of_kinds(budget.width, sizes, "--width")
+        wanted = for_kinds(budget.width, sizes, "--width")
         for kind, size in sizes.items():
             _check_width(wanted[kind], size, budget.multiple, kind)
         return wanted
@@ -206,50 +170,15 @@ def width(
 
 def kept_heads(budget: Budget, heads: int) -> int:
     """How many of `heads` heads, those of all layers, the ratio of `budget` leaves."""
-    ratio = _of_kinds(budget.ratio, dict.fromkeys(budget.kinds, heads), "--ratio")["head"]
-    return width(heads, ratio, 1, _noun("head"))
-
-
-def check_ratio(ratio: float) -> None:
-    """Raise UserError unless 0 < ratio < 1; NaN is refused."""
-    if not 0 < ratio < 1:
-        raise UserError(
-            f"ratio {ratio} is not between 0 and 1: it is the part of the channels to remove, "
-            f"such as 0.5"
-        )
-
-
-def kernel_warning(width: int) -> str | None:
-    """One sentence if fla's CUDA kernels do not take this key width, else None."""
-    if width in KERNEL_WIDTHS:
-        return None
-    return (
-        f"fla's CUDA kernels take {KERNEL_WIDTHS.start} to {KERNEL_WIDTHS.stop - 1} key channels "
-        f"per head, not {width}: the model will run on a CPU only"
-    )
-
-
-def _of_kinds(given: Any, sizes: Mapping[Kind, int], flag: str) -> dict[Kind, Any]:
-    """`given` for each kind that is pruned."""
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(sizes, given)
-    for kind in given:
-        if kind not in sizes:
-            raise UserError(
-                f"{flag} {kind}={given[kind]} is for a kind that is not pruned: --space is "
-                f"{','.join(sizes)}"
-            )
-    for kind in sizes:
-        if kind not in given:
-            raise UserError(f"{flag} says nothing of {kind}, which --space names: add {kind}=…")
-    return dict(given)
+    ratio = for_kinds(budget.ratio, dict.fromkeys(budget.kinds, heads), "--ratio")["head"]
+    return width(heads, ratio, 1, NOUNS["head"])
 
 
 def _check_width(wanted: int, size: int, multiple_of: int, kind: Kind) -> None:
     if not 1 <= wanted < size:
         what = "is no reduction" if wanted == size else "is out of range"
         raise UserError(
-            f"--width {kind}={wanted} {what}: a model with {size} {_noun(kind)} can keep 1 to "
+            f"--width {kind}={wanted} {what}: a model with {size} {NOUNS[kind]} can keep 1 to "
             f"{size - 1}"
         )
     if kind != "head" and wanted % multiple_of:
@@ -264,7 +193,7 @@ def _check_width(wanted: int, size: int, multiple_of: int, kind: Kind) -> None:
 def _widths_of_bytes(
     budget: Budget, adapter: Adapter, config: Config, spaces: list[Space]
 ) -> dict[Kind, int]:
-    """The largest width whose state fits."""
+    """The largest width of the one kind with which the state fits into the bytes."""
     limit = budget.state_bytes
     assert limit is not None
     if len(budget.kinds) != 1:
@@ -282,11 +211,11 @@ def _widths_of_bytes(
             return {kind: kept}
     if step >= size:
         raise UserError(
-            f"no multiple of {step} is below the {size} {_noun(kind)}: give a smaller --multiple-of"
+            f"no multiple of {step} is below the {size} {NOUNS[kind]}: give a smaller --multiple-of"
         )
     least = _state_bytes(adapter, config, spaces, step)
     raise UserError(
-        f"--state-bytes {limit} is too little: {step} of {size} {_noun(kind)}, the fewest in "
+        f"--state-bytes {limit} is too little: {step} of {size} {NOUNS[kind]}, the fewest in "
         f"multiples of {step}, take {least} (all take {dense})"
     )
 
@@ -297,7 +226,3 @@ def _state_bytes(adapter: Adapter, config: Config, spaces: list[Space], kept: in
         return adapter.state_bytes(adapter.resize(config, widths))
     except ValueError as error:
         raise UserError(f"{adapter.model_type} cannot have {kept}: {first_line(error)}") from error
-
-
-def _noun(kind: Kind) -> str:
-    return "heads" if kind == "head" else f"{kind} channels"

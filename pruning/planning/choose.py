@@ -28,10 +28,6 @@ SpaceStatistics = Mapping[str, Mapping[type[Statistic], Statistic]]
 """Statistics by the space's name and their type."""
 
 
-Projected = dict[str, Tensor]
-"""New tensors, of the pruned size, by name."""
-
-
 def check_budget(budget: Budget, config: Config, method: Method | None = None) -> dict[Kind, int]:
     """What each kind keeps a head under `budget`, before scores share it out.
 
@@ -63,8 +59,8 @@ def choose(
 ) -> Plan:
     """The plan of `method` within `budget`. One process does it alone.
 
-    Weights are read space by space, so memory holds the tensors of one space, and what the method
-    projects.
+    Weights are read space by space, so memory holds the tensors of one space, and the new tensors
+    of a method that makes some.
 
     Args:
         config: the model's config.json.
@@ -82,14 +78,14 @@ def choose(
     spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
     chooser = _Chooser(source, method, statistics or {})
     kept: dict[str, Kept] = {}
-    projected: Projected = {}
+    new_tensors: dict[str, Tensor] = {}
     # Heads first: channels are then shared out among those that stay.
     first = [space for space in spaces if space.kind == "head"]
     for part in (first, [space for space in spaces if space.kind != "head"]):
         widths = chooser.widths(part, uniform, budget, _staying(first, kept))
         for space in progress(part, f"choose ({method.name})", len(part)):
             kept[space.name], new = chooser.choose(space, widths[space.name])
-            projected |= new
+            new_tensors |= new
     return Plan(
         method=method.name,
         options=options_of(method),
@@ -102,7 +98,7 @@ def choose(
         versions=versions(("slimstate", "torch")),
         pad=budget.pad,
         notes=tuple(_notes(method, config, budget.kinds)),
-        projected=projected,
+        new_tensors=new_tensors,
     )
 
 
@@ -145,13 +141,13 @@ class _Chooser:
                 found[space.name] = tuple(widths.tolist())
         return found
 
-    def choose(self, space: Space, widths: tuple[int, ...]) -> tuple[Kept, Projected]:
+    def choose(self, space: Space, widths: tuple[int, ...]) -> tuple[Kept, dict[str, Tensor]]:
         """The channels that each head keeps, and the tensors that the method makes of them."""
         weights, sums = self._seen(space)
-        project = getattr(self.method, "project", None)
+        make = getattr(self.method, "new_tensors", None)
         with _named(self.method, space):
             chosen = {k: self.method.select(space, k, weights, sums).cpu() for k in set(widths)}
-            new = project(space, widths, weights, sums) if project is not None else {}
+            new = make(space, widths, weights, sums) if make is not None else {}
         return tuple(chosen[k][head] for head, k in enumerate(widths)), new
 
     def _scores(self, space: Space) -> Tensor:
@@ -209,7 +205,7 @@ def _check_method(budget: Budget, method: Method, spaces: list[Space]) -> None:
             f"--allocate {budget.allocate} shares channels by scores, which {method.name} has "
             f"none of: use --allocate uniform, or one of {able}"
         )
-    if budget.pad and hasattr(method, "project"):
+    if budget.pad and hasattr(method, "new_tensors"):
         raise UserError(
             f"--pad keeps channels where they are, and {method.name} mixes them: leave it out"
         )

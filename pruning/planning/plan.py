@@ -19,11 +19,11 @@ from pruning.spaces import Kept, Kind, Space, check_kept, widths_of
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """Tensors that take the place of sliced ones, in a safetensors file beside the plan."""
+class TensorsFile:
+    """The safetensors file beside a plan with tensors that take the place of sliced ones."""
 
-    file: str
-    """Name of the file, in the plan's folder."""
+    name: str
+    """Its name, in the plan's folder."""
     hash: str
     """Its XXH3 hash of 128 bits, in hexadecimal digits."""
 
@@ -50,13 +50,14 @@ class Plan:
     """Data, tokens, sequences, sequence length and seed; None if no data was read."""
     versions: dict[str, str]
     """Of the programs that made the plan."""
-    replaced: Replaced | None = None
+    tensors_file: TensorsFile | None = None
+    """Where the new tensors are, if the method made any and they are saved."""
     pad: bool = False
     """Whether heads are filled up with zeros to the largest width, for a stock model."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
-    projected: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """New tensors that no file holds yet; `with_saved_tensors` makes them `replaced`."""
+    new_tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """The same before they are saved, by name: `with_saved_tensors` writes them to a file."""
 
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:

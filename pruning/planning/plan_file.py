@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from pruning.planning.plan import Plan, Replaced
+from pruning.planning.plan import Plan, TensorsFile
 from pruning.spaces import Kept
 
 FORMAT = 1
@@ -27,13 +27,13 @@ FORMAT = 1
 PLAN_FILE = "plan.json"
 """Name of the plan that an output folder keeps."""
 
-PROJECTED_FILE = "plan.tensors.safetensors"
+TENSORS_FILE = "plan.tensors.safetensors"
 """Name of the file with its new tensors, if it has any."""
 
 
 def plan_text(plan: Plan) -> str:
     """`plan` as the text of its file."""
-    replaced = plan.replaced
+    saved = plan.tensors_file
     content = {
         "budget": plan.budget,
         "calibration": plan.calibration,
@@ -44,7 +44,7 @@ def plan_text(plan: Plan) -> str:
         "method": {"name": plan.method, "options": plan.options},
         "notes": list(plan.notes),
         "pad": plan.pad,
-        "replaced": {"file": replaced.file, "hash": replaced.hash} if replaced else None,
+        "replaced": {"file": saved.name, "hash": saved.hash} if saved else None,
         "spaces": {name: [row.tolist() for row in kept] for name, kept in plan.kept.items()},
         "versions": plan.versions,
     }
@@ -81,7 +81,7 @@ def _plan(content: dict[str, Any]) -> Plan:
         kept={n: _kept(n, rows) for n, rows in _get(content, "spaces", dict).items()},
         calibration=_optional(content, "calibration"),
         versions=_get(content, "versions", dict),
-        replaced=_replaced(_optional(content, "replaced")),
+        tensors_file=_tensors_file(_optional(content, "replaced")),
         pad=_flag(content, "pad"),
         notes=_notes(content.get("notes", [])),
     )
@@ -89,10 +89,10 @@ def _plan(content: dict[str, Any]) -> Plan:
 
 def with_saved_tensors(plan: Plan, file: Path, name: str = "") -> Plan:
     """`plan` with its new tensors written to the safetensors file `file`, which will be `name`."""
-    tensors = {key: plan.projected[key].contiguous() for key in sorted(plan.projected)}
+    tensors = {key: plan.new_tensors[key].contiguous() for key in sorted(plan.new_tensors)}
     save_file(tensors, file, metadata={"format": "pt"})
-    replaced = Replaced(name or file.name, hash_file(file))
-    return replace(plan, replaced=replaced, projected={})
+    saved = TensorsFile(name or file.name, hash_file(file))
+    return replace(plan, tensors_file=saved, new_tensors={})
 
 
 def _json(value: Any) -> str:
@@ -138,13 +138,13 @@ def _optional(content: Mapping[str, Any], key: str) -> dict[str, Any] | None:
     return None if content.get(key) is None else _get(content, key, dict)
 
 
-def _replaced(content: dict[str, Any] | None) -> Replaced | None:
+def _tensors_file(content: dict[str, Any] | None) -> TensorsFile | None:
     if content is None:
         return None
     file = _get(content, "file", str)
     if Path(file).name != file:
         raise ValueError(f"replaced tensors are in {file!r}, expected the name of a file beside it")
-    return Replaced(file, _get(content, "hash", str))
+    return TensorsFile(file, _get(content, "hash", str))
 
 
 def _flag(content: Mapping[str, Any], key: str) -> bool:

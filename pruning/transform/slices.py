@@ -1,4 +1,4 @@
-"""Cuts: what a plan leaves of each dimension of each tensor."""
+"""Slices: which positions of each tensor dimension a plan keeps."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,12 +14,13 @@ from pruning.planning.plan import Plan, planned_spaces
 from pruning.spaces import Axis, Kept, Space, survives
 
 _POWERS = {"exp_avg": -1, "exp_avg_sq": -2}
-"""A parameter times c has gradients over c, and moments accordingly."""
+"""Where a parameter is multiplied by c, its gradients are divided by c, and its optimizer moments
+by c and c²."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What survives of one dimension of a tensor."""
+class Slice:
+    """The positions that survive along one dimension of a tensor."""
 
     dim: int
     size: int
@@ -27,56 +28,58 @@ class Cut:
     kept: Int64[Tensor, " n"]
     """Positions that survive, in increasing order."""
     blank: Int64[Tensor, " m"]
-    """Those of the n that are padding, and become zero."""
+    """Which of the n surviving positions are padding and become zero."""
     factor: float = 1.0
-    """What the parameter is multiplied by: makes up for padding in a norm."""
+    """A factor for the parameter, which makes up for padding in a norm."""
 
 
-Cuts = Mapping[str, tuple[Cut, ...]]
-"""By parameter: its dimensions that are cut."""
+Slices = Mapping[str, tuple[Slice, ...]]
+"""By parameter: its dimensions that are part."""
 
 
-def cuts_of(plan: Plan, config: Config) -> dict[str, tuple[Cut, ...]]:
-    """What survives of each parameter that a plan, which fits the config, prunes."""
+def slices_of(plan: Plan, config: Config) -> dict[str, tuple[Slice, ...]]:
+    """The slices of each parameter that `plan`, which fits the config, prunes."""
     spaces = planned_spaces(plan, config)
-    return cuts_of_spaces(spaces, plan.kept, padded(spaces, plan.kept) if plan.pad else plan.kept)
+    return slices_of_spaces(spaces, plan.kept, padded(spaces, plan.kept) if plan.pad else plan.kept)
 
 
-def cuts_of_spaces(
+def slices_of_spaces(
     spaces: Iterable[Space], kept: Mapping[str, Kept], filled: Mapping[str, Kept]
-) -> dict[str, tuple[Cut, ...]]:
-    """Cuts of all tensors that `spaces` index; of one dimension, what every space keeps is left.
+) -> dict[str, tuple[Slice, ...]]:
+    """The slices of all tensors that `spaces` index.
+
+    Where several spaces index one dimension, a position survives only if all of them keep it.
 
     Args:
-        spaces: planned ones.
+        spaces: the planned spaces.
         kept: their selections.
-        filled: the same, or with padding.
+        filled: the same selections, with padding where the plan pads.
     """
     of_dimension: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
     for space in spaces:
         for axis in space.axes:
             of_dimension.setdefault((axis.fqn, axis.dim), []).append((space, axis))
-    cuts: dict[str, tuple[Cut, ...]] = {}
+    slices: dict[str, tuple[Slice, ...]] = {}
     for (fqn, _), axes in of_dimension.items():
-        cuts[fqn] = (*cuts.get(fqn, ()), _cut(axes, kept, filled))
-    return cuts
+        slices[fqn] = (*slices.get(fqn, ()), _slice(axes, kept, filled))
+    return slices
 
 
-def cut_tensor(name: str, tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
-    """What is left of a tensor; `name` tells a parameter from its moments."""
-    for cut in cuts:
-        tensor = tensor.index_select(cut.dim, cut.kept)
-        if len(cut.blank):
-            tensor.index_fill_(cut.dim, cut.blank, 0)
-        if cut.factor != 1:
-            tensor *= cut.factor ** _POWERS.get(name.rpartition(".")[2], 1)
+def slice_tensor(name: str, tensor: Tensor, slices: Iterable[Slice]) -> Tensor:
+    """The sliced tensor; its `name` tells a parameter from its optimizer moments."""
+    for part in slices:
+        tensor = tensor.index_select(part.dim, part.kept)
+        if len(part.blank):
+            tensor.index_fill_(part.dim, part.blank, 0)
+        if part.factor != 1:
+            tensor *= part.factor ** _POWERS.get(name.rpartition(".")[2], 1)
     return tensor
 
 
-def _cut(
+def _slice(
     axes: Iterable[tuple[Space, Axis]], kept: Mapping[str, Kept], filled: Mapping[str, Kept]
-) -> Cut:
-    """The cut of one dimension by all spaces that index it."""
+) -> Slice:
+    """The slice of one dimension by all spaces that index it."""
     axes = list(axes)
     axis, factor = axes[0][1], 1.0
     stays = torch.ones(axis.layout.size, dtype=torch.bool)
@@ -87,4 +90,4 @@ def _cut(
         if axis.role == "norm":
             factor = math.sqrt(len(kept[space.name][0]) / len(filled[space.name][0]))
     blank = (~real[stays]).nonzero().squeeze(-1)
-    return Cut(axis.dim, len(stays), stays.nonzero().squeeze(-1), blank, factor)
+    return Slice(axis.dim, len(stays), stays.nonzero().squeeze(-1), blank, factor)

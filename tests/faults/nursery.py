@@ -41,7 +41,7 @@ WARM = (
     "pruning.calibrate",
     "pruning.calibration.collect",
     "pruning.plan",
-    "pruning.transform.transform",
+    "pruning.transform.write",
     "scipy.io",
     "tests.flame.jobs",
 )

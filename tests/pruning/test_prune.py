@@ -16,7 +16,8 @@ from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
 from pruning.adapters import ADAPTERS
 from pruning.planning.plan_file import read_plan
-from pruning.transform.transform import SlicedSource, cuts_of
+from pruning.transform.sliced_source import SlicedSource
+from pruning.transform.write import slices_of
 from tests.distributed import run_distributed
 from tests.pruning.families import tiny_config
 from tests.pruning.models import (
@@ -431,7 +432,7 @@ def test_a_pruned_run_trains_on_from_where_it_stood(home: Path, tmp_path: Path) 
     step = out / "checkpoint" / "step-4"
     verify_step(step)
     before = DcpSource(dense / "checkpoint" / "step-3", everything=True)
-    sliced = SlicedSource(before, cuts_of(plan, resolve(dense).config))
+    sliced = SlicedSource(before, slices_of(plan, resolve(dense).config))
     after = DcpSource(step, everything=True)
     assert after.names() == sliced.names()
     second_moments = [name for name in after.names() if name.endswith(".exp_avg_sq")]

@@ -235,7 +235,7 @@ def test_pca_projects_to_the_rotated_and_masked_model(sharing: str) -> None:
     projected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for space in spaces:
         weights = {axis.fqn: projected[axis.fqn] for axis in space.axes}
-        made = PCA().project(space, 6, weights, {NormalisedGrams: sums[space.layer]})
+        made = PCA().new_tensors(space, 6, weights, {NormalisedGrams: sums[space.layer]})
         projected |= {name: tensor.float() for name, tensor in made.items()}
     small = build(adapter.resize(config, {s.name: (6, 6) for s in spaces}))
     small.load_state_dict(projected)

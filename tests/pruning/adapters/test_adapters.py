@@ -14,7 +14,7 @@ from flame.errors import UserError
 from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS, adapter_for
 from pruning.adapters.widths import expansion
 from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
-from pruning.transform.slices import cuts_of_spaces
+from pruning.transform.slices import slices_of_spaces
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 LAYER = "model.layers.0.attn."
@@ -226,9 +226,9 @@ def test_all_kinds_at_once(name: str) -> None:
     assert (after.num_heads, after.head_dim) == (before.num_heads - 1, 5)
     assert all(space.head_dim == 5 for space in of_kind(resized, "value"))
     state = build(config).state_dict()
-    for fqn, cuts in cuts_of_spaces(spaces, kept, kept).items():
-        for cut in cuts:
-            state[fqn] = state[fqn].index_select(cut.dim, cut.kept)
+    for fqn, slices in slices_of_spaces(spaces, kept, kept).items():
+        for part in slices:
+            state[fqn] = state[fqn].index_select(part.dim, part.kept)
     build(resized).load_state_dict(state, strict=True)
 
 

@@ -297,7 +297,7 @@ def test_drrqr_of_a_subset_of_the_rows_and_of_permuted_columns() -> None:
 def test_pca_projects_on_the_eigenvectors_of_the_normalised_keys(options: dict) -> None:
     call, given = activations(), weights()
     method, sums = PCA(**options), statistics(call)
-    projected = method.project(SPACE, 5, given, sums)
+    projected = method.new_tensors(SPACE, 5, given, sums)
     scores = method.scores(SPACE, given, sums)
     for head in range(HEADS):
         rows = [x[0, :, head].double() for x in (call.k, call.q)][
@@ -321,7 +321,7 @@ def test_pca_projects_on_the_eigenvectors_of_the_normalised_keys(options: dict) 
 
 def test_pca_keeps_different_numbers_of_components_in_different_heads() -> None:
     given, sums = weights(), statistics(activations())
-    ragged, even = (PCA().project(SPACE, k, given, sums) for k in ((2, 5, 3), 5))
+    ragged, even = (PCA().new_tensors(SPACE, k, given, sums) for k in ((2, 5, 3), 5))
     for name, tensor in ragged.items():
         expected = [even[name][head * 5 : head * 5 + k] for head, k in enumerate((2, 5, 3))]
         assert torch.equal(tensor, torch.cat(expected))
@@ -331,7 +331,7 @@ def test_pca_refuses_what_cannot_be_mixed() -> None:
     space = replace(SPACE, axes=(*SPACE.axes, Axis("dt_bias", 0, LAYOUT, "vector")))
     given = weights() | {"dt_bias": torch.ones(LAYOUT.size)}
     with pytest.raises(ValueError, match="pca mixes key channels, and dt_bias acts on each"):
-        PCA().project(space, 5, given, statistics(activations()))
+        PCA().new_tensors(space, 5, given, statistics(activations()))
 
 
 @pytest.mark.parametrize(

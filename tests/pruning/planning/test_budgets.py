@@ -6,17 +6,10 @@ from typing import Any
 import pytest
 
 from flame.errors import UserError
+from flame.models.widths import kernel_warning
 from pruning.adapters import adapter_for
-from pruning.planning.budgets import (
-    Budget,
-    check_ratio,
-    kernel_warning,
-    parse_per_kind,
-    parse_ratio,
-    parse_width,
-    uniform_widths,
-    width,
-)
+from pruning.planning.budgets import Budget, uniform_widths, width
+from pruning.planning.per_kind import check_ratio, parse_per_kind, parse_ratio, parse_width
 from pruning.planning.plan import spaces_of_kinds
 
 CONFIG: dict[str, Any] = {

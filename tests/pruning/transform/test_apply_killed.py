@@ -22,7 +22,7 @@ from pruning.planning.plan_file import plan_text
 from tests.pruning.models import DELTA_NET, weights, write_run
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["torch", "flame.register", "pruning.transform.transform"])
+_FORKSERVER.set_forkserver_preload(["torch", "flame.register", "pruning.transform.write"])
 _WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 

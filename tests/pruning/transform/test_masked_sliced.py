@@ -16,8 +16,8 @@ from pruning.adapters import PRUNED, adapter_for
 from pruning.planning.plan import Plan, planned_spaces
 from pruning.planning.plan_file import plan_text, read_plan
 from pruning.spaces import KINDS, Kind, Space
-from pruning.transform.slices import cuts_of
-from pruning.transform.transform import SlicedSource
+from pruning.transform.sliced_source import SlicedSource
+from pruning.transform.slices import slices_of
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 from tests.pruning.masking import difference, mask, scale_of
 from tests.pruning.models import write_hf
@@ -209,7 +209,7 @@ def test_an_optimizer_step_on_both_is_the_same(case: str, kind: str, tmp_path: P
 def surviving(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     from tests.memory_source import MemorySource
 
-    source = SlicedSource(MemorySource(tensors), cuts_of(plan, plan.config_before))
+    source = SlicedSource(MemorySource(tensors), slices_of(plan, plan.config_before))
     return {name: source.read(name) for name in source.names()}
 
 
@@ -240,14 +240,14 @@ def test_a_padded_model_keeps_its_zeros_in_training(tmp_path: Path) -> None:
         model.train()(tokens(2, 70)).logits.square().mean().backward()
         optimizer.step()
     blank = 0
-    for name, cuts in cuts_of(plan, config).items():
+    for name, slices in slices_of(plan, config).items():
         tensor = dict(model.named_parameters())[name]
-        for cut in cuts:
-            blank += len(cut.blank)
+        for part in slices:
+            blank += len(part.blank)
             if name.endswith(("A_log", "dt_bias")):
                 continue
-            filled = tensor.index_select(cut.dim, cut.blank)
+            filled = tensor.index_select(part.dim, part.blank)
             assert not filled.any(), name
-            assert zeros[name].index_select(cut.dim, cut.blank).all(), name
+            assert zeros[name].index_select(part.dim, part.blank).all(), name
     assert blank > 0
     assert json.loads((tmp_path / "hf" / "plan.json").read_text())["pad"] is True

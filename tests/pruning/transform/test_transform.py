@@ -20,9 +20,10 @@ from flame.storage.checksums import hash_file
 from pruning import apply
 from pruning.methods import METHODS
 from pruning.planning.choose import Budget, choose
-from pruning.planning.plan import Plan, Replaced
+from pruning.planning.plan import Plan, TensorsFile
 from pruning.planning.plan_file import plan_text, read_plan
-from pruning.transform.transform import SlicedSource, cuts_of, write_pruned
+from pruning.transform.sliced_source import SlicedSource
+from pruning.transform.write import slices_of, write_pruned
 from tests.pruning.models import (
     DELTA_NET,
     FAMILIES,
@@ -207,11 +208,11 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     plan = plan_for(model)
     watched = []
 
-    def watch(reference: Any, everything: bool, check: Any) -> Watched:
-        watched.append(Watched(DcpSource(reference.step_folder, everything, check)))
+    def watch(step: Path, everything: bool, check: Any) -> Watched:
+        watched.append(Watched(DcpSource(step, everything, check)))
         return watched[-1]
 
-    monkeypatch.setattr("pruning.transform.transform._step_source", watch)
+    monkeypatch.setattr("pruning.transform.model_reader.DcpSource", watch)
     (tmp_path / "out").mkdir()
     write_pruned(plan, resolve(model), tmp_path / "out", "dcp", tmp_path / "out")
     # The one that is being sliced or written, and the last one until its name is bound anew.
@@ -264,7 +265,7 @@ def test_replaced_tensors_take_the_place_of_sliced_ones(tmp_path: Path) -> None:
     new = torch.rand(2 * 16, 64)
     save_file({name: new}, tmp_path / "new.safetensors")
     mark = hash_file(tmp_path / "new.safetensors")
-    plan = replace(plan_for(model), replaced=Replaced("new.safetensors", mark))
+    plan = replace(plan_for(model), tensors_file=TensorsFile("new.safetensors", mark))
     apply_plan(model, plan, tmp_path / "out")
     assert torch.equal(SafetensorsSource(tmp_path / "out").read(name), new)
     assert hash_file(tmp_path / "out" / "new.safetensors") == mark
@@ -272,7 +273,7 @@ def test_replaced_tensors_take_the_place_of_sliced_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the file that the plan was made with"):
         apply_plan(model, plan, tmp_path / "other")
     wrong = replace(
-        plan, replaced=Replaced("new.safetensors", hash_file(tmp_path / "new.safetensors"))
+        plan, tensors_file=TensorsFile("new.safetensors", hash_file(tmp_path / "new.safetensors"))
     )
     with pytest.raises(UserError, match=r"by shape \(31, 64\), its channels leave \(32, 64\)"):
         apply_plan(model, wrong, tmp_path / "other")
@@ -290,7 +291,7 @@ def test_moments_of_replaced_tensors_begin_anew(tmp_path: Path) -> None:
     name = "model.layers.0.attn.q_proj.weight"
     new = torch.rand(2 * 16, 64)
     (tmp_path / "out").mkdir()
-    plan = replace(plan_for(model), projected={name: new.double()})
+    plan = replace(plan_for(model), new_tensors={name: new.double()})
     write_pruned(plan, resolve(model), tmp_path / "out", "dcp", tmp_path / "out")
     after = DcpSource(tmp_path / "out" / "checkpoint" / "step-7", everything=True)
     assert torch.equal(after.read(name), new)
@@ -299,16 +300,16 @@ def test_moments_of_replaced_tensors_begin_anew(tmp_path: Path) -> None:
         other = f"optimizer.state.model.layers.1.attn.q_proj.weight.{entry}"
         assert after.read(other).any()
     written = read_plan(tmp_path / "out" / "plan.json")
-    assert written.replaced is not None
-    tensors = tmp_path / "out" / written.replaced.file
+    assert written.tensors_file is not None
+    tensors = tmp_path / "out" / written.tensors_file.name
     assert tensors.name == "plan.tensors.safetensors"
-    assert hash_file(tensors) == written.replaced.hash
+    assert hash_file(tensors) == written.tensors_file.hash
 
 
 def test_checkpoints_that_lack_what_the_plan_prunes_are_refused(tmp_path: Path) -> None:
     tensors = weights(DELTA_NET)
     model = write_hf(tmp_path / "model", DELTA_NET, tensors)
-    cuts = cuts_of(plan_for(model), DELTA_NET)
+    cuts = slices_of(plan_for(model), DELTA_NET)
     name = "model.layers.0.attn.k_proj.weight"
     short = {**tensors, name: tensors[name][1:].clone()}
     with pytest.raises(UserError, match=f"{name} has shape .63, 64., which config.json does not"):
