@@ -135,7 +135,7 @@ def prepare_run_folder(job: Any) -> None:
     A folder that is refused, or whose writer is killed, keeps the files that it had.
     """
     from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
-    from flame.config import recipe_text
+    from flame.recipe import recipe_text
     from flame.recovery.distill import record_teacher
     from flame.storage.json_file import write_object
     from flame.training.train_spec import model_config, tokenizer_of

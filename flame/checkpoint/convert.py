@@ -160,8 +160,8 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
     """
     if reference.recipe is None:
         return
-    from flame.config import job_from_tables, recipe_text
-    from flame.recipe import read_tables
+    from flame.config import job_from_tables
+    from flame.recipe import read_tables, recipe_text
 
     job = job_from_tables(read_tables(reference.recipe))
     job.job.dump_folder = str(dst)

@@ -75,7 +75,7 @@ def train(assets: Path, run: Path) -> None:
 
 
 def start(assets: Path, run: Path) -> subprocess.Popen[str]:
-    from flame.config import recipe_text
+    from flame.recipe import recipe_text
 
     recipe = run.with_suffix(".toml")
     recipe.write_text(recipe_text(make_job(assets, run, **OPTIONS)))

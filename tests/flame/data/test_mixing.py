@@ -184,8 +184,8 @@ def test_sources_are_read_with_their_own_options(folder: Path) -> None:
 def test_a_resolved_recipe_records_them(folder: Path) -> None:
     import tomllib
 
-    from flame.config import JobConfig, job_from_tables, recipe_text
-    from flame.recipe import data_config
+    from flame.config import JobConfig, job_from_tables
+    from flame.recipe import data_config, recipe_text
 
     job = JobConfig(data=recipe(folder))
     tables = tomllib.loads(recipe_text(job))

@@ -296,7 +296,8 @@ def test_a_teacher_of_nan_weights_is_refused_before_the_run_folder_is_made(
 def test_every_option_of_a_teacher_is_in_the_resolved_recipe(assets: Path, tmp_path: Path) -> None:
     import tomllib
 
-    from flame.config import job_from_tables, recipe_text
+    from flame.config import job_from_tables
+    from flame.recipe import recipe_text
 
     changed = {"distill__teacher": "t", "distill__temperature": 3.0, "distill__hidden_weight": 0.1}
     job = make_job(assets, tmp_path, **changed)

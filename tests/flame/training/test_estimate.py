@@ -132,7 +132,7 @@ def test_replicas_share_no_weights(assets: Path, tmp_path: Path) -> None:
 def test_the_command_prints_a_table_and_starts_nothing(
     assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flame.config import recipe_text
+    from flame.recipe import recipe_text
     from launch.cli import dispatch
 
     recipe = tmp_path / "recipe.toml"

@@ -199,7 +199,7 @@ def test_one_stopped_process_says_so_by_its_status(assets: Path, tmp_path: Path)
 
 
 def command_line(command: str, job: Any, nproc: int = 2) -> list[str]:
-    from flame.config import recipe_text
+    from flame.recipe import recipe_text
 
     recipe = Path(job.job.dump_folder).with_suffix(".toml")
     recipe.write_text(recipe_text(job))

@@ -164,7 +164,7 @@ def test_slurm_script_is_clean() -> None:
 
 
 def _recipe(assets: Path, run: Path, **options: Any) -> list[str]:
-    from flame.config import recipe_text
+    from flame.recipe import recipe_text
 
     recipe = run.with_suffix(".toml")
     recipe.write_text(recipe_text(make_job(assets, run, **options)))
