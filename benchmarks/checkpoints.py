@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, gigabytes: float, form: str) -> tuple[Path, i
         form: `dcp` is a run folder with AdamW's moments in fp32, `hf` has the weights alone.
     """
     from flame.checkpoint.convert import write_hf
-    from flame.checkpoint.steps import save_step
+    from flame.checkpoint.save import save_step
 
     config = config_of_size(gigabytes * 1e9 / (12 if form == "dcp" else 4))
     infos = weights_of(config)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import StateDictStager
 from torch.distributed.checkpoint.stateful import Stateful
 
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 
 
 class BackgroundSaver:
@@ -41,15 +41,8 @@ class BackgroundSaver:
     ) -> None:
         """Copy `state_dict` to host memory, and let the thread save it as `save_step` does.
 
-        Args:
-            state_dict: what to save; this and the next three are as `save_step` takes them.
-            folder: the checkpoint folder.
-            step: the step's number.
-            extra_files: content of small files to lie in the step, by name.
-            done: called in the thread when the step is whole.
-
-        Raises:
-            UserError: the previous step could not be saved.
+        The thread calls `done` when the step is whole. Raises `UserError` if the previous step could
+        not be saved.
         """
         self.wait()
         staged = self._stager.stage(_flat(state_dict))

@@ -23,8 +23,8 @@ from flame.checkpoint.reference import (
     resolve,
 )
 from flame.checkpoint.safetensors_source import SAFETENSORS_INDEX
+from flame.checkpoint.save import save_step
 from flame.checkpoint.source import Read, TensorInfo, total_bytes
-from flame.checkpoint.steps import save_step
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
 from flame.models.loading_note import write_loading_note
@@ -173,8 +173,7 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the name of its stock class, which some loaders look for.
 
-    Raises:
-        UserError: neither transformers nor fla knows the model family.
+    Raises `UserError` if neither transformers nor fla knows the model family.
     """
     from transformers import AutoModelForCausalLM
 

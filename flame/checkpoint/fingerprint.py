@@ -49,13 +49,9 @@ _NOISE_PREFIXES = ("_", "fuse_")
 def fingerprint(config: Mapping[str, Any], source: TensorSource) -> str:
     """Return 64 hexadecimal digits that identify a model.
 
-    They are a SHA-256 over the config and each tensor's name, shape, dtype and sampled rows. Keys
-    of the config that do not change what the model computes, and the second copy of a tied
+    They are a SHA-256 over its `config.json` and each tensor's name, shape, dtype and sampled rows.
+    Keys of the config that do not change what the model computes, and the second copy of a tied
     embedding, are left out, so the HF and DCP forms of one model give the same digits.
-
-    Args:
-        config: the model's `config.json`.
-        source: its tensors.
     """
     hasher = hashlib.sha256(canonical_config(config).encode())
     for name in progress(own_names(config, source.names()), "fingerprint"):
@@ -74,10 +70,7 @@ def canonical_config(config: Mapping[str, Any]) -> str:
 def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
     """Raise `UserError` naming the first tensor that holds NaN or infinite values.
 
-    Args:
-        source: the tensors.
-        first: the first tensor to read, so that ranks can share the work.
-        stride: read every `stride`-th tensor from `first` on.
+    To share the work, a rank reads only every `stride`-th tensor from `first` on.
     """
     for name in progress(source.names()[first::stride], "check weights"):
         if not source.info(name).dtype.is_floating_point:

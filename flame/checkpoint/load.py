@@ -38,12 +38,7 @@ def load_weights(model: nn.Module, source: TensorSource) -> None:
 
 
 def check_weights(model: nn.Module, source: TensorSource) -> None:
-    """Raise `UserError` unless `load_weights` would accept `source`; read no weights.
-
-    Args:
-        model: the model, which may be on the meta device.
-        source: compared by names and shapes.
-    """
+    """Raise `UserError` unless names and shapes of `source` fit `model`, maybe on the meta device."""
     _matched(model, source)
 
 
@@ -90,11 +85,7 @@ def _filled(model: nn.Module, reference: "ModelReference", device: torch.device 
 
 
 def _matched(model: nn.Module, source: TensorSource) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the model's tensors by name, and the name in `source` of what each is filled with.
-
-    Raises:
-        UserError: names or shapes do not fit.
-    """
+    """Return the model's tensors by name, and the name in `source` of what each is filled with."""
     targets, available = _targets(model), set(source.names())
     stored = {name: name for name in targets if name in available}
     embedding = input_embedding(available)

@@ -19,10 +19,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flame.checkpoint.background import BackgroundSaver
-from flame.checkpoint.steps import latest_whole_step, load_step, purge, save_step, step_folder
+from flame.checkpoint.save import save_step
+from flame.checkpoint.steps import latest_whole_step, purge, step_folder
 from flame.errors import UserError
 from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 from flame.storage.json_file import read_object
+from flame.storage.safe_reader import load_step
 
 LOADER_FILE = "dataloader.json"
 OPTIONAL = ("train_state.skipped_steps",)

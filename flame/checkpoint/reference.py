@@ -76,8 +76,7 @@ class ModelReference:
     def source(self) -> "TensorSource":
         """Return the model's tensors under stock names; adapters are merged with their base.
 
-        Raises:
-            UserError: the weights, or the base of adapters, are missing, damaged or changed.
+        Raises `UserError` if the weights, or the base of adapters, are missing or have changed.
         """
         from flame.checkpoint.lora_source import LoraSource
 
@@ -120,11 +119,7 @@ class ModelReference:
 
 
 def resolve(reference: str | Path, step: int | None = None) -> ModelReference:
-    """Find the model that `reference` names.
-
-    Args:
-        reference: a run folder, a step folder, a Hugging Face folder or a hub name.
-        step: the step of a run to take instead of its latest whole one.
+    """Find the model that `reference` names; `step` picks a step of a run instead of its latest.
 
     Raises:
         UserError: there is no such folder, config or whole step, or no network for a hub name.
@@ -143,13 +138,9 @@ def resolve(reference: str | Path, step: int | None = None) -> ModelReference:
 def check_destination(
     reference: ModelReference, dst: Path, overwrite: bool, inside_source: bool = False
 ) -> None:
-    """Raise `UserError` if an output exists, cannot be written, or overlaps the model's folder.
+    """Raise `UserError` if the output `dst` cannot be written, or would harm its source.
 
-    Args:
-        reference: the model that the output is made from.
-        dst: the output folder.
-        overwrite: allow an existing output.
-        inside_source: allow an output inside the model's folder.
+    `overwrite` allows an existing output; `inside_source` allows one inside the model's folder.
     """
     check_output(dst, overwrite, None if inside_source else reference.folder)
     if reference.weights.resolve().is_relative_to(dst.resolve()):

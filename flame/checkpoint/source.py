@@ -45,9 +45,7 @@ class TensorSource(Protocol):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or its rows `start:stop`, as a new CPU tensor of the stored dtype.
 
-        Raises:
-            UserError: the name is unknown, or what is stored is damaged.
-            ValueError: `rows` has a step, or the tensor is a scalar and has no rows.
+        Raises `UserError` if the name is unknown or the file damaged, ValueError for wrong rows.
         """
 
 
@@ -57,10 +55,9 @@ def total_bytes(source: TensorSource) -> int:
 
 
 def row_bounds(name: str, info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """Return first and end of the wanted rows, 0 and 0 for a scalar.
+    """Return begin and end of `rows` of the tensor `name`, 0 and 0 for a scalar.
 
-    Raises:
-        ValueError: `rows` has a step, or the tensor `name` is a scalar and has no rows.
+    Raises ValueError if `rows` has a step, or the tensor is a scalar and has no rows.
     """
     if not info.shape:
         if rows is not None:

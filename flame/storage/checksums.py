@@ -119,11 +119,7 @@ def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the recorded hash of each file of a step, by file name.
-
-    Raises:
-        UserError: `checksums.json` is missing, or is not a list of such hashes.
-    """
+    """Return the recorded hash of each file of a step; raise `UserError` if there are none."""
     path = folder / CHECKSUMS
     content = read_object(
         path,

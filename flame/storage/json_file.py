@@ -14,7 +14,7 @@ def read_object(path: Path, missing: str = "", **hooks: Any) -> dict[str, Any]:
     Args:
         path: the file.
         missing: the whole message for a file that does not exist.
-        hooks: passed on to `json.loads`; the ValueError of a hook becomes part of the message.
+        hooks: options of `json.loads`; a ValueError that a hook raises is quoted in the message.
 
     Raises:
         UserError: the file is missing or unreadable, is not JSON, or holds another value.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
@@ -41,11 +42,30 @@ from flame.storage.safe_unpickling import UNPICKLING_ERRORS, load_entry, load_in
 Check = Literal["first", "along", "never"]
 
 
-def read_checkpoint(
-    state_dict: dict[str, Any], step: Path, peers: Peers, optional: Collection[str] = ()
+def load_step(
+    state_dict: dict[str, Any],
+    step: Path,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = False,
+    optional: Collection[str] = (),
 ) -> None:
-    """Load `state_dict` from a step; see `flame.checkpoint.steps.load_step`."""
-    reader = SafeReader(step)
+    """Load a step into `state_dict` in place, resharding as needed. Collective unless `alone`.
+
+    A rank compares the files that it reads with their hashes first. Entries that only the step has
+    are ignored.
+
+    Args:
+        state_dict: what to load; the step must hold every entry, in its shape.
+        step: the step folder.
+        process_group: the ranks that load together; None for all.
+        alone: load in this process by itself, even if a process group exists.
+        optional: flat names of entries that keep their value if the step lacks them.
+
+    Raises:
+        UserError: raised on every rank if any rank finds a part damaged, hostile or missing.
+    """
+    reader, peers = SafeReader(step), Peers(process_group, alone)
     # DCP would log a traceback and look for per-rank metadata, so the index is read beforehand.
     peers.agree(reader.read_metadata)
     with warnings.catch_warnings():
@@ -85,7 +105,8 @@ class SafeReader(FileSystemReader):
         """Return the step's index; raise `UserError` if it is missing, damaged or hostile."""
         if self._index is None:
             path = self._folder / METADATA
-            content = _read_index(path)
+            with readable(path):
+                content = path.read_bytes()
             self._hashes = read_checksums(self._folder)
             if hash_bytes(content) != self._hashes.get(METADATA):
                 raise UserError(f"{path} is damaged (its hash differs): use another step")
@@ -132,8 +153,7 @@ class SafeReader(FileSystemReader):
 
     def offset(self, index: MetadataIndex) -> int:
         """Return where a stored chunk begins in its file, 0 if the index does not say."""
-        place = self.storage_data.get(index)
-        return place.offset if place is not None else 0
+        return self.storage_data[index].offset if index in self.storage_data else 0
 
     def finish(self) -> None:
         """Check the hash of every file of the step; what was read `along` is not read again."""
@@ -206,8 +226,9 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         saved = self.metadata.state_dict_metadata
         missing = sorted(set(self.state_dict) - set(saved) - self._optional)
         if missing:
-            lacking = some(missing, 3)
-            raise UserError(f"the checkpoint lacks {lacking}: it is of another model or run")
+            raise UserError(
+                f"the checkpoint lacks {some(missing, 3)}: it is of another model or run"
+            )
         for name in self.state_dict.keys() & saved.keys():
             _check_form(name, self.state_dict[name], saved[name])
         return super().create_local_plan()
@@ -215,15 +236,6 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         set_element(self.original_state_dict, self.mappings[name], load_entry(name, value))
-
-
-def _read_index(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the step was not written to its end") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _check_form(name: str, value: Any, saved: Any) -> None:

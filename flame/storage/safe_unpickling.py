@@ -60,14 +60,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 def load_entry(name: str, content: io.BytesIO) -> Any:
-    """Unpickle one entry of a step as data: numbers, strings, containers and tensors on the CPU.
+    """Unpickle an entry of a step as data: numbers, strings, containers and tensors on the CPU.
 
-    Args:
-        name: the entry's name, for messages.
-        content: the entry's bytes.
-
-    Raises:
-        UserError: the bytes are damaged, or ask for anything but plain data.
+    Raises `UserError`, which names the entry, if the bytes are damaged or ask for anything else.
     """
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
@@ -79,12 +74,7 @@ def load_entry(name: str, content: io.BytesIO) -> Any:
 def load_index(content: bytes, path: Path) -> Metadata:
     """Unpickle a step's index, allowing the index's own classes only.
 
-    Args:
-        content: the bytes of `.metadata`.
-        path: the file's name, for messages.
-
-    Raises:
-        UserError: the bytes ask for another class or function, or are not an index.
+    Raises `UserError`, which names `path`, if the bytes ask for anything else or are no index.
     """
     try:
         index = _IndexUnpickler(io.BytesIO(content)).load()

@@ -22,8 +22,8 @@ from flame.checkpoint.convert import (
 )
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, ModelReference
+from flame.checkpoint.save import save_step
 from flame.checkpoint.source import total_bytes
-from flame.checkpoint.steps import save_step
 from flame.errors import UserError
 from flame.storage.checksums import hash_file
 from flame.storage.safetensors_file import open_safetensors

@@ -29,7 +29,7 @@ WARM = (
     "datasets",
     "flame.checkpoint.convert",
     "flame.checkpoint.lora_source",
-    "flame.checkpoint.writer",
+    "flame.checkpoint.save",
     "flame.convert",
     "flame.recovery.lora",
     "flame.register",

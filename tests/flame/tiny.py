@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 
 GATED_DELTANET: dict[str, Any] = {
     "model_type": "gated_deltanet",

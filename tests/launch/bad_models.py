@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.steps import METADATA, save_step
+from flame.checkpoint.save import save_step
+from flame.checkpoint.steps import METADATA
 from flame.storage.checksums import CHECKSUMS, hash_file
 from tests.pruning.models import (
     GATED_DELTANET,

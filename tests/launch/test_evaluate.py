@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 from flame.data.tokenizer import load_tokenizer, train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group

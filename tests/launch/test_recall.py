@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 from flame.data.mqar import FILLER, Mqar
 from flame.data.mqar_tokens import mqar_tokenizer
 from flame.data.tokenizer import train_tokenizer

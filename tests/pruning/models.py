@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 from tests.pruning.families import build
 
 GATED_DELTANET: dict[str, Any] = {

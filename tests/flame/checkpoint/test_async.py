@@ -14,10 +14,12 @@ from torch import nn
 
 from flame.checkpoint import background
 from flame.checkpoint.manager import CheckpointManager
-from flame.checkpoint.steps import load_step, save_step, verify_step, whole_steps
+from flame.checkpoint.save import save_step
+from flame.checkpoint.steps import verify_step, whole_steps
 from flame.errors import UserError
 from flame.process.silence import naming_silent_ranks
 from flame.storage.checksums import read_checksums
+from flame.storage.safe_reader import load_step
 from tests.distributed import run_distributed
 from tests.flame.jobs import losses_of, train_job
 

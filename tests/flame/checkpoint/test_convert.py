@@ -18,11 +18,13 @@ from flame.checkpoint.convert import convert, write_hf
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.safetensors_source import SafetensorsSource
+from flame.checkpoint.save import save_step
 from flame.checkpoint.source import TensorInfo
-from flame.checkpoint.steps import METADATA, load_step, save_step, verify_step
+from flame.checkpoint.steps import METADATA, verify_step
 from flame.convert import STAGE, Options, check
 from flame.errors import UserError
 from flame.storage.checksums import CHECKSUMS
+from flame.storage.safe_reader import load_step
 from tests.flame.tiny import (
     GATED_DELTANET,
     LLAMA,

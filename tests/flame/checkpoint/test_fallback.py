@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from flame.checkpoint.steps import save_step, whole_steps
+from flame.checkpoint.save import save_step
+from flame.checkpoint.steps import whole_steps
 from flame.errors import UserError
 from flame.training.start_checks import check_start
 from tests.distributed import run_distributed

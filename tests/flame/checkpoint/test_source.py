@@ -16,8 +16,8 @@ from flame.checkpoint.load import load_model, load_weights
 from flame.checkpoint.lora_source import LoraSource
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.safetensors_source import SafetensorsSource
+from flame.checkpoint.save import save_step
 from flame.checkpoint.source import TensorInfo, TensorSource
-from flame.checkpoint.steps import save_step
 from flame.errors import UserError
 from tests.distributed import run_distributed
 from tests.flame.tiny import (

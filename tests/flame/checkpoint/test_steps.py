@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, state_dict_loader
 
+from flame.checkpoint.save import save_step
 from flame.checkpoint.steps import (
     METADATA,
     broken_steps,
     is_whole,
     latest_whole_step,
-    load_step,
     purge,
-    save_step,
     verify_step,
     whole_steps,
 )
 from flame.errors import UserError
 from flame.storage.checksums import CHECKSUMS, hash_bytes, hash_file
-from flame.storage.safe_reader import SafeReader
+from flame.storage.safe_reader import SafeReader, load_step
 from tests.distributed import run_distributed
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from flame.checkpoint.manager import CheckpointManager
-from flame.checkpoint.steps import load_step, save_step, verify_step
+from flame.checkpoint.save import save_step
+from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
+from flame.storage.safe_reader import load_step
 from tests.flame.checkpoint.test_async import manager_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() > 0, reason="mounting needs root")

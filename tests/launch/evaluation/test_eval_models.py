@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flame.checkpoint.steps import save_step
+from flame.checkpoint.save import save_step
 from flame.data.tokenizer import train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group

@@ -1,7 +1,10 @@
-"""Writing a DCP step with a hash for each file and, if asked, one tensor in memory at a time."""
+"""Saving DCP steps with a hash for each file and, if asked, one tensor in memory at a time."""
 
 import io
+import os
 import pickle
+import shutil
+import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,30 +28,59 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from flame.checkpoint.source import Read
+from flame.checkpoint.steps import TEMPORARY, delete, step_folder
+from flame.errors import UserError
 from flame.process.peers import Peers, raise_cause
+from flame.process.swap import exchange
 from flame.storage.checksums import METADATA, HashingFile, hash_bytes, write_checksums, write_file
 
 
-def write_checkpoint(
+def save_step(
     state_dict: Mapping[str, Any],
     folder: Path,
-    extra_files: Mapping[str, bytes],
-    peers: Peers,
+    step: int,
+    extra_files: Mapping[str, bytes] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    *,
     read: Read | None = None,
-) -> None:
-    """Write `state_dict` into `folder`; see `flame.checkpoint.steps.save_step`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
+    alone: bool = False,
+) -> Path:
+    """Save `state_dict` as `folder/step-N` and return that path. Collective unless `alone`.
+
+    Args:
+        state_dict: as `torch.distributed.checkpoint.save` takes it, nested and sharded or not.
+        folder: the checkpoint folder, on a file system that all ranks share; made if missing.
+        step: the step's number; an existing folder of this step is replaced in one move.
+        extra_files: content of small files to lie in the step, by name; rank 0's are written.
+        process_group: the ranks that save together; None for all.
+        read: returns the content of a meta-device entry, by its flat name, when it is written. So
+            a state larger than memory can be saved, one tensor at a time.
+        alone: save in this process by itself, even if a process group exists.
+
+    Raises:
+        UserError: raised on every rank if any rank cannot write; nothing is left behind.
+    """
+    peers = Peers(process_group, alone)
+    final = step_folder(folder, step)
+    temporary = Path(folder) / f"{TEMPORARY}{step}-{peers.from_first(uuid.uuid4().hex[:8])}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.save(
                 dict(state_dict),
-                storage_writer=ChecksumWriter(folder, extra_files),
+                storage_writer=ChecksumWriter(temporary, extra_files or {}),
                 planner=LazySavePlanner(read),
                 process_group=peers.group,
                 no_dist=peers.alone,
             )
-        except CheckpointException as error:
-            raise_cause(error, f"cannot write {folder}")
+        peers.agree(lambda: _publish(temporary, final) if peers.is_first else None)
+    except BaseException as error:
+        if peers.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            raise_cause(error, f"cannot write {temporary}")
+        raise
+    return final
 
 
 class LazySavePlanner(DefaultSavePlanner):
@@ -153,3 +186,27 @@ def _checked(name: str, tensor: Tensor, promise: Tensor) -> Tensor:
             f"read {tuple(tensor.shape)} {tensor.dtype}"
         )
     return tensor
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder to its final name, replacing an older folder in the same instant."""
+    try:
+        _sync_folder(temporary)
+        if not final.exists():
+            os.rename(temporary, final)
+        elif exchange(temporary, final):
+            shutil.rmtree(temporary)
+        else:
+            delete(final)
+            os.rename(temporary, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
