@@ -41,8 +41,8 @@ class BackgroundSaver:
     ) -> None:
         """Copy `state_dict` to host memory, and let the thread save it as `save_step` does.
 
-        The thread calls `done` when the step is whole. Raises `UserError` if the previous step could
-        not be saved.
+        The thread calls `done` when the step is whole. Raises `UserError` if the previous step was
+        not saved.
         """
         self.wait()
         staged = self._stager.stage(_flat(state_dict))

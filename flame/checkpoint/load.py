@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, source: TensorSource) -> None:
 
 
 def check_weights(model: nn.Module, source: TensorSource) -> None:
-    """Raise `UserError` unless names and shapes of `source` fit `model`, maybe on the meta device."""
+    """Raise `UserError` unless names and shapes of `source` fit `model`, which may be meta."""
     _matched(model, source)
 
 
