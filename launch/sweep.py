@@ -13,15 +13,23 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.options import words
+from flame.process.atomic_output import writer_lock
+from flame.process.distributed import from_rank_zero, process_group
+from flame.process.peers import on_first
 from flame.stage import Stage
 from flame.versions import versions
-from launch.evaluation.heldout_text import HeldoutText
+from launch.evaluation.heldout_text import HeldoutText, heldout_text
 from launch.sweeping.checks import calibration, check, settings
 from launch.sweeping.options import Options
+from launch.sweeping.page import PAGE_FILE, write_files
 from launch.sweeping.tables import collect_rows, sweep_of
 from launch.sweeping.work import CONTINUED, DENSE, Work, alone, in_memory
+from pruning import calibrate
+from pruning.calibrate import kinds_of
+from pruning.calibration.stats_file import META_FILE, read_meta
 
 POLL_SECONDS = 0.2
 
@@ -33,11 +41,6 @@ def run(options: Options) -> None:
         UserError: points failed; the others have been measured and written.
     """
     import flame.register  # noqa: F401
-    from flame.checkpoint.reference import resolve
-    from flame.process.atomic_output import writer_lock
-    from flame.process.distributed import process_group
-    from flame.process.peers import on_first
-    from launch.evaluation.heldout_text import heldout_text
 
     first, reference = int(os.environ.get("RANK", "0")) == 0, resolve(options.model)
     with writer_lock(options.out) if first else nullcontext():
@@ -68,10 +71,6 @@ def run(options: Options) -> None:
 
 def _calibrate(options: Options) -> None:
     """Make the statistics, or finish them, unless they are there. Collective."""
-    from flame.process.distributed import from_rank_zero
-    from flame.process.peers import on_first
-    from pruning import calibrate
-
     # One process looks: a complaint of some alone would leave the others in the broadcast.
     how = from_rank_zero(on_first(lambda: _how_to_calibrate(options)))
     if how is not None:
@@ -80,9 +79,6 @@ def _calibrate(options: Options) -> None:
 
 def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
     """Options of `slimstate calibrate` for what lies there; None if there is nothing to do."""
-    from pruning.calibrate import kinds_of
-    from pruning.calibration.stats_file import META_FILE, read_meta
-
     if not options.needing:
         return None
     statistics = options.folder.statistics
@@ -137,8 +133,6 @@ class _Announcer:
 
 def _write(options: Options, text: HeldoutText) -> None:
     """Write and print what was found; UserError if points failed."""
-    from launch.sweeping.page import PAGE_FILE, write_files
-
     results = _results(options, text)
     write_files(options.out, results, options.json)
     for table in sweep_of(results).tables():
@@ -154,8 +148,6 @@ def _write(options: Options, text: HeldoutText) -> None:
 
 def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     """What `launch.sweeping.page` writes and reads."""
-    from flame.checkpoint.reference import resolve
-
     found = {name: options.folder.record(name) for name in options.names}
     records = {name: record for name, record in found.items() if record is not None}
     dense = records.get(DENSE, {}).get("before", {})
@@ -176,14 +168,12 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
             "tokens predicted": dense.get("tokens"),
             "tokens a row": text.seq_len,
             **({"recovery": recovery.recipe.name} if recovery else {}),
-            "seconds of all points": round(sum(_seconds(r) for r in records.values())),
+            "seconds of all points": round(
+                sum(sum(record["seconds"].values()) for record in records.values())
+            ),
         },
         "versions": versions(),
     }
-
-
-def _seconds(record: dict[str, Any]) -> float:
-    return sum(record["seconds"].values())
 
 
 STAGE = Stage(

@@ -7,18 +7,24 @@ arguments. One process does the work.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flame.checkpoint.reference import Form
+from flame.checkpoint.reference import Form, ModelReference, check_destination, resolve
 from flame.errors import UserError
+from flame.models.widths import kernel_warning
 from flame.options import argument, option
+from flame.process.atomic_output import replacing_folder
+from flame.process.distributed import RANK_ZERO_WORKS, process_group
+from flame.process.peers import on_first
 from flame.stage import Stage
+from pruning.adapters import adapter_for
 from pruning.options import MODEL_HELP, OVERWRITE_HELP
+from pruning.plan import say_notes, summary
 from pruning.planning.budgets import PAD_HELP
-
-if TYPE_CHECKING:
-    from flame.checkpoint.reference import ModelReference
-    from pruning.planning.plan import Plan
+from pruning.planning.padding import padded
+from pruning.planning.plan import Plan, check_plan, planned_spaces, with_padding
+from pruning.planning.plan_file import read_plan
+from pruning.spaces import widths_of
+from pruning.transform.write import check_model, write_pruned
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +41,6 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import check_destination, resolve
-    from pruning.adapters import adapter_for
-    from pruning.planning.plan import check_plan
-    from pruning.planning.plan_file import read_plan
-
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     adapter_for(reference.config)
@@ -50,21 +51,12 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Write the pruned model. Collective; rank 0 works and the others wait."""
-    from flame.checkpoint.reference import resolve
-    from flame.process.distributed import RANK_ZERO_WORKS, process_group
-    from flame.process.peers import on_first
-
     with process_group(RANK_ZERO_WORKS):
         reference = resolve(options.model)
         on_first(lambda: _apply(options, reference))
 
 
-def _apply(options: Options, reference: "ModelReference") -> None:
-    from flame.process.atomic_output import replacing_folder
-    from pruning.plan import summary
-    from pruning.planning.plan_file import read_plan
-    from pruning.transform.write import check_model, write_pruned
-
+def _apply(options: Options, reference: ModelReference) -> None:
     plan, form = _asked(read_plan(options.plan), options), form_of(options.to, reference)
     check_model(plan, reference, f"plan {options.plan}")
     out = options.out.absolute()
@@ -74,10 +66,8 @@ def _apply(options: Options, reference: "ModelReference") -> None:
     say_what_to_know(plan, reference, form)
 
 
-def _asked(plan: "Plan", options: Options) -> "Plan":
+def _asked(plan: Plan, options: Options) -> Plan:
     """The plan, padded if that was asked for; UserError if it cannot be."""
-    from pruning.planning.plan import with_padding
-
     if not options.pad or plan.pad:
         return plan
     if plan.tensors_file is not None:
@@ -94,16 +84,13 @@ def _asked(plan: "Plan", options: Options) -> "Plan":
     return found
 
 
-def form_of(asked: Form | None, reference: "ModelReference") -> Form:
+def form_of(asked: Form | None, reference: ModelReference) -> Form:
     """The format to write: the one asked for, or the model's own."""
     return reference.kind if asked is None else asked
 
 
-def say_what_to_know(plan: "Plan", reference: "ModelReference", form: Form) -> None:
+def say_what_to_know(plan: Plan, reference: ModelReference, form: Form) -> None:
     """Warn of what a user may not expect of the output."""
-    from flame.models.widths import kernel_warning
-    from pruning.plan import say_notes
-
     if reference.is_lora and form == "dcp":
         log.warning(
             "slimstate: note: %s holds adapters, so the output is the merged model at step 0, "
@@ -117,12 +104,8 @@ def say_what_to_know(plan: "Plan", reference: "ModelReference", form: Form) -> N
     say_notes(plan)
 
 
-def _key_widths(plan: "Plan") -> set[int]:
+def _key_widths(plan: Plan) -> set[int]:
     """The key widths of the output that the plan changes."""
-    from pruning.planning.padding import padded
-    from pruning.planning.plan import planned_spaces
-    from pruning.spaces import widths_of
-
     spaces = planned_spaces(plan, plan.config_before)
     kept = padded(spaces, plan.kept) if plan.pad else plan.kept
     widths = widths_of(spaces, kept)

@@ -5,27 +5,37 @@ same arguments.
 """
 
 import logging
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from flame.checkpoint.fingerprint import check_finite, fingerprint
+from flame.checkpoint.reference import ModelReference, check_destination, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.options import argument, group, option
+from flame.process.atomic_output import check_output, writer_lock
+from flame.process.distributed import process_group, rank
+from flame.process.peers import Peers, on_first
 from flame.stage import Stage
+from pruning.adapters import adapter_for
+from pruning.calibration.collect import Resumed, ResumePoints, collect
+from pruning.calibration.data import CalibrationData, calibration_data, check_data
+from pruning.calibration.stats_file import (
+    AddGradient,
+    Collected,
+    Meta,
+    check_model,
+    gradient_reader,
+    load_statistics,
+    read_meta,
+    save_statistics,
+    writing_statistics,
+)
 from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, OVERWRITE_HELP, DataOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from contextlib import AbstractContextManager
-
-    from flame.checkpoint.reference import ModelReference
-    from pruning.calibration.collect import Resumed, ResumePoints
-    from pruning.calibration.data import CalibrationData
-    from pruning.calibration.stats_file import AddGradient, Collected, Meta
-    from pruning.spaces import Space
-    from pruning.statistics import Statistic
+from pruning.spaces import Space
+from pruning.statistics import Statistic
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +57,6 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
-    from pruning.adapters import adapter_for
-    from pruning.calibration.data import calibration_data, check_data
-
     kinds_of(options.methods)
     reference = resolve(options.model)
     check_destination(reference, options.stats, options.overwrite or options.resume)
@@ -63,12 +69,6 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Calibrate as the options say. Collective; inside a process group, or starting one."""
-    from flame.checkpoint.reference import resolve
-    from flame.process.distributed import process_group
-    from flame.process.peers import on_first
-    from pruning.calibration.data import calibration_data
-    from pruning.calibration.stats_file import save_statistics
-
     with process_group(), ExitStack() as stack:
         on_first(lambda: stack.enter_context(_claimed(options)))
         reference = resolve(options.model)
@@ -86,10 +86,8 @@ def run(options: Options) -> None:
 
 
 @contextmanager
-def _claimed(options: Options) -> "Iterator[None]":
+def _claimed(options: Options) -> Iterator[None]:
     """Hold the output for this job, from its first sequence to its last."""
-    from flame.process.atomic_output import check_output, writer_lock
-
     with writer_lock(options.stats):
         # Another job may have ended since `check`.
         check_output(options.stats, options.overwrite or options.resume)
@@ -97,11 +95,11 @@ def _claimed(options: Options) -> "Iterator[None]":
 
 
 def calibrate(
-    reference: "ModelReference",
-    kinds: "tuple[type[Statistic], ...]",
-    data: "CalibrationData",
+    reference: ModelReference,
+    kinds: tuple[type[Statistic], ...],
+    data: CalibrationData,
     options: Options | None = None,
-) -> "tuple[Collected, Meta]":
+) -> tuple[Collected, Meta]:
     """Statistics of a model, after a look at its weights. Collective over all ranks.
 
     Args:
@@ -114,11 +112,6 @@ def calibrate(
         UserError: on every rank: weights or activations are not finite, the data is too short, or
             the sums to resume from are another model's.
     """
-    from flame.checkpoint.fingerprint import check_finite, fingerprint
-    from flame.process.distributed import rank
-    from flame.process.peers import Peers
-    from pruning.adapters import adapter_for
-    from pruning.calibration.collect import collect
 
     def examine() -> str | None:
         if rank() > 0:
@@ -136,7 +129,7 @@ def calibrate(
     return collect(reference, kinds, data, mark, _points(options), resumed)
 
 
-def warn_of_few_tokens(data: "CalibrationData", spaces: "list[Space]") -> None:
+def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
     """Say what it means if there are fewer calibration tokens than key channels in a head."""
     tokens = data.sequences * data.seq_len
     channels = max((space.head_dim for space in spaces if space.kind == "key"), default=0)
@@ -150,7 +143,7 @@ def warn_of_few_tokens(data: "CalibrationData", spaces: "list[Space]") -> None:
         )
 
 
-def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
+def kinds_of(methods: tuple[str, ...]) -> tuple[type[Statistic], ...]:
     """The statistics that these methods need; UserError for an unknown name or no need at all."""
     for name in methods:
         if name not in METHODS:
@@ -161,9 +154,7 @@ def kinds_of(methods: tuple[str, ...]) -> "tuple[type[Statistic], ...]":
     return tuple(kinds[name] for name in sorted(kinds))
 
 
-def _check_resume(options: Options, data: "CalibrationData") -> None:
-    from pruning.calibration.stats_file import read_meta
-
+def _check_resume(options: Options, data: CalibrationData) -> None:
     meta = read_meta(options.stats)
     if meta.is_complete:
         raise UserError(f"{options.stats} is complete: there is nothing to resume")
@@ -183,22 +174,14 @@ def _check_resume(options: Options, data: "CalibrationData") -> None:
 
 
 def _resumed(
-    reference: "ModelReference",
-    kinds: "tuple[type[Statistic], ...]",
+    reference: ModelReference,
+    kinds: tuple[type[Statistic], ...],
     mark: str,
     options: Options | None,
-) -> "Resumed | None":
+) -> Resumed | None:
     """What to go on from, read by every rank; None unless resuming."""
     if options is None or not options.resume:
         return None
-    from pruning.adapters import adapter_for
-    from pruning.calibration.collect import Resumed
-    from pruning.calibration.stats_file import (
-        check_model,
-        gradient_reader,
-        load_statistics,
-        read_meta,
-    )
 
     meta = read_meta(options.stats)
     check_model(options.stats, meta, mark)
@@ -207,14 +190,11 @@ def _resumed(
     return Resumed(collected, meta, gradient_reader(options.stats))
 
 
-def _points(options: Options | None) -> "ResumePoints | None":
-    from pruning.calibration.collect import ResumePoints
-    from pruning.calibration.stats_file import writing_statistics
-
+def _points(options: Options | None) -> ResumePoints | None:
     if options is None or options.save_every == 0:
         return None
 
-    def write(collected: "Collected", meta: "Meta") -> "AbstractContextManager[AddGradient]":
+    def write(collected: Collected, meta: Meta) -> AbstractContextManager[AddGradient]:
         return writing_statistics(options.stats, collected, meta, overwrite=True, locked=True)
 
     return ResumePoints(options.save_every, write)

@@ -7,19 +7,24 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from flame.checkpoint.fingerprint import check_finite, fingerprint
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.options import argument, group, option
+from flame.process.atomic_output import check_file_output, replacing_file
+from flame.process.distributed import RANK_ZERO_WORKS, process_group
+from flame.process.peers import on_first
 from flame.stage import Stage
+from pruning.adapters import ADAPTERS, adapter_for
+from pruning.calibration.stats_file import check_kinds, check_model, load_statistics, read_meta
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, MethodOptions, seed_option
 from pruning.planning.budgets import Budget
-
-if TYPE_CHECKING:
-    from flame.checkpoint.reference import ModelReference
-    from pruning.planning.plan import Plan
-    from pruning.spaces import Space
+from pruning.planning.choose import check_budget, choose
+from pruning.planning.plan import Plan, planned_spaces, spaces_of_kinds
+from pruning.planning.plan_file import plan_text, with_saved_tensors
+from pruning.spaces import Space, widths_of
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,6 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import resolve
-    from flame.process.atomic_output import check_file_output
-    from pruning.planning.choose import check_budget
-
     reference = resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config, options.method)
@@ -54,11 +55,6 @@ def check(options: Options, world_size: int = 1) -> None:
 
 def run(options: Options) -> None:
     """Write the plan. Collective; rank 0 works and the others wait."""
-    from flame.checkpoint.reference import resolve
-    from flame.process.atomic_output import replacing_file
-    from flame.process.distributed import RANK_ZERO_WORKS, process_group
-    from flame.process.peers import on_first
-    from pruning.planning.plan_file import plan_text
 
     def write() -> None:
         plan = planned(resolve(options.model), options.method, options.budget, options.stats)
@@ -76,8 +72,6 @@ def run(options: Options) -> None:
 
 def check_stats(stats: Path | None, method: Method) -> None:
     """Raise UserError unless the statistics folder, or its absence, serves the method."""
-    from pruning.calibration.stats_file import check_kinds, read_meta
-
     if not method.needs:
         if stats is not None:
             raise UserError(f"{method.name} reads no statistics: leave --stats {stats} out")
@@ -90,20 +84,12 @@ def check_stats(stats: Path | None, method: Method) -> None:
     check_kinds(stats, read_meta(stats), method.needs, method.name)
 
 
-def planned(
-    reference: "ModelReference", method: Method, budget: Budget, stats: Path | None
-) -> "Plan":
+def planned(reference: ModelReference, method: Method, budget: Budget, stats: Path | None) -> Plan:
     """The plan of `method` from saved statistics, after a look at all weights. One process alone.
 
     Raises:
         UserError: a weight is not finite, or the statistics are another model's.
     """
-    from flame.checkpoint.fingerprint import check_finite, fingerprint
-    from pruning.adapters import adapter_for
-    from pruning.calibration.stats_file import check_model, load_statistics, read_meta
-    from pruning.planning.choose import choose
-    from pruning.planning.plan import spaces_of_kinds
-
     config, source = reference.config, reference.source()
     check_finite(source)
     if stats is None or not method.needs:
@@ -115,12 +101,8 @@ def planned(
     return choose(config, source, method, budget, statistics, meta.for_plan())
 
 
-def summary(plan: "Plan") -> str:
+def summary(plan: Plan) -> str:
     """What a plan does, in a few words."""
-    from pruning.adapters import ADAPTERS, adapter_for
-    from pruning.planning.plan import planned_spaces
-    from pruning.spaces import widths_of
-
     before = adapter_for(plan.config_before)
     after = ADAPTERS[plan.config_after["model_type"]]
     spaces = planned_spaces(plan, plan.config_before)
@@ -135,7 +117,7 @@ def summary(plan: "Plan") -> str:
     )
 
 
-def _kept(spaces: "list[Space]", widths: "dict[str, tuple[int, ...]]") -> str:
+def _kept(spaces: list[Space], widths: dict[str, tuple[int, ...]]) -> str:
     """What spaces of one kind keep: `16 to 64 of 128 key channels a head`."""
     found = sorted({width for space in spaces for width in widths[space.name]})
     some = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
@@ -143,7 +125,7 @@ def _kept(spaces: "list[Space]", widths: "dict[str, tuple[int, ...]]") -> str:
     return f"{some} of {first.head_dim} {first.noun}{'' if first.kind == 'head' else ' a head'}"
 
 
-def say_notes(plan: "Plan") -> None:
+def say_notes(plan: Plan) -> None:
     """Print what a user must know of the choice."""
     for note in plan.notes:
         print(f"note: {note}", flush=True)
@@ -154,11 +136,8 @@ def tensors_beside(plan: Path) -> Path:
     return plan.with_name(f"{plan.stem}.tensors.safetensors")
 
 
-def _saved(plan: "Plan", options: Options, stack: ExitStack) -> "Plan":
+def _saved(plan: Plan, options: Options, stack: ExitStack) -> Plan:
     """`plan` with its new tensors in a file that stays if the stack closes without error."""
-    from flame.process.atomic_output import replacing_file
-    from pruning.planning.plan_file import with_saved_tensors
-
     path = tensors_beside(options.plan)
     file = stack.enter_context(replacing_file(path, options.overwrite))
     return with_saved_tensors(plan, file, path.name)

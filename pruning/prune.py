@@ -8,19 +8,30 @@ data, and takes a model without a tokenizer.
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flame.checkpoint.reference import Form
+from flame.checkpoint.reference import (
+    Form,
+    ModelReference,
+    check_destination,
+    resolve,
+    vocabulary_size,
+)
 from flame.errors import UserError
 from flame.options import argument, group, option, words
+from flame.process.atomic_output import replacing_folder
+from flame.process.distributed import RANK_ZERO_WORKS, process_group, rank
+from flame.process.peers import on_first
 from flame.stage import Stage
+from pruning.apply import form_of, say_what_to_know
+from pruning.calibrate import calibrate
+from pruning.calibration.data import calibration_data, check_data
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
+from pruning.plan import check_stats, planned, summary
 from pruning.planning.budgets import Budget
-
-if TYPE_CHECKING:
-    from flame.checkpoint.reference import ModelReference
-    from pruning.planning.plan import Plan
+from pruning.planning.choose import check_budget, choose
+from pruning.planning.plan import Plan
+from pruning.transform.write import write_pruned
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,6 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work before anything starts."""
-    from flame.checkpoint.reference import check_destination, resolve, vocabulary_size
-    from pruning.calibration.data import calibration_data, check_data
-    from pruning.plan import check_stats
-    from pruning.planning.choose import check_budget
-
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     check_budget(options.budget, reference.config, options.method)
@@ -70,14 +76,6 @@ def _check_no_data(options: Options) -> None:
 
 def run(options: Options) -> None:
     """Prune as the options say. Collective; inside a process group, or starting one."""
-    from flame.checkpoint.reference import resolve
-    from flame.process.atomic_output import replacing_folder
-    from flame.process.distributed import RANK_ZERO_WORKS, process_group, rank
-    from flame.process.peers import on_first
-    from pruning.apply import form_of, say_what_to_know
-    from pruning.plan import summary
-    from pruning.transform.write import write_pruned
-
     reference, out = resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)
     with process_group(RANK_ZERO_WORKS), ExitStack() as stack:
@@ -91,24 +89,18 @@ def run(options: Options) -> None:
             say_what_to_know(plan, reference, form)
 
 
-def make_plan(options: Options, reference: "ModelReference") -> "Plan":
+def make_plan(options: Options, reference: ModelReference) -> Plan:
     """The plan that the options ask for, on rank 0; calibrates if the method needs it. Collective.
 
     On other ranks the result has no meaning.
     """
-    from flame.process.peers import on_first
-    from pruning.calibrate import calibrate
-    from pruning.calibration.data import calibration_data
-    from pruning.plan import planned
-    from pruning.planning.choose import choose
-
     method, budget = options.method, options.budget
     if options.stats is not None or not method.needs:
         return on_first(lambda: planned(reference, method, budget, options.stats))
     data = calibration_data(reference, options.data)
     collected, meta = calibrate(reference, method.needs, data)
 
-    def chosen() -> "Plan":
+    def chosen() -> Plan:
         source = reference.source()
         return choose(reference.config, source, method, budget, collected, meta.for_plan())
 

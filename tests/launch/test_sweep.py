@@ -211,7 +211,7 @@ def test_room_is_asked_for_before_work(
 
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr("flame.checkpoint.source.total_bytes", lambda source: 10**9)
+    monkeypatch.setattr("launch.sweeping.checks.total_bytes", lambda source: 10**9)
     # Two processes hold a model each; kept are the two pruned models and the dense one's place.
     assert needed() == 2 and needed("--keep") == 3
 

@@ -98,7 +98,7 @@ def test_a_method_without_needs_reads_no_data(
     def refuse(*arguments: Any) -> None:
         raise AssertionError("data was asked for")
 
-    monkeypatch.setattr("pruning.calibration.data.calibration_data", refuse)
+    monkeypatch.setattr("pruning.prune.calibration_data", refuse)
     model = write_run(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
     stage("prune", model, tmp_path / "out", "--method", "random", "--ratio", "0.5", "--seed", "7")
     plan = read_plan(tmp_path / "out" / "plan.json")
