@@ -64,7 +64,7 @@ class Stage(Generic[T]):
 
     def parse(self, argv: Sequence[str]) -> T:
         """The options of a command line; raises UserError for one that cannot be read."""
-        return options.parse(self.options, self.program, self.description, argv, self.epilog)
+        return options.parse(self.options, self.program, argv)
 
     def help_text(self) -> str:
         """What `--help` prints."""

@@ -36,7 +36,7 @@ class Options:
         False, "print the memory that each GPU of --nnodes x --nproc will need, and stop"
     )
     overrides: tuple[str, ...] = overrides(
-        "--section.key", "override a key of the recipe, e.g. --training.steps 200"
+        "override a key of the recipe, e.g. --training.steps 200"
     )
 
     @property

@@ -17,52 +17,56 @@ OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=|$)")
 """A word such as `--training.steps` or `--training.steps=200`."""
 
 
-def parse(of: type[T], program: str, description: str, argv: Sequence[str], epilog: str = "") -> T:
+def parse(of: type[T], program: str, argv: Sequence[str]) -> T:
     """An instance of the dataclass `of` from the words of a command line.
 
     Args:
         of: the dataclass of options.
-        program: what the help and messages call the program, such as `slimstate plan`.
-        description: one sentence for the help.
+        program: what messages call the program, such as `slimstate plan`.
         argv: the words, without the program's name.
-        epilog: what the help says below the options.
 
     Raises:
         UserError: a word is no option, a value cannot be read, or something is missing.
-        SystemExit: the words ask for `--help`, which has been printed.
     """
-    overridden, rest = _take_overrides(of, argv)
-    parser = _parser(of, program, description, epilog)
-    values, unknown = parser.parse_known_args(rest)
+    found, unknown = parse_known(of, program, argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [entry.flag for entry in entries(of)], n=1)
         hint = f": did you mean {near[0]}?" if near else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return _built(of, vars(values), overridden)
+        _Parser(program).error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return found
 
 
 def parse_known(of: type[T], program: str, argv: Sequence[str]) -> tuple[T, list[str]]:
-    """An instance of `of` from those words of a command line that it knows, and the other words.
-
-    Raises:
-        UserError: a value cannot be read.
-    """
-    values, rest = _parser(of, program, add_help=False).parse_known_args(list(argv))
-    return _built(of, vars(values)), rest
+    """As `parse`, and the words that are no options of `of`, instead of an error for them."""
+    overridden, rest = _take_overrides(of, argv)
+    values, unknown = _parser(of, program).parse_known_args(rest)
+    return _built(of, vars(values), overridden), unknown
 
 
 def help_text(of: type, program: str, description: str, epilog: str = "") -> str:
-    """The text of `--help`: usage, description and all options; arguments as for `parse`."""
-    return _parser(of, program, description, epilog).format_help()
+    """The text of `--help`.
+
+    Args:
+        of: the dataclass of options.
+        program: what the usage calls the program, such as `slimstate plan`.
+        description: what stands above the options.
+        epilog: what stands below them.
+    """
+    parser = _parser(of, program)
+    parser.description, parser.epilog = description, epilog
+    return parser.format_help()
 
 
 def list_text(of: type, title: str) -> str:
-    """The part of a `--help` that lists the options of a dataclass under a heading."""
-    return _parser(of, "", title=title, add_help=False).format_help().partition("\n\n")[2].rstrip()
+    """The part of a `--help` that lists the options of a dataclass, under a heading."""
+    return _parser(of, "", title).format_help().partition("\n\n")[2].rstrip()
 
 
 def words(options: Any) -> list[str]:
-    """The command line that gives an instance; what is at its default is left out."""
+    """The command line that gives an instance; what is at its default is left out.
+
+    Values that their option's own `parse` made are written by `str`.
+    """
     return _words(options, set())
 
 
@@ -71,15 +75,15 @@ def _words(options: Any, seen: set[str]) -> list[str]:
     found: list[str] = []
     for each in dataclasses.fields(options):
         declared, value = declaration(each), getattr(options, each.name)
-        if declared is None or each.name in seen:
+        if declared is None or each.name in seen or value == each.default:
             continue
+        seen.add(each.name)
         if declared.form == "group":
             found += _words(value, seen)
         elif declared.form == "options of":
             found += [word for name in value for word in _option_words(kinds[name], value[name])]
         elif declared.form == "option":
-            seen.add(each.name)
-            found += [] if value == each.default else _option_words(kinds[each.name], value)
+            found += _option_words(kinds[each.name], value)
         else:
             found += map(str, value) if isinstance(value, tuple) else [str(value)]
     return found
@@ -98,17 +102,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ") + hint)
 
 
-def _parser(
-    of: type,
-    program: str,
-    description: str = "",
-    epilog: str = "",
-    title: str = "",
-    add_help: bool = True,
-) -> _Parser:
-    parser = _Parser(
-        program, description=description, epilog=epilog, add_help=add_help, allow_abbrev=False
-    )
+def _parser(of: type, program: str, title: str = "") -> _Parser:
+    parser = _Parser(program, add_help=False, allow_abbrev=False)
     groups: dict[str, Any] = {"": parser}
     added: set[str] = set()
     for entry in entries(of, title):
@@ -123,31 +118,21 @@ def _parser(
 def _add(parser: Any, entry: Entry) -> None:
     declared, default = entry.declared, entry.shown_default
     text = (declared.help + (f" (default: {default})" if default else "")).replace("%", "%%")
-    if declared.form == "argument":
-        nargs = "+" if entry.is_list else None
-        parser.add_argument(
-            entry.name, type=entry.read, metavar=entry.metavar, nargs=nargs, help=text
-        )
-    elif declared.form == "overrides":
-        # For the help alone: the words are taken out before this parser sees them.
-        parser.add_argument(entry.flag, dest=entry.name, metavar="VALUE", help=text)
-    elif entry.kind is bool:
-        parser.add_argument(
-            entry.flag, dest=entry.name, action="store_true", default=entry.default, help=text
-        )
+    if entry.kind is bool:
+        how: dict[str, Any] = {"action": "store_true", "default": entry.default}
     else:
-        required = entry.default is REQUIRED
-        parser.add_argument(
-            entry.flag,
-            dest=entry.name,
-            type=entry.read,
-            metavar=entry.metavar,
-            nargs=None if declared.bare is None else "?",
-            const=declared.bare,
-            required=required,
-            default=None if required else entry.default,
-            help=text,
-        )
+        how = {"type": entry.read, "metavar": entry.metavar}
+    if declared.form == "argument":
+        parser.add_argument(entry.name, nargs="+" if entry.is_list else None, help=text, **how)
+        return
+    if declared.bare is not None:
+        how |= {"nargs": "?", "const": declared.bare}
+    if entry.default is REQUIRED:
+        how["required"] = True
+    else:
+        how["default"] = entry.default
+    # An override is here for the help alone: `_take_overrides` keeps its words from this parser.
+    parser.add_argument(entry.flag, dest=entry.name, help=text, **how)
 
 
 def _built(of: type[T], values: Mapping[str, Any], overridden: Sequence[str] = ()) -> T:

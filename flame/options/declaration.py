@@ -36,8 +36,6 @@ class Declaration:
     parse: Callable[[str], Any] | None = None
     """Reads the whole word instead of the annotation's reader; a ValueError or a UserError says why
     it cannot."""
-    write: Callable[[Any], str] | None = None
-    """The inverse of `parse`."""
     bare: Any = None
     """The value of the option without a word after it; None if it needs one."""
     classes: Mapping[str, Any] = field(default_factory=dict)
@@ -86,13 +84,13 @@ def argument(metavar: str, help: str) -> Any:
     return field(metadata={"declared": Declaration("argument", help, metavar)})
 
 
-def overrides(metavar: str, help: str) -> Any:
+def overrides(help: str) -> Any:
     """A dataclass field that takes all `--section.key VALUE` and `--section.key=VALUE` words.
 
     A key takes one value where the command has positional arguments, else all words up to the next
     option.
     """
-    return field(default=(), metadata={"declared": Declaration("overrides", help, metavar)})
+    return field(default=(), metadata={"declared": Declaration("overrides", help, "VALUE")})
 
 
 def group(of: type, title: str = "", without: Sequence[str] = ()) -> Any:

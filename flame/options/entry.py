@@ -29,8 +29,9 @@ class Entry:
     @property
     def flag(self) -> str:
         """The word on the command line, such as `--seq-len`; of an argument its metavar."""
-        is_option = self.declared.form == "option"
-        return flag_of(self.name) if is_option else self.declared.metavar or self.name
+        if self.declared.form == "overrides":
+            return "--section.key"
+        return flag_of(self.name) if self.declared.form == "option" else self.metavar
 
     @property
     def metavar(self) -> str:
@@ -57,9 +58,7 @@ class Entry:
         return "" if none or self.kind is bool or self.declared.parse else self.write(self.default)
 
     def write(self, value: Any) -> str:
-        """The word that `read` makes `value` of."""
-        if self.declared.write is not None:
-            return self.declared.write(value)
+        """The word for a value, which `read` reads again unless the field has a `parse` of its own."""
         return ",".join(map(str, value)) if self.is_list else str(value)
 
     def read(self, text: str) -> Any:

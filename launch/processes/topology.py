@@ -106,7 +106,7 @@ def _node_numbers(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Options:
+class LauncherOptions:
     """The options that the launcher takes beside those of any stage."""
 
     nproc: int | None = option(None, "processes on this node", least=1, metavar="N")
@@ -128,7 +128,7 @@ def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, b
     Raises:
         UserError: a value cannot be read.
     """
-    given, rest = options.parse_known(_Options, "slimstate", arguments)
+    given, rest = options.parse_known(LauncherOptions, "slimstate", arguments)
     min_nodes, nnodes = given.nnodes
     chosen = given.nproc or min(nproc, device_count(nproc))
     topology = replace(given.place, nproc=chosen, nnodes=nnodes, min_nodes=min_nodes)
@@ -137,7 +137,7 @@ def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, b
 
 def options_help() -> str:
     """The launcher's part of a command's `--help`."""
-    return options.list_text(_Options, "processes")
+    return options.list_text(LauncherOptions, "processes")
 
 
 def _check_port(host: str, port: int, must_be_free: bool) -> None:

@@ -31,9 +31,7 @@ class Options:
     recover: Path | None = option(
         None, "train pruned models on by this recipe; measure again", metavar="RECIPE"
     )
-    overrides: tuple[str, ...] = overrides(
-        "--section.key", "override a key of the recipe of --recover"
-    )
+    overrides: tuple[str, ...] = overrides("override a key of the recipe of --recover")
     dense_continued: bool = option(False, "train the dense model on too, as control")
     heldout: str = option("", "text to measure on (default: the recipe's)", metavar="DATA")
     heldout_split: str = option("", "split of it", metavar="SPLIT")
