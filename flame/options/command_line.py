@@ -52,7 +52,7 @@ def help_text(of: type, program: str, description: str, epilog: str = "") -> str
         description: what stands above the options.
         epilog: what stands below them.
     """
-    parser = _parser(of, program)
+    parser = _parser(of, program, add_help=True)
     parser.description, parser.epilog = description, epilog
     return parser.format_help()
 
@@ -102,8 +102,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ") + hint)
 
 
-def _parser(of: type, program: str, title: str = "") -> _Parser:
-    parser = _Parser(program, add_help=False, allow_abbrev=False)
+def _parser(of: type, program: str, title: str = "", add_help: bool = False) -> _Parser:
+    parser = _Parser(program, add_help=add_help, allow_abbrev=False)
     groups: dict[str, Any] = {"": parser}
     added: set[str] = set()
     for entry in entries(of, title):

@@ -58,7 +58,7 @@ class Entry:
         return "" if none or self.kind is bool or self.declared.parse else self.write(self.default)
 
     def write(self, value: Any) -> str:
-        """The word for a value, which `read` reads again unless the field has a `parse` of its own."""
+        """The word for a value; `read` takes it back, unless the field has its own `parse`."""
         return ",".join(map(str, value)) if self.is_list else str(value)
 
     def read(self, text: str) -> Any:

@@ -45,13 +45,11 @@ class Budget:
         None,
         "part of the channels to remove, such as 0.5 or key=0.5,head=0.25",
         parse=lambda text: parse_per_kind(text, parse_ratio),
-        write=lambda value: str(as_text(value)),
     )
     width: int | PerKind | None = option(
         None,
         "channels a head to keep, such as 64 or key=64,value=32",
         parse=lambda text: parse_per_kind(text, parse_width),
-        write=lambda value: str(as_text(value)),
     )
     state_bytes: int | None = option(
         None,
