@@ -226,9 +226,8 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         saved = self.metadata.state_dict_metadata
         missing = sorted(set(self.state_dict) - set(saved) - self._optional)
         if missing:
-            raise UserError(
-                f"the checkpoint lacks {some(missing, 3)}: it is of another model or run"
-            )
+            lacking = some(missing, 3)
+            raise UserError(f"the checkpoint lacks {lacking}: it is of another model or run")
         for name in self.state_dict.keys() & saved.keys():
             _check_form(name, self.state_dict[name], saved[name])
         return super().create_local_plan()

@@ -25,6 +25,7 @@ from flame.convert import STAGE, Options, check
 from flame.errors import UserError
 from flame.storage.checksums import CHECKSUMS
 from flame.storage.safe_reader import load_step
+from tests.flame.damage import Bomb, rewrite
 from tests.flame.tiny import (
     GATED_DELTANET,
     LLAMA,
@@ -44,9 +45,6 @@ def hf(tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> Path:
     state = {"a.weight": torch.arange(6.0).view(2, 3), "train_state": {"step": torch.tensor(3)}}
     return write_run(tmp_path / "run", GATED_DELTANET, state)
-
-
-# --- references -------------------------------------------------------------------------------
 
 
 def test_a_run_resolves_to_its_latest_whole_step(run: Path) -> None:
@@ -113,9 +111,6 @@ def test_a_hub_name_without_a_network_fails_in_seconds(monkeypatch: Any, tmp_pat
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="no such folder$"):
         resolve("runs/dense")
-
-
-# --- conversion -------------------------------------------------------------------------------
 
 
 def _mixed(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -258,9 +253,7 @@ def _harm(damage: str, tmp_path: Path, run: Path, hf: Path) -> Path:
     elif damage == "hostile index":
         import pickle
 
-        from tests.flame.checkpoint.test_steps import _Bomb, _rewrite
-
-        _rewrite(step, METADATA, pickle.dumps(_Bomb(tmp_path / "was-run")))
+        rewrite(step, METADATA, pickle.dumps(Bomb(tmp_path / "was-run")))
     elif damage == "no checksums":
         (step / CHECKSUMS).unlink()
     elif damage == "truncated safetensors":
@@ -288,9 +281,6 @@ def test_the_disk_must_be_large_enough(tmp_path: Path, hf: Path, monkeypatch: An
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs .* GB, .* has 0\.0 GB free"):
         convert(hf, tmp_path / "out", "dcp")
-
-
-# --- the command ------------------------------------------------------------------------------
 
 
 def test_the_command_line_is_checked_before_work(tmp_path: Path, run: Path, hf: Path) -> None:

@@ -14,6 +14,7 @@ from flame.checkpoint.steps import whole_steps
 from flame.errors import UserError
 from flame.training.start_checks import check_start
 from tests.distributed import run_distributed
+from tests.flame.damage import flip_byte
 from tests.flame.jobs import largest_difference, train_job
 
 
@@ -27,11 +28,8 @@ def _job(folder: Path, fallback: bool, load_step: int = -1) -> Any:
     )
 
 
-def _flip_byte(step: Path) -> None:
-    path = next(step.glob("__0_*.distcp"))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+def _damage(step: Path) -> None:
+    flip_byte(next(step.glob("__0_*.distcp")))
 
 
 def _save(folder: Path, *steps: int) -> None:
@@ -43,8 +41,8 @@ def test_the_step_before_is_used_where_that_is_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _save(tmp_path, 1, 2, 3)
-    _flip_byte(tmp_path / "step-3")
-    _flip_byte(tmp_path / "step-2")
+    _damage(tmp_path / "step-3")
+    _damage(tmp_path / "step-2")
     with pytest.raises(UserError, match=r"step-3/__0_0.distcp is damaged.*--fallback .* step-2$"):
         check_start(_job(tmp_path, fallback=False))
     assert whole_steps(tmp_path) == [1, 2, 3]
@@ -64,7 +62,7 @@ def test_a_step_without_another_or_asked_for_is_refused(
     tmp_path: Path, steps: tuple[int, ...], load_step: int
 ) -> None:
     _save(tmp_path, *steps)
-    _flip_byte(tmp_path / f"step-{steps[-1]}")
+    _damage(tmp_path / f"step-{steps[-1]}")
     with pytest.raises(UserError, match="is damaged"):
         check_start(_job(tmp_path, fallback=True, load_step=load_step))
     assert whole_steps(tmp_path) == list(steps)
@@ -83,7 +81,7 @@ def test_training_goes_on_from_the_step_before_and_ends_the_same(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(two_ranks, run)
-    _flip_byte(run / "checkpoint" / "step-6")
+    _damage(run / "checkpoint" / "step-6")
     run_distributed(train_job, 2, assets, run, checkpoint__fallback=True)
     final = Path("checkpoint") / "step-6"
     assert largest_difference(run / final, two_ranks / final) == 0.0

@@ -38,9 +38,6 @@ def _assert_holds(source: TensorSource, expected: dict[str, Tensor]) -> None:
         assert torch.equal(source.read(name), tensor)
 
 
-# --- DCP --------------------------------------------------------------------------------------
-
-
 def _train_sharded(folder: Path) -> dict[str, Tensor] | None:
     """Two AdamW steps on a sharded model, saved as torchtitan does; the full tensors on rank 0."""
     import torch.distributed as dist
@@ -144,9 +141,6 @@ def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
         source.read("b")
 
 
-# --- safetensors ------------------------------------------------------------------------------
-
-
 def _sharded_folder(folder: Path, tensors: dict[str, Tensor]) -> Path:
     folder.mkdir()
     names = sorted(tensors)
@@ -207,9 +201,6 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="can run code"):
         SafetensorsSource(tmp_path)
-
-
-# --- adapters ---------------------------------------------------------------------------------
 
 
 def _adapted(**options: Any) -> tuple[nn.Module, dict[str, Tensor], Any]:
@@ -330,9 +321,6 @@ def test_a_lora_run_wants_the_base_it_was_trained_on(tmp_path: Path) -> None:
         resolve(run).source()
 
 
-# --- loading ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [GATED_DELTANET, LLAMA], ids=["untied", "tied"])
 def test_a_loaded_model_is_the_saved_one(tmp_path: Path, config: dict[str, Any]) -> None:
     model = build(config)
@@ -406,17 +394,14 @@ def test_what_does_not_fit_a_model_is_listed() -> None:
         load_weights(model, source)
 
 
-# --- fingerprint ------------------------------------------------------------------------------
-
-
 def test_the_fingerprint_ignores_form_and_noise(tmp_path: Path) -> None:
     model = build(LLAMA)
     tensors = stored_tensors(model)
     folder = write_hf_folder(tmp_path / "hf", LLAMA, tensors)
     run = write_run(tmp_path / "run", LLAMA, dict(model.state_dict()))
     assert "lm_head.weight" not in tensors and "lm_head.weight" in model.state_dict()
-    mark = fingerprint(LLAMA, resolve(folder).source())
-    assert mark == fingerprint(LLAMA, resolve(run).source()) and len(mark) == 64
+    digest = fingerprint(LLAMA, resolve(folder).source())
+    assert digest == fingerprint(LLAMA, resolve(run).source()) and len(digest) == 64
     noise = {
         "transformers_version": "9",
         "_name_or_path": "x",
@@ -426,22 +411,22 @@ def test_the_fingerprint_ignores_form_and_noise(tmp_path: Path) -> None:
         "vocab_size": 31.0,
         "sliding_window": None,
     }
-    assert mark == fingerprint({**LLAMA, **noise}, MemorySource(tensors))
-    assert mark != fingerprint({**LLAMA, "num_attention_heads": 4}, MemorySource(tensors))
+    assert digest == fingerprint({**LLAMA, **noise}, MemorySource(tensors))
+    assert digest != fingerprint({**LLAMA, "num_attention_heads": 4}, MemorySource(tensors))
 
 
 def test_the_fingerprint_sees_every_tensor() -> None:
     tensors = stored_tensors(build(GATED_DELTANET))
-    marks = {fingerprint(GATED_DELTANET, MemorySource(tensors))}
+    digests = {fingerprint(GATED_DELTANET, MemorySource(tensors))}
     for name in tensors:
         changed = tensors[name].clone()
         changed.view(-1)[-1] += 1
-        marks.add(fingerprint(GATED_DELTANET, MemorySource({**tensors, name: changed})))
-    assert len(marks) == len(tensors) + 1
+        digests.add(fingerprint(GATED_DELTANET, MemorySource({**tensors, name: changed})))
+    assert len(digests) == len(tensors) + 1
     renamed = {f"{name}s" if name == "lm_head.weight" else name: t for name, t in tensors.items()}
     half = {name: t.bfloat16() for name, t in tensors.items()}
-    marks |= {fingerprint(GATED_DELTANET, MemorySource(t)) for t in (renamed, half)}
-    assert len(marks) == len(tensors) + 3
+    digests |= {fingerprint(GATED_DELTANET, MemorySource(t)) for t in (renamed, half)}
+    assert len(digests) == len(tensors) + 3
 
 
 def test_broken_weights_are_named() -> None:

@@ -28,9 +28,10 @@ from flame.checkpoint.steps import (
     whole_steps,
 )
 from flame.errors import UserError
-from flame.storage.checksums import CHECKSUMS, hash_bytes, hash_file
+from flame.storage.checksums import CHECKSUMS, hash_file
 from flame.storage.safe_reader import SafeReader, load_step
 from tests.distributed import run_distributed
+from tests.flame.damage import Bomb, flip_byte, rewrite
 
 
 def _state(fill: float = 0.0) -> dict[str, Any]:
@@ -46,14 +47,6 @@ def _state(fill: float = 0.0) -> dict[str, Any]:
 
 def _save(folder: Path, step: int, fill: float = 0.0, **options: Any) -> Path:
     return save_step(_state(fill), folder, step, alone=True, **options)
-
-
-def _rewrite(step: Path, name: str, data: bytes) -> None:
-    """Replace a file and its recorded hash, as an attacker or a confused tool would."""
-    (step / name).write_bytes(data)
-    content = json.loads((step / CHECKSUMS).read_text())
-    content["files"][name] = hash_bytes(data)
-    (step / CHECKSUMS).write_text(json.dumps(content))
 
 
 def _shard(step: Path) -> Path:
@@ -167,26 +160,17 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["step-1"]
 
 
-# --- damage and hostility ---------------------------------------------------------------------
-
-
 def _load(step: Path) -> None:
     load_step({"model.a.weight": torch.zeros(4, 3), "train_state": {"step": torch.tensor(0)}}, step)
 
 
-def _flip_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "flipped byte": (lambda step: _flip_byte(_shard(step)), r"\.distcp is damaged"),
+    "flipped byte": (lambda step: flip_byte(_shard(step)), r"\.distcp is damaged"),
     "truncated shard": (lambda step: os.truncate(_shard(step), 100), r"\.distcp is damaged"),
     "missing shard": (lambda step: _shard(step).unlink(), r"\.distcp is missing"),
     "missing index": (lambda step: (step / METADATA).unlink(), r"\.metadata is missing"),
     "empty index": (lambda step: os.truncate(step / METADATA, 0), r"\.metadata is damaged"),
-    "flipped index": (lambda step: _flip_byte(step / METADATA), r"\.metadata is damaged"),
+    "flipped index": (lambda step: flip_byte(step / METADATA), r"\.metadata is damaged"),
     "no checksums": (lambda step: (step / CHECKSUMS).unlink(), "has no checksums.json"),
     "bad checksums": (
         lambda step: (step / CHECKSUMS).write_text("{"),
@@ -194,13 +178,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no object": (lambda step: (step / CHECKSUMS).write_text("[]"), "json is not a JSON object"),
     "other checksums": (lambda step: (step / CHECKSUMS).write_text("{}"), "is not a list"),
-    "empty but hashed index": (lambda step: _rewrite(step, METADATA, b""), "not a DCP index"),
+    "empty but hashed index": (lambda step: rewrite(step, METADATA, b""), "not a DCP index"),
     "another pickle": (
-        lambda step: _rewrite(step, METADATA, pickle.dumps({"a": 1})),
+        lambda step: rewrite(step, METADATA, pickle.dumps({"a": 1})),
         "not a DCP index",
     ),
     "truncated but hashed shard": (
-        lambda step: _rewrite(step, _shard(step).name, _shard(step).read_bytes()[:200]),
+        lambda step: rewrite(step, _shard(step).name, _shard(step).read_bytes()[:200]),
         "cannot read",
     ),
 }
@@ -225,32 +209,24 @@ def test_verifying_finds_damage(tmp_path: Path, damage: str) -> None:
         verify_step(step)
 
 
-class _Bomb:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.target),)
-
-
 def test_a_hostile_index_does_not_run(tmp_path: Path) -> None:
     step = _save(tmp_path, 1)
-    mark = tmp_path / "was-run"
-    bomb = pickle.dumps(_Bomb(mark))
+    harm = tmp_path / "was-run"
+    bomb = pickle.dumps(Bomb(harm))
     pickle.loads(bomb)
-    mark.rmdir()
-    _rewrite(step, METADATA, bomb)
+    harm.rmdir()
+    rewrite(step, METADATA, bomb)
     with pytest.raises(UserError, match=r"posix\.mkdir"):
         _load(step)
-    assert not mark.exists()
+    assert not harm.exists()
 
 
 def test_a_hostile_entry_does_not_run(tmp_path: Path) -> None:
-    mark = tmp_path / "was-run"
-    step = save_step({"x": _Bomb(mark)}, tmp_path / "checkpoint", 1, alone=True)
+    harm = tmp_path / "was-run"
+    step = save_step({"x": Bomb(harm)}, tmp_path / "checkpoint", 1, alone=True)
     with pytest.raises(UserError, match="entry x of the checkpoint is not plain data"):
         load_step({"x": 0}, step)
-    assert not mark.exists()
+    assert not harm.exists()
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
@@ -258,7 +234,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     index = SafeReader(step).read_metadata()
     for place in index.storage_data.values():
         place.relative_path = f"../{place.relative_path}"
-    _rewrite(step, METADATA, pickle.dumps(index))
+    rewrite(step, METADATA, pickle.dumps(index))
     with pytest.raises(UserError, match=r"not listed in checksums\.json"):
         _load(step)
 
@@ -269,9 +245,6 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         load_step({"model.c.weight": torch.zeros(1)}, step)
     with pytest.raises(UserError, match=r"model.a.weight has shape \(4, 3\).*\(3, 4\)"):
         load_step({"model.a.weight": torch.zeros(3, 4)}, step)
-
-
-# --- several processes ------------------------------------------------------------------------
 
 
 def _save_sharded(folder: Path, step: int) -> None:
@@ -322,7 +295,7 @@ def test_every_rank_raises_the_error_of_one(tmp_path: Path) -> None:
     assert all("Read-only file system" in message for message in messages)
     assert os.listdir(tmp_path) == []
     run_distributed(_save_sharded, 2, tmp_path, 5)
-    _flip_byte(tmp_path / "step-5" / "__1_0.distcp")
+    flip_byte(tmp_path / "step-5" / "__1_0.distcp")
     messages = run_distributed(_load_damaged, 2, tmp_path / "step-5")
     assert messages[0] == messages[1] and "__1_0.distcp is damaged" in messages[0]
     (tmp_path / "step-5" / METADATA).write_bytes(b"x")
