@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError
 from flame.options import argument, option
+from flame.options.shared import DTYPE_HELP, DType
 from flame.process.atomic_output import check_output, replacing_file
 from flame.stage import Stage
 from flame.versions import versions
-from launch.evaluation.perplexity import DTYPE_HELP, DType
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
     import torch
 
-    from launch.speed.measures import Measure, Models, Workload
+    from launch.speed.workload import Measure, Models, Workload
 
 PARTS = ("prefill", "decode", "mixer", "train")
 KIND = "bench"
@@ -117,7 +117,7 @@ def benchmark(
 
 def workload(options: Options, device_type: str) -> "Workload":
     """The sizes asked for, and the device's own for the rest."""
-    from launch.speed.measures import ON_CPU, ON_CUDA
+    from launch.speed.workload import ON_CPU, ON_CUDA
 
     asked = {
         name: getattr(options, name)
@@ -155,18 +155,21 @@ def _measures(
     import torch
 
     from flame.process.progress import progress
-    from launch.speed import measures as measures
+    from launch.speed.caches import cache_sizes
+    from launch.speed.inference import decode, kernels, prefill
+    from launch.speed.mixer import mixer
+    from launch.speed.training_step import training
 
     models = load(dtype)
-    ran.update(measures.kernels(models, work))
-    yield from measures.cache_sizes(models, work)
-    chosen = {"prefill": measures.prefill, "decode": measures.decode, "mixer": measures.mixer}
+    ran.update(kernels(models, work))
+    yield from cache_sizes(models, work)
+    chosen = {"prefill": prefill, "decode": decode, "mixer": mixer}
     for name in progress([part for part in chosen if part in parts], "measure"):
         yield from chosen[name](models, work)
     if "train" in parts:
         trained = models if dtype == torch.float32 else load(torch.float32)
         del models
-        yield from measures.training(trained, work, dtype)
+        yield from training(trained, work, dtype)
 
 
 def _measured(measure: "Measure", against: str | None) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
 from flame.options import argument, option
+from flame.options.shared import DTYPE_HELP, DType
 from flame.process.atomic_output import check_output, replacing_file
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
 from flame.versions import versions
 from launch.drawing.table import Column, Table
-from launch.evaluation.perplexity import DTYPE_HELP, DType
 
 PAIRS = (4, 8, 16)
 WORDS = 64
@@ -93,9 +93,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
 def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
     from flame.checkpoint.load import build_sharded
     from flame.process.distributed import compute_dtype, data_parallel_mesh, world_size
-    from launch.evaluation.perplexity import state_bytes
     from launch.evaluation.recall_score import accuracy
     from launch.evaluation.recall_tasks import mqar_examples, needle_examples
+    from pruning.adapters import state_bytes
 
     reference = resolve(name)
     encode, dtype = encoder_of(options, reference), compute_dtype(options.dtype)

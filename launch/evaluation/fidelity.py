@@ -72,7 +72,7 @@ def measure_fidelity(
     Raises:
         UserError: the text cannot be used, or a model's logits are not finite.
     """
-    from launch.evaluation.perplexity import keeps_documents_apart
+    from launch.evaluation.heldout_text import keeps_documents_apart
 
     apart = all(keeps_documents_apart(each.config) for each in (reference, dense))
     rows = text.sequences(vocabulary_size(reference.config), apart)
@@ -98,24 +98,18 @@ def measure_fidelity(
 def sum_divergences(
     model: "nn.Module", against: "nn.Module", rows: Iterable[Any]
 ) -> tuple[float, int, int]:
-    """Sums of KL in nats and of agreements, and the number of tokens, over all ranks. Collective.
-
-    Rows are dealt out as for perplexity: rank r takes each r-th, and where the last round has too
-    few, the others read its first row with them and count nothing.
-    """
+    """KL in nats, agreements and tokens, each summed over the rows of all ranks. Collective."""
     import torch
     import torch.distributed as dist
 
-    from flame.process.distributed import rank, world_size
+    from flame.process.dealing import turns
     from flame.process.progress import progress
-    from launch.evaluation.perplexity import rounds
 
     sums = torch.zeros(3, dtype=torch.float64)
-    for round_ in progress(rounds(rows, world_size()), "compare"):
-        own = rank() < len(round_)
-        inputs, labels, _ = round_[rank() if own else 0]
+    for turn in progress(turns(rows), "compare"):
+        inputs, labels, _ = turn.item
         compared = _row_divergence(model, against, inputs, labels)
-        if own:
+        if turn.counts:
             sums += torch.tensor(compared, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(sums)

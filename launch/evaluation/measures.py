@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.options import group, option
+from flame.options.shared import DTYPE_HELP, DType
 from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
-from launch.evaluation.perplexity import DTYPE_HELP, DType
 from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
 from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
 
@@ -174,7 +174,7 @@ def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
 def _description(reference: ModelReference, network: "Network") -> Record:
     from flame.model import count_parameters
     from flame.process.distributed import world_size
-    from launch.evaluation.perplexity import state_bytes
+    from pruning.adapters import state_bytes
 
     return {
         "weights": str(reference.weights),
@@ -210,7 +210,7 @@ def check_tokenizer(reference: ModelReference, given: str) -> None:
 
 def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
     """Refuse to show a model with attention alone more tokens than it has positions for."""
-    from launch.evaluation.perplexity import keeps_documents_apart
+    from launch.evaluation.heldout_text import keeps_documents_apart
     from pruning.adapters import ADAPTERS
 
     positions = config.get("max_position_embeddings")

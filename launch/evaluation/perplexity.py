@@ -6,28 +6,27 @@ processes only to rounding.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 from flame.versions import versions
-from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
+from launch.evaluation.heldout_text import (
+    HeldoutOptions,
+    HeldoutText,
+    heldout_text,
+    keeps_documents_apart,
+)
+from pruning.adapters import state_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from flame.checkpoint.reference import ModelReference
-
-Item = TypeVar("Item")
-
-DType = Literal["auto", "float32", "bfloat16"]
-"""Names of compute dtypes, as `flame.process.distributed.compute_dtype` takes them."""
-
-DTYPE_HELP = "compute dtype; auto is bfloat16 on CUDA and float32 on a CPU"
 
 
 @dataclass(frozen=True)
@@ -148,23 +147,18 @@ def measure_perplexity(
 
 
 def sum_losses(model: "nn.Module", rows: Iterable[Any]) -> Sums:
-    """The losses of `rows`, as `heldout_sequences` gives them, summed over all ranks. Collective.
-
-    Rank r takes the rows n with n % world_size == r. Where the last round has too few, the other
-    ranks read its first row with them and count nothing: FSDP2 gathers weights from all ranks.
-    """
+    """Losses and counts of `rows` (see `heldout_sequences`), summed over all ranks. Collective."""
     import torch
     import torch.distributed as dist
 
-    from flame.process.distributed import rank, world_size
+    from flame.process.dealing import turns
     from flame.process.progress import progress
 
     sums = torch.zeros(4, dtype=torch.float64)
-    for round_ in progress(rounds(rows, world_size()), "evaluate"):
-        own = rank() < len(round_)
-        inputs, labels, size = round_[rank() if own else 0]
+    for turn in progress(turns(rows), "evaluate"):
+        inputs, labels, size = turn.item
         loss, tokens = row_loss(model, inputs, labels)
-        if own:
+        if turn.counts:
             sums += torch.tensor([loss, tokens, size, 1], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -193,33 +187,6 @@ def row_loss(
         targets = labels.to(logits.device).flatten()
         losses = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
     return float(losses.double().sum()), int((targets != -100).sum())
-
-
-def rounds(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`items` in lists of `size`, the last one as long as is left."""
-    round_: list[Item] = []
-    for item in items:
-        round_.append(item)
-        if len(round_) == size:
-            yield round_
-            round_ = []
-    if round_:
-        yield round_
-
-
-def state_bytes(config: dict[str, Any]) -> int | None:
-    """Bytes of one sequence's recurrent state; None for a family without an adapter."""
-    from pruning.adapters import ADAPTERS
-
-    adapter = ADAPTERS.get(config["model_type"])
-    return None if adapter is None else adapter.state_bytes(config)
-
-
-def keeps_documents_apart(config: dict[str, Any]) -> bool:
-    """Whether the model takes `cu_seqlens`: fla's and ours do; others read a row as one text."""
-    from flame.model import stock_config
-
-    return type(stock_config(config)).__module__.startswith(("fla.", "flame."))
 
 
 def _check_finite(sums: Sums, reference: "ModelReference") -> None:

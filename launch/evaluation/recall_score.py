@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flame.data.mqar import Example
 from flame.data.mqar_tokens import mqar_sizes
 from flame.errors import UserError
-from flame.process.distributed import local_device, rank, world_size
-from launch.evaluation.perplexity import rounds
+from flame.process.dealing import batched, turns
+from flame.process.distributed import local_device
 
 
 class WordEncoder:
@@ -47,16 +47,11 @@ class WordEncoder:
 def accuracy(
     model: nn.Module, examples: Iterable[Example], encode: WordEncoder, batch_size: int
 ) -> float:
-    """The part of all answers that `model` gives right. Collective.
-
-    Batches are dealt out to the ranks, the same at every world size. Where the last round has too
-    few, the other ranks take part in its first and count nothing.
-    """
+    """The share of all answers that `model` gives right. Collective."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for round_ in rounds(rounds(examples, batch_size), world_size()):
-        own = rank() < len(round_)
-        right = right_answers(model, round_[rank() if own else 0], encode)
-        if own:
+    for turn in turns(batched(examples, batch_size)):
+        right = right_answers(model, turn.item, encode)
+        if turn.counts:
             counts += torch.tensor([sum(right), len(right)])
     if dist.is_initialized():
         dist.all_reduce(counts)

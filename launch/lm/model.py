@@ -9,9 +9,8 @@ receives the answers of the others. So scores do not depend on the number of ran
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lm_eval import utils
@@ -27,13 +26,9 @@ from torch import Tensor
 from flame.errors import UserError
 from flame.process.distributed import gather_objects, local_device, world_size
 from flame.process.progress import progress
+from launch.lm.batching import Scored, Tokens, alike, batches, padded, score
+from launch.lm.generation import generate
 from launch.lm.network import Network, own_share
-
-Item = TypeVar("Item")
-
-Tokens = tuple[int, ...]
-Scored = tuple[float, bool]
-"""Log-likelihood in nats, and whether greedy decoding would give the same tokens."""
 
 BATCH = 32
 LOGITS = 1 << 28
@@ -219,7 +214,10 @@ class SlimstateLM(TemplateLM):
         texts: dict[int, str] = {}
         parts = batches(numbers, lambda n: len(prompts[n]), self.batch, limit)
         for batch in progress(list(parts), "generate"):
-            rows = self._generate([prompts[n] for n in batch], length, stop, options)
+            rows = generate(
+                self.network.model, self.tokenizer, self.pad_token_id,
+                [prompts[n] for n in batch], length, stop, options,
+            )  # fmt: skip
             for n, tokens in zip(batch, rows, strict=True):
                 text = self.tokenizer.decode(self._ended(tokens), skip_special_tokens=True)
                 texts[n] = postprocess_generated_text(text, stop, None)
@@ -241,82 +239,6 @@ class SlimstateLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
         return [tuple(prompt[-room:]) or (self.prefix_token_id,) for prompt in prompts]
-
-    @torch.no_grad()
-    def _generate(
-        self, batch: list[Tokens], length: int, stop: list[str], options: dict[str, Any]
-    ) -> list[list[int]]:
-        """The token ids that the model adds to each prompt, with its recurrent cache."""
-        from lm_eval.models.utils_hf import stop_sequences_criteria
-
-        rows = padded(batch, self.pad_token_id, left=True).to(self.device)
-        mask = padded([(1,) * len(tokens) for tokens in batch], 0, left=True).to(self.device)
-        size, width = rows.shape
-        options = dict(options)
-        if not options.get("do_sample") and options.get("temperature", 0.0) == 0.0:
-            options.pop("temperature", None)
-        total = options.pop("max_length", width + length)
-        generated = self.network.model.generate(  # type: ignore[operator]
-            input_ids=rows,
-            attention_mask=mask,
-            max_length=total,
-            stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, width, size),
-            pad_token_id=self.pad_token_id,
-            use_cache=True,
-            synced_gpus=False,
-            **options,
-        )
-        return generated[:, width:].tolist()
-
-
-def alike(requests: Sequence[Any]) -> list[list[int]]:
-    """Numbers of the requests in groups that share a context, longest first.
-
-    Requests without one (`""`) share nothing, so each is a group.
-    """
-
-    def key(n: int) -> tuple[int, str]:
-        context, *rest = requests[n].args
-        text = context or "".join(part for part in rest if isinstance(part, str))
-        return -len(text), text
-
-    order = sorted(range(len(requests)), key=key)
-    return [list(group) for _, group in groupby(order, key=key)]
-
-
-def batches(
-    items: Iterable[Item], length: Callable[[Item], int], most: int, tokens: int
-) -> Iterator[list[Item]]:
-    """`items` of similar length together, longest first.
-
-    Args:
-        length: tokens of an item.
-        most: items a batch at most.
-        tokens: tokens a batch at most, padding counted; a single item may have more.
-    """
-    ordered = sorted(items, key=length, reverse=True)
-    start = 0
-    while start < len(ordered):
-        size = max(1, min(most, tokens // max(1, length(ordered[start]))))
-        yield ordered[start : start + size]
-        start += size
-
-
-def padded(rows: Sequence[Tokens], fill: int, left: bool) -> Tensor:
-    """`rows` as one tensor int64 `[B, T]`, shorter ones filled on the left or on the right."""
-    width = max(map(len, rows))
-    blanks = [[fill] * (width - len(row)) for row in rows]
-    filled = [[*b, *row] if left else [*row, *b] for row, b in zip(rows, blanks, strict=True)]
-    return torch.tensor(filled, dtype=torch.int64)
-
-
-def score(logits: Tensor, continuation: Sequence[int]) -> Scored:
-    """The score of `continuation` by the last of `logits` `[T, V]`, in fp32."""
-    targets = torch.tensor(continuation, device=logits.device)
-    log_probabilities = logits[-len(continuation) :].float().log_softmax(-1)
-    chosen = log_probabilities.gather(-1, targets[:, None])
-    greedy = bool((log_probabilities.argmax(-1) == targets).all())
-    return float(chosen.double().sum()), greedy
 
 
 def _check_finite(answers: Any) -> None:

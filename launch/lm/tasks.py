@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.data.hub import hub_problem
 from flame.errors import UserError, first_line
 from flame.options import option
+from flame.process.environment import environment
+from launch.lm.task_data import data_named
 
 if TYPE_CHECKING:
     from launch.lm.model import SlimstateLM
@@ -28,9 +28,6 @@ BOOTSTRAP = 1000
 
 SEEDS = (0, 1234)
 """Of Python, and of NumPy, torch and the choice of examples: lm-eval's own defaults."""
-
-LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
-"""Loaders of local files, as a task file names them in `dataset_path`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
     manager = _manager(options)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in options.tasks:
-        with _quiet(), _data_named(name, options.task_path):
+        with _quiet(), data_named(name, options.task_path):
             for kind, found in manager.load([name]).items():
                 loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -122,7 +119,8 @@ def evaluate_tasks(
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     torch.manual_seed(SEEDS[1])
-    with _quiet(), _resampling_here():
+    # In this process: lm-eval would fork one that has threads and a GPU.
+    with _quiet(), environment({"DISABLE_MULTIPROC": "1"}):
         try:
             found = evaluate(
                 lm,
@@ -204,81 +202,6 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists its own"
     return f"unknown task {name}: {hint} (--task-path DIR adds task files)"
-
-
-@contextmanager
-def _data_named(task: str, folder: Path | None) -> Iterator[None]:
-    """Within the block, data that is missing is a `UserError` that says what to do."""
-    import datasets
-
-    plain = datasets.load_dataset
-
-    def load(path: str, name: str | None = None, **options: Any) -> Any:
-        if path in LOCAL_FORMATS and "data_files" in options:
-            options["data_files"] = _located(task, options["data_files"], folder)
-        elif not Path(path).exists():
-            _check_hub(task, path, name)
-        try:
-            return plain(path, name, **options)
-        except (OSError, ValueError) as error:
-            reason = f"task {task} cannot load {path!r}: {first_line(error)}"
-            raise UserError(f"{reason}; {_WAY_OUT}") from error
-
-    datasets.load_dataset = load
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"task {task} cannot be used: {first_line(error)}") from error
-    finally:
-        datasets.load_dataset = plain
-
-
-_WAY_OUT = (
-    "to use a file of your own, give --task-path DIR with a task file whose dataset_path is json "
-    "and whose dataset_kwargs.data_files names it"
-)
-
-
-def _located(task: str, files: Any, folder: Path | None) -> Any:
-    """`data_files` with relative names found in the current folder, or else in `folder`."""
-    if isinstance(files, Mapping):
-        return {split: _located(task, part, folder) for split, part in files.items()}
-    if isinstance(files, list | tuple):
-        return [_located(task, part, folder) for part in files]
-    if "://" in str(files) or "*" in str(files):
-        return files
-    places = [Path(files).expanduser(), *([] if folder is None else [folder / files])]
-    for place in places:
-        if place.is_file():
-            return str(place.absolute())
-    looked = " or ".join(dict.fromkeys(str(place) for place in places))
-    raise UserError(
-        f"task {task} needs the file {looked}, which is not there: put it there, or name another "
-        "in the task file's dataset_kwargs.data_files"
-    )
-
-
-def _check_hub(task: str, path: str, name: str | None) -> None:
-    """Refuse a hub data set at once where there is no network; the hub's clients try for long."""
-    problem = hub_problem()
-    if problem is not None and "HF_HUB_OFFLINE" not in problem:
-        part = f" ({name})" if name else ""
-        raise UserError(
-            f"task {task} needs the data set {path}{part}, and {problem}: {_WAY_OUT}; "
-            "HF_HUB_OFFLINE=1 uses what an earlier run has fetched"
-        )
-
-
-@contextmanager
-def _resampling_here() -> Iterator[None]:
-    """Let lm-eval resample in this process: it would fork one that has threads and a GPU."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
 
 def _rows(runs: Mapping[str, RunFolder], results: Results) -> dict[str, dict[str, Any]]:
     """The table of models: sizes from the folders where no result has them."""
-    from launch.evaluation.perplexity import state_bytes
+    from pruning.adapters import state_bytes
 
     rows = {}
     for name, run in runs.items():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flame.errors import UserError
 from flame.options import REQUIRED, argument, group, option, overrides, words
+from flame.options.shared import DTYPE_HELP, DType
 from flame.recipe import option_name
 from launch.evaluation.heldout_text import HeldoutOptions
-from launch.evaluation.perplexity import DTYPE_HELP, DType
 from launch.sweeping.folder import SweepFolder
 from launch.sweeping.points import SYNTAX, Point, points
 from launch.sweeping.work import CONTINUED, DENSE, Recovery

@@ -56,6 +56,12 @@ def adapter_for(config: Config) -> Adapter:
     return adapter
 
 
+def state_bytes(config: Config) -> int | None:
+    """Bytes of one sequence's recurrent state, in float32; None for a family without an adapter."""
+    adapter = ADAPTERS.get(config["model_type"])
+    return None if adapter is None else adapter.state_bytes(config)
+
+
 def _refusal(model_type: object) -> str:
     known = ", ".join(sorted(set(ADAPTERS) - set(PRUNED)))
     if model_type is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
+from flame.process.dealing import Turn, turns
 from flame.process.distributed import (
     compute_dtype,
     data_parallel_mesh,
@@ -119,11 +120,11 @@ class _Collector:
 
     def run(self, points: ResumePoints | None) -> tuple[Collected, Meta]:
         batches = iter(self.loader)
-        rounds = range(self.done, self.data.sequences, world_size())
+        left = range(self.done, self.data.sequences)
         try:
             with self.feed.attached(self.model):
-                for first in progress(rounds, "calibrate", len(rounds)):
-                    self._round(first, batches)
+                for turn in progress(turns(left), "calibrate", -(-len(left) // world_size())):
+                    self._round(turn, batches)
                     if points and self._is_due(points):
                         self._save_point(points)
         finally:
@@ -131,21 +132,21 @@ class _Collector:
         self._add_gradients()
         return self.collected, self._reduce()
 
-    def _round(self, first: int, batches: Iterator[Any]) -> None:
+    def _round(self, turn: Turn[int], batches: Iterator[Any]) -> None:
         """Run one sequence on every rank; in the last round some ranks have none."""
-        mine = first + rank() < self.data.sequences
-        batch = self.peers.agree(lambda: self._next(batches) if mine else None)
-        self.feed.start(first + rank() if batch is not None else None)
+        batch = self.peers.agree(lambda: self._next(batches) if turn.counts else None)
+        self.feed.start(turn.item if turn.counts else None)
         _run(self.model, batch, self.gradients)
         self.tokens += batch[1].numel() if batch is not None else 0
-        self.done = min(first + world_size(), self.data.sequences)
+        first, self.done = self.done, min(self.done + world_size(), self.data.sequences)
         self.peers.agree(lambda: self._take(first))
 
     def _take(self, first: int) -> None:
         """Add the gradients of this round; UserError if anything in it was not finite."""
         self.feed.complain()
         if self.gradients is not None:
-            self.gradients.add(_sequences(first + 1, self.done))
+            several = f"s {first + 1} to" if self.done > first + 1 else ""
+            self.gradients.add(f"calibration sequence{several} {self.done}")
 
     def _next(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], Tensor]:
         batch = next(batches, None)
@@ -180,7 +181,7 @@ class _Collector:
             write = points.write(self.collected, meta)
             add = agree(lambda: stack.enter_context(write) if first else None)
             for gradient in self.gradients.whole() if self.gradients else ():
-                agree(partial(add, *gradient) if add else _do_nothing)
+                agree(partial(add, *gradient) if add else lambda: None)
             agree(stack.close)
         self.tokens = meta.tokens if first else 0
         if not first:
@@ -234,14 +235,6 @@ def _run(
     # Logits are not looked at, and those of all tokens would take most of the memory.
     with torch.no_grad():
         model(input_ids=given.pop("input"), use_cache=False, logits_to_keep=1, **given)
-
-
-def _do_nothing() -> None:
-    pass
-
-
-def _sequences(first: int, last: int) -> str:
-    return f"calibration sequence{f's {first} to' if last > first else ''} {last}"
 
 
 def _hidden_size(model: nn.Module, spaces: list[Space]) -> int:

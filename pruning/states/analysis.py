@@ -18,12 +18,12 @@ from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.models.widths import LayerWidths
+from flame.process.dealing import turns
 from flame.process.distributed import (
     compute_dtype,
     data_parallel_mesh,
     gather_objects,
     local_device,
-    rank,
     world_size,
 )
 from flame.process.peers import Peers
@@ -122,18 +122,17 @@ def analyse_states(
     model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
     measuring = _Measuring(operator_for(adapter), list(times), epsilon)
     peers, own = Peers(), {}
-    rounds = range(0, len(rows), world_size())
     with torch.no_grad(), tap_ops(model, adapter, measuring):
-        for first in progress(rounds, "analyze", len(rounds)):
-            mine = first + rank()
-            measuring.start(counting=mine < len(rows))
-            # FSDP2's gathers need every rank: one without a row reads a token that nothing counts.
-            _forward(model, rows[mine] if mine < len(rows) else rows[0][:, :1])
+        for turn in progress(turns(rows), "analyze", -(-len(rows) // world_size())):
+            measuring.start(turn.counts)
+            _forward(model, turn.item)
             peers.agree(measuring.complain)
-            if mine < len(rows):
-                own[mine] = {layer: _joined(parts) for layer, parts in measuring.found.items()}
-    found = {row: seen for part in gather_objects(own) for row, seen in part.items()}
-    return _gathered([found[row] for row in range(len(rows))], list(times))
+            if turn.counts:
+                own[turn.number] = {
+                    layer: _joined(parts) for layer, parts in measuring.found.items()
+                }
+    by_row = {row: seen for part in gather_objects(own) for row, seen in part.items()}
+    return _gathered([by_row[row] for row in range(len(rows))], list(times))
 
 
 @dataclass

@@ -22,7 +22,7 @@ from flame.versions import versions
 from launch import evaluate
 from launch.evaluate import STAGE, check
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
-from launch.evaluation.perplexity import Perplexity, evaluate_perplexity, rounds
+from launch.evaluation.perplexity import Perplexity, evaluate_perplexity
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import FAMILIES, stock_model
 
@@ -286,8 +286,3 @@ def test_nan_weights_are_named_and_nothing_is_written(assets: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"layers\.1\.attn\.v_proj\.weight holds 1 NaN"):
         evaluate.run(STAGE.parse(argv))
     assert not out.exists()
-
-
-def test_rounds_deal_out_every_item_once() -> None:
-    assert list(rounds(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(rounds([], 2)) == []

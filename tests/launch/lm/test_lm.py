@@ -16,7 +16,8 @@ from flame.checkpoint.save import save_step
 from flame.data.tokenizer import load_tokenizer, train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
-from launch.lm.model import NotFiniteError, SlimstateLM, alike, batches, padded, score
+from launch.lm.batching import alike, batches, padded, score
+from launch.lm.model import NotFiniteError, SlimstateLM
 from launch.lm.network import Placement, fits_whole, load_network
 from launch.lm.tasks import TaskOptions, evaluate_tasks, headline, load_tasks
 from tests.distributed import run_distributed
@@ -353,9 +354,9 @@ def test_missing_tasks_and_data_are_named(
     data: str,
     message: str,
 ) -> None:
-    from launch.lm import tasks
+    from launch.lm import task_data, tasks
 
-    monkeypatch.setattr(tasks, "hub_problem", lambda: "https://127.0.0.1:9 cannot be reached")
+    monkeypatch.setattr(task_data, "hub_problem", lambda: "https://127.0.0.1:9 cannot be reached")
     tasks_folder = write_tasks(tmp_path / "tasks")
     (tasks_folder / "x.yaml").write_text(task_file("x", TASKS["cloze"], data))
     (tasks_folder / "bad.yaml").write_text(task_file("bad", "output_type: nonsense"))

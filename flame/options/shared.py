@@ -1,0 +1,8 @@
+"""What several stages declare in the same words."""
+
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16"]
+"""Names of compute dtypes, as `flame.process.distributed.compute_dtype` takes them."""
+
+DTYPE_HELP = "compute dtype; auto is bfloat16 on CUDA and float32 on a CPU"
