@@ -138,7 +138,8 @@ def check_ties(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read:
     twin = input_embedding(infos)
     if not is_tied(config) or OUTPUT_EMBEDDING not in infos or twin is None:
         return
-    if not _same_bits(read(twin), read(OUTPUT_EMBEDDING)):
+    one, other = read(twin), read(OUTPUT_EMBEDDING)
+    if one.dtype != other.dtype or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
         raise UserError(
             f"config.json ties {OUTPUT_EMBEDDING} to {twin}, but their values differ: "
             "set tie_word_embeddings to false"
@@ -197,9 +198,3 @@ def _with_dtype(config: Mapping[str, Any], promises: Mapping[str, Tensor]) -> di
     dtype = str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, key: dtype}
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.view(torch.uint8), right.view(torch.uint8)
-    )

@@ -96,16 +96,16 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _canonical(item) for key, item in value.items() if not _is_noise(key, item)}
+        return {
+            key: _canonical(item)
+            for key, item in value.items()
+            if not (item is None or key in _NOISE or key.startswith(_NOISE_PREFIXES))
+        }
     if isinstance(value, list | tuple):
         return [_canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _is_noise(key: str, value: Any) -> bool:
-    return value is None or key in _NOISE or key.startswith(_NOISE_PREFIXES)
 
 
 def _sampled_rows(shape: tuple[int, ...], itemsize: int) -> list[slice | None]:

@@ -86,7 +86,8 @@ class CheckpointManager:
         if self._saved == curr_step:
             return
         begin = time.monotonic()
-        files = {LOADER_FILE: self._loader_state()}
+        position = self.loader.merge_states(gather_objects(self.loader.state_dict()))
+        files = {LOADER_FILE: json.dumps(position, sort_keys=True).encode()}
         if self.background is None or last_step:
             save_step(self._state_dict(), self.folder, curr_step, files)
             self._purge()
@@ -106,24 +107,23 @@ class CheckpointManager:
         Step 0 holds a model alone, so training starts there with a fresh optimizer, schedule and
         data.
 
-        Args:
-            step: the step's number; -1 for the latest whole step, after purging old ones.
-
-        Raises:
-            UserError: the step does not exist, is damaged or does not fit the model.
+        `step` is its number, or -1 for the latest whole step, after old ones are purged. Raises
+        `UserError` if the step does not exist, is damaged or does not fit the model.
         """
         if step == -1:
             self._purge()
-            step = latest(self.folder)
-        if step < 0:
-            return False
+            found = from_rank_zero(latest_whole_step(self.folder) if rank() == 0 else None)
+            if found is None:
+                return False
+            step = found
         source = step_folder(self.folder, step)
         if not source.is_dir():
             raise UserError(f"checkpoint.load_step is {step}, but {source} does not exist")
         state = self.tensors(self.model) if step == 0 else self._state_dict()
         load_step(state, source, optional=OPTIONAL)
         if step > 0:
-            self._load_loader(source / LOADER_FILE)
+            missing = f"{source} has no {LOADER_FILE}: it is not a training checkpoint"
+            self.loader.load_state_dict(read_object(source / LOADER_FILE, missing))
         log.info("loaded %s", source)
         self._saved = step
         return True
@@ -144,17 +144,3 @@ class CheckpointManager:
 
     def _state_dict(self) -> dict[str, Any]:
         return {**self.tensors(self.model), **self.states}
-
-    def _loader_state(self) -> bytes:
-        states = gather_objects(self.loader.state_dict())
-        return json.dumps(self.loader.merge_states(states), sort_keys=True).encode()
-
-    def _load_loader(self, path: Path) -> None:
-        missing = f"{path.parent} has no {path.name}: it is not a training checkpoint"
-        self.loader.load_state_dict(read_object(path, missing))
-
-
-def latest(folder: Path) -> int:
-    """Return the latest whole step in `folder` as rank 0 sees it, -1 if none. Collective."""
-    step = from_rank_zero(latest_whole_step(folder) if rank() == 0 else None)
-    return -1 if step is None else step

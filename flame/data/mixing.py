@@ -57,15 +57,6 @@ class MixedDocuments:
                 else:
                     yield text
 
-    def part_of(self, sequence: int) -> int:
-        """Return the number of the part that sequence `sequence` of the run comes from."""
-        place = (sequence * GOLDEN % 2**64) / 2**64
-        for part, weight in enumerate(self.weights):
-            place -= weight
-            if place < 0:
-                return part
-        return len(self.weights) - 1
-
 
 def parts_of(documents: Any) -> Sequence[Any]:
     """Return the sets that sequences of `documents` come from: its parts, or itself."""
@@ -74,7 +65,14 @@ def parts_of(documents: Any) -> Sequence[Any]:
 
 def part_of(documents: Any, sequence: int) -> int:
     """Return which of `parts_of(documents)` sequence `sequence` of the run comes from."""
-    return documents.part_of(sequence) if isinstance(documents, MixedDocuments) else 0
+    if not isinstance(documents, MixedDocuments):
+        return 0
+    place = (sequence * GOLDEN % 2**64) / 2**64
+    for part, weight in enumerate(documents.weights):
+        place -= weight
+        if place < 0:
+            return part
+    return len(documents.weights) - 1
 
 
 def source_configs(config: DataConfig) -> list[DataConfig]:
