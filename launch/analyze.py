@@ -18,11 +18,11 @@ from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
-from flame.versions import versions
 from launch.drawing.table import Table
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
 from launch.ranks.analysis_files import compared, layer_means, model_summary, write_analysis
 from launch.ranks.rank_plots import NAMES, Series, plots
+from launch.reporting.envelope import command_line, enveloped
 from launch.reporting.tables import RANK_COLUMNS
 
 if TYPE_CHECKING:
@@ -137,8 +137,9 @@ def _write(
         None if against is None else Series(models[1], against, "dense"),
         None if second is None else (names[0], Series(names[1], second)),
     )
+    result = enveloped("analyze", command_line("analyze", options), summary)
     with replacing_folder(options.out, options.overwrite) as temporary:
-        write_analysis(temporary, table, summary, drawn)
+        write_analysis(temporary, table, result, drawn)
     shown = {models[0]: model} | ({models[1]: against} if against is not None else {})
     print(_table(shown).text(), flush=True)
     print(_sentence(summary["model"]["groups"], options.metric), flush=True)
@@ -170,11 +171,8 @@ def _facts(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> dict[str, Any]:
     """What was measured on what, for the summary."""
-    from launch.ranks.analysis_files import FORMAT
-
     first, *others = references
     return {
-        "format": FORMAT,
         "model_reference": str(first.weights),
         "against_reference": str(others[0].weights) if others else None,
         "data": [text.name for text in texts],
@@ -182,7 +180,6 @@ def _facts(
         "sequences": texts[0].max_sequences,
         "epsilon": options.epsilon,
         "metric": options.metric,
-        "versions": versions(),
     }
 
 

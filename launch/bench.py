@@ -1,11 +1,10 @@
-"""Stage `bench`: how large and how fast a model is, beside another one.
+"""Stage `bench`: how large and how fast models are, beside another one.
 
-`slimstate bench MODEL [--against MODEL] [--json FILE]`, on one device: the GPU where there is one.
+`slimstate bench MODEL … [--against MODEL] [--json FILE]`, on one device: the GPU if there is one.
 """
 
-import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from flame.errors import UserError
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
-from flame.process.atomic_output import check_output, replacing_file
+from flame.process.atomic_output import check_output
 from flame.stage import Stage
-from flame.versions import versions
+from launch.reporting.envelope import command_line, enveloped, write_result
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
@@ -24,13 +23,11 @@ if TYPE_CHECKING:
     from launch.speed.workload import Measure, Models, Workload
 
 PARTS = ("prefill", "decode", "mixer", "train")
-KIND = "bench"
-"""What the JSON says it is."""
 
 
 @dataclass(frozen=True)
 class Options:
-    model: str = argument("MODEL", "run folder, step folder, Hugging Face folder or hub name")
+    models: tuple[str, ...] = argument("MODEL", "run, step or Hugging Face folder, or hub name")
     against: str = option("", "the model to compare with", metavar="MODEL")
     json: Path | None = option(None, "write every run of every measure to FILE", metavar="FILE")
     measure: tuple[str, ...] = option(PARTS, "what to measure", choices=PARTS, metavar="A,B")
@@ -53,6 +50,11 @@ class Options:
     seed: int = option(0, "of the random tokens", least=0, metavar="N")
     overwrite: bool = option(False, "replace FILE if it exists")
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All models; the one to compare with is the last."""
+        return (*self.models, *filter(None, [self.against]))
+
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work: models, sizes, the output, more than one process."""
@@ -62,7 +64,7 @@ def check(options: Options, world_size: int = 1) -> None:
         raise UserError(f"--nproc {world_size}: bench measures one device, run it on 1 process")
     if not options.measure:
         raise UserError(f"--measure names nothing: choose from {', '.join(PARTS)}")
-    for name in filter(None, (options.model, options.against)):
+    for name in options.references:
         folder = resolve(name).folder
         if options.json is not None:
             check_output(options.json, options.overwrite, inside=folder)
@@ -72,15 +74,15 @@ def run(options: Options) -> None:
     """Measure, print the table side by side, write JSON."""
     from flame.checkpoint.reference import resolve
 
-    names = model_names(options.model, options.against)
+    names = model_names(options.references)
     references = {name: resolve(reference) for name, reference in names.items()}
-    against = list(names)[1] if options.against else None
+    against = list(names)[-1] if options.against else None
     record = benchmark(references, against, options)
     print(bench_table(record).text())
     print("\n" + "\n".join(kernel_lines(record)), flush=True)
     if options.json is not None:
-        with replacing_file(options.json, options.overwrite) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        result = enveloped("bench", command_line("bench", options), record)
+        write_result(options.json, result, options.overwrite)
 
 
 def benchmark(
@@ -104,7 +106,6 @@ def benchmark(
     ran: dict[str, Any] = {}
     measures = list(_measures(load, dtype, work, options.measure, ran))
     return {
-        "kind": KIND,
         "models": {n: _described(n, r, ran) for n, r in references.items()},
         "against": against,
         "measures": [_measured(measure, against) for measure in measures],
@@ -135,14 +136,17 @@ def workload(options: Options, device_type: str) -> "Workload":
     return replace(usual, repeats=options.repeats, seed=options.seed, **asked)
 
 
-def model_names(model: str, against: str) -> dict[str, str]:
+def model_names(references: Sequence[str]) -> dict[str, str]:
     """References by a short name: the last part of a path that tells them apart."""
-    paths = [Path(reference) for reference in (model, against) if reference]
+    paths = [Path(reference) for reference in references]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(paths):
-            return dict(zip(names, filter(None, (model, against)), strict=True))
-    return {model: model, f"{model} (again)": against}
+            return dict(zip(names, references, strict=True))
+    return {
+        f"{name} (again)" if name in references[:place] else name: name
+        for place, name in enumerate(references)
+    }
 
 
 def _measures(
@@ -215,7 +219,6 @@ def _machine(device: "torch.device") -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "peak_memory": memory,
-        "versions": versions(),
     }
 
 
@@ -231,7 +234,7 @@ def _cpu_name() -> str:
 
 STAGE = Stage(
     "bench",
-    "Measure how large and how fast a model is, beside another one.",
+    "Measure how large and how fast models are, beside another one.",
     Options,
     run,
     check,

@@ -4,7 +4,6 @@ The corpus is the running interpreter's standard library, so nothing is download
 command that a user runs, called in one process group; a step whose output is there is skipped.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -18,25 +17,27 @@ from typing import Any
 from flame.errors import UserError
 from flame.options import option
 from flame.stage import Stage
-from flame.storage.json_file import read_object, read_object_if_any
-from flame.versions import versions
+from flame.storage.json_file import read_object, read_object_if_any, write_object
+from launch.cli import COMMANDS
+from launch.reporting.envelope import command_line, enveloped, write_result
 
 RECIPES = Path(__file__).parent / "recipes"
 SUMMARY_FILE = "summary.json"
+PERPLEXITY_FILE = "perplexity.json"
+DECODING_FILE = "decoding.json"
 REPORT_FILE = "report.html"
 TIMES_FILE = "seconds.json"
 VOCABULARY = 4096
 
-EVALUATED = {
-    "dense": "dense",
-    "dense_continued": "dense_continued",
-    "pruned": "pruned",
-    "random": "random",
-    "recovered": "recovered",
-}
-"""Rows of the summary and the folders of their models."""
+TITLE = "slimstate demo: half the key channels of a small GatedDeltaNet"
 
-DECODING = {"batch_size": 8, "length": 48, "prompt_length": 16}
+MODELS = ("dense", "dense_continued", "pruned", "random", "recovered")
+"""Rows of the summary, and the folders of their models."""
+
+SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
+DECODING = (
+    "--measure", "decode", "--batch-sizes", "8", "--decode-length", "48", "--prompt-length", "16",
+)  # fmt: skip
 BENCH = (
     "--lengths", "512", "--batch-sizes", "1", "--decode-length", "16", "--train-batch", "4",
     "--train-length", "256", "--repeats", "3",
@@ -45,7 +46,6 @@ ANALYSIS = ("--length", "512", "--sequences", "2")
 COMPARED = 16
 """Held-out sequences of the comparison with the dense model, at most."""
 
-SPECTRUM_TOKENS = 1024
 VIRTUAL_SHARDS = 8
 
 
@@ -110,27 +110,29 @@ class Demo:
         self._step("recover", lambda: self._recover("recovered", "pruned"))
         self._step("continue_dense", lambda: self._recover("dense_continued", "dense"))
         self._step("export", self._export)
-        rows = self._step("evaluate", self._evaluate)
+        self._step("evaluate", self._evaluate)
         self._step("compare", self._compare)
         self._step("analyze", self._analyze)
+        self._step("decode", self._decode)
+        self._step("bench", self._bench)
         if rank() == 0:
-            self._measure_decoding(rows)
-            self._bench()
-            self._write(rows)
+            self._write_summary()
+        self._command_alone("report", [self.out, "--title", TITLE, "--overwrite"])
+        if rank() == 0:
+            _print_summary(self.out)
 
-    def _step(self, name: str, action: Callable[[], Any]) -> Any:
+    def _step(self, name: str, action: Callable[[], None]) -> None:
         from flame.process.distributed import barrier, rank
 
         if rank() == 0:
             print(f"== {name}", flush=True)
         begin = time.perf_counter()
-        result = action()
+        action()
         barrier()
         # A step that was skipped keeps the time of the run that did it.
         self.seconds[name] = max(time.perf_counter() - begin, self.seconds.get(name, 0.0))
         if rank() == 0:
-            (self.out / TIMES_FILE).write_text(json.dumps(self.seconds, indent=1))
-        return result
+            write_object(self.out / TIMES_FILE, self.seconds)
 
     def _tokenizer(self) -> None:
         from flame.data.corpus import stdlib_texts
@@ -156,13 +158,13 @@ class Demo:
             "--config", str(RECIPES / recipe), "--job.dump_folder", str(out),
             "--training.steps", str(steps), "--debug.seed", str(self.options.seed), *more,
         ]  # fmt: skip
-        self._command("train", "flame.train", command, done=_is_trained(out, steps))
+        self._command("train", command, done=_is_trained(out, steps))
 
     def _calibrate(self) -> None:
         command = [self.out / "dense", self.out / "statistics", "--methods", "drrqr"]
         command += ["--sequences", self.options.sequences, "--seed", self.options.seed]
         done = (self.out / "statistics").is_dir()
-        self._command("calibrate", "pruning.calibrate", command, done)
+        self._command("calibrate", command, done)
 
     def _prune(self) -> None:
         for name, method in (("pruned", "drrqr"), ("random", "random")):
@@ -170,152 +172,91 @@ class Demo:
             command += ["--ratio", self.options.ratio, "--seed", self.options.seed]
             if method == "drrqr":
                 command += ["--stats", self.out / "statistics"]
-            self._command("prune", "pruning.prune", command, done=(self.out / name).is_dir())
+            self._command("prune", command, done=(self.out / name).is_dir())
 
     def _export(self) -> None:
         command = [self.out / "recovered", self.out / "export", "--to", "hf"]
-        self._command("convert", "flame.convert", command, done=(self.out / "export").is_dir())
+        self._command("convert", command, done=(self.out / "export").is_dir())
 
-    def _command(self, name: str, module: str, arguments: list[Any], done: bool) -> None:
-        """Run one command of slimstate in this process group, unless it is `done`."""
+    def _command(self, name: str, arguments: list[Any], done: bool) -> None:
+        """Run one command of slimstate in this process group, unless it is `done`. Collective."""
         from flame.process.distributed import from_rank_zero
 
+        stage, words = self._stage(name, arguments)
+        if not from_rank_zero(done):
+            stage.call(words)
+
+    def _command_alone(self, name: str, arguments: list[Any], done: bool = False) -> None:
+        """Run a command that takes one process, unless it is `done`, while the others wait."""
+        from flame.process.distributed import rank
+
+        stage, words = self._stage(name, arguments)
+        if rank() == 0 and not done:
+            options = stage.parse(words)
+            stage.check(options, 1)
+            stage.run(options)
+
+    def _stage(self, name: str, arguments: list[Any]) -> tuple[Stage, list[str]]:
         words = [str(argument) for argument in arguments]
         self.commands.append(shlex.join(["slimstate", name, *words]))
-        if from_rank_zero(done):
-            return
-        import_module(module).STAGE.call(words)
+        return import_module(COMMANDS[name].module).STAGE, words
 
-    def _evaluate(self) -> dict[str, dict[str, Any]]:
-        """Held-out perplexity of every model, by row name. Collective."""
-        from launch.evaluation.heldout_text import HeldoutOptions
-        from launch.evaluation.perplexity import evaluate_perplexity
-
-        text = HeldoutOptions(max_sequences=self.options.heldout)
-        self.commands.append(
-            f"slimstate eval {self.out}/MODEL --perplexity --max-sequences {self.options.heldout}"
-        )
-        rows = {}
-        for name, folder in EVALUATED.items():
-            result = evaluate_perplexity(str(self.out / folder), text)
-            rows[name] = {
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "parameters": result.parameters,
-                "state_bytes": result.state_bytes,
-            }
-        return rows
+    def _evaluate(self) -> None:
+        """Held-out perplexity of every model."""
+        command = ["--perplexity", "--max-sequences", self.options.heldout]
+        file = self.out / PERPLEXITY_FILE
+        self._command("eval", [*self._models(MODELS), *command, "--json", file], done=False)
 
     def _compare(self) -> None:
         """How closely the pruned models follow the dense one, on a part of the held-out text."""
         file = self.out / "fidelity.json"
-        models = [self.out / name for name in ("pruned", "random", "recovered")]
         rows = min(self.options.heldout, COMPARED)
-        command = [*models, "--against", self.out / "dense", "--max-sequences", rows]
-        self._command("eval", "launch.evaluate", [*command, "--json", file], file.is_file())
+        command = ["--against", self.out / "dense", "--max-sequences", rows, "--json", file]
+        self._command("eval", [*self._models(MODELS[2:]), *command], file.is_file())
 
     def _analyze(self) -> None:
         command = [self.out / "recovered", self.out / "analysis", "--against", self.out / "dense"]
         done = (self.out / "analysis").is_dir()
-        self._command("analyze", "launch.analyze", [*command, *ANALYSIS], done)
+        self._command("analyze", [*command, *ANALYSIS], done)
+
+    def _decode(self) -> None:
+        """How fast every model decodes."""
+        file = self.out / DECODING_FILE
+        command = [*DECODING, "--seed", self.options.seed, "--json", file]
+        self._command_alone("bench", [*self._models(MODELS), *command], file.is_file())
 
     def _bench(self) -> None:
-        """Size and speed of the recovered model beside the dense one. On one process."""
-        from launch import bench
-
-        begin = time.perf_counter()
+        """Size and speed of the recovered model beside the dense one."""
         file = self.out / "bench.json"
-        words = [str(self.out / "recovered"), "--against", str(self.out / "dense"), *BENCH]
-        words += ["--json", str(file), "--overwrite"]
-        self.commands.append(shlex.join(["slimstate", "bench", *words]))
-        options = bench.STAGE.parse(words)
-        bench.check(options)
-        bench.run(options)
-        self.seconds["bench"] = time.perf_counter() - begin
+        command = [self.out / "recovered", "--against", self.out / "dense", *BENCH, "--json", file]
+        self._command_alone("bench", command, file.is_file())
 
-    def _measure_decoding(self, rows: dict[str, dict[str, Any]]) -> None:
-        from flame.checkpoint.load import load_model
-        from flame.checkpoint.reference import resolve
-        from flame.process.distributed import device_type
-        from launch.speed.decoding import decode_speeds
+    def _models(self, names: tuple[str, ...]) -> list[Path]:
+        return [self.out / name for name in names]
 
-        begin = time.perf_counter()
-        models = {
-            name: load_model(resolve(str(self.out / folder)), device=device_type())
-            for name, folder in EVALUATED.items()
-        }
-        speeds = decode_speeds(models, **DECODING, seed=self.options.seed)
-        for name, speed in speeds.items():
-            rows[name]["decode_tokens_per_second"] = speed
-        self.seconds["decode"] = time.perf_counter() - begin
-
-    def _write(self, rows: dict[str, dict[str, Any]]) -> None:
-        from flame.process.atomic_output import replacing_file
+    def _write_summary(self) -> None:
         from flame.process.distributed import world_size
 
+        measured = read_object(self.out / PERPLEXITY_FILE)["models"]
+        rows = {
+            name: {key: measured[str(self.out / name)][key] for key in SCORES} for name in MODELS
+        }
+        (speed,) = (
+            m for m in read_object(self.out / DECODING_FILE)["measures"] if m["name"] == "decode"
+        )
+        for name, row in rows.items():
+            row["decode_tokens_per_second"] = speed["values"][name]["median"]
         self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
-        summary = {
+        content = {
             **rows,
             "world_size": world_size(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "commands": self.commands,
-            "versions": versions(),
             "seed": self.options.seed,
-            "decoding": DECODING,
             "options": _plain_options(self.options),
         }
-        self._report(rows)
-        # Written last: it says that the demo is finished.
-        with replacing_file(self.out / SUMMARY_FILE, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        _print_summary(self.out)
-
-    def _report(self, rows: dict[str, dict[str, Any]]) -> None:
-        from dataclasses import replace
-
-        from flame.process.distributed import world_size
-        from launch.reporting.collect import collect
-        from launch.reporting.page import write_report
-
-        found = collect(
-            [self.out], "slimstate demo: half the key channels of a small GatedDeltaNet"
-        )
-        data = replace(
-            found,
-            rows=rows,
-            spectra=self._spectra(),
-            seconds=self.seconds,
-            commands=self.commands,
-            versions=versions(),
-            facts={
-                "corpus": "Python's standard library",
-                "held-out sequences": self.options.heldout,
-                **{f"decoding, {name}": value for name, value in DECODING.items()},
-            },
-            world_size=world_size(),
-            seed=self.options.seed,
-        )
-        write_report(self.out / REPORT_FILE, data, overwrite=True)
-
-    def _spectra(self) -> dict[str, Any]:
-        from flame.checkpoint.load import load_model
-        from flame.checkpoint.reference import resolve
-        from flame.data.config import DataConfig
-        from flame.data.heldout import heldout_sequences
-        from flame.data.tokenizer import load_tokenizer
-        from flame.process.distributed import local_device
-        from launch.ranks.spectra import state_spectra
-
-        config = DataConfig(dataset="python-stdlib", varlen=False)
-        tokenizer = load_tokenizer(str(self.out / "tokenizer"))
-        (inputs, _, _), *_ = heldout_sequences(config, tokenizer, SPECTRUM_TOKENS, 1)
-        spectra = {}
-        for name in ("dense", "pruned", "recovered"):
-            model = load_model(resolve(str(self.out / EVALUATED[name])))
-            spectra[name] = state_spectra(
-                model.to(local_device()), inputs["input"].to(local_device())
-            )
-        return spectra
+        summary = enveloped("demo", command_line("demo", self.options), content)
+        write_result(self.out / SUMMARY_FILE, summary)
 
 
 def _is_finished(options: Options) -> bool:
@@ -327,7 +268,7 @@ def _print_summary(folder: Path) -> None:
     from launch.reporting.tables import summary_table
 
     summary = read_object(folder / SUMMARY_FILE)
-    print(summary_table({name: summary[name] for name in EVALUATED}).text())
+    print(summary_table({name: summary[name] for name in MODELS}).text())
     print(f"\n{folder / REPORT_FILE} shows it; {folder / SUMMARY_FILE} has the numbers")
 
 
@@ -348,7 +289,7 @@ def _prepare_folder(options: Options) -> None:
     if options.overwrite:
         shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "options.json").write_text(json.dumps(_plain_options(options), indent=1))
+    write_object(options.out / "options.json", _plain_options(options))
 
 
 def _plain_options(options: Options) -> dict[str, Any]:

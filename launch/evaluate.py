@@ -27,6 +27,7 @@ from launch.evaluation.measures import (
 )
 from launch.evaluation.results_file import ResultsFile
 from launch.lm.tasks import check_tasks, headline
+from launch.reporting.envelope import command_line
 
 COLUMNS = (
     Column("model", "model", align="left"),
@@ -114,8 +115,13 @@ def _scores(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _results(options: Options) -> ResultsFile:
-    settings = options.measures.settings()
-    return ResultsFile(options.json, settings, len(options.names) > 1, options.overwrite)
+    return ResultsFile(
+        path=options.json,
+        settings=options.measures.settings(),
+        several=len(options.names) > 1,
+        command=command_line("eval", options),
+        overwrite=options.overwrite,
+    )
 
 
 def _check_model(reference: Any, measures: Measures) -> None:

@@ -5,7 +5,6 @@ recall (Zoology, arXiv 2312.04927) and a needle in a haystack, generated and see
 reference; `launch.evaluation` has the texts (`recall_tasks`) and the scores (`recall_score`).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,11 @@ from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
-from flame.process.atomic_output import check_output, replacing_file
+from flame.process.atomic_output import check_output
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
-from flame.versions import versions
 from launch.drawing.table import Column, Table
+from launch.reporting.envelope import command_line, enveloped, write_result
 
 PAIRS = (4, 8, 16)
 WORDS = 64
@@ -124,7 +123,6 @@ def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "world_size": world_size(),
-        "versions": versions(),
     }
 
 
@@ -226,8 +224,9 @@ def _write(records: list[dict[str, Any]], options: Options) -> None:
     if options.query_noise:
         _print_noise(records)
     if options.json is not None:
-        with replacing_file(options.json, options.overwrite) as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n")
+        models = {record["model"]: record for record in records}
+        result = enveloped("recall", command_line("recall", options), {"models": models})
+        write_result(options.json, result, options.overwrite)
 
 
 def _print_noise(records: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ each takes points from a list, one at a time. A second call measures what is mis
 """
 
 import os
-import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,13 +14,12 @@ from typing import Any
 
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
-from flame.options import words
 from flame.process.atomic_output import writer_lock
 from flame.process.distributed import from_rank_zero, process_group
 from flame.process.peers import on_first
 from flame.stage import Stage
-from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutText, heldout_text
+from launch.reporting.envelope import command_line, enveloped
 from launch.sweeping.checks import calibration, check, settings
 from launch.sweeping.options import Options
 from launch.sweeping.page import PAGE_FILE, write_files
@@ -133,7 +131,7 @@ class _Announcer:
 
 def _write(options: Options, text: HeldoutText) -> None:
     """Write and print what was found; UserError if points failed."""
-    results = _results(options, text)
+    results = enveloped("sweep", command_line("sweep", options), _results(options, text))
     write_files(options.out, results, options.json)
     for table in sweep_of(results).tables():
         print(f"\n{table.text()}")
@@ -154,7 +152,6 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     continued = records.get(CONTINUED, {}).get("recovered", {})
     recovery = options.recovery
     return {
-        "kind": "sweep",
         "title": options.title or f"slimstate sweep: {options.model}",
         "model": options.model,
         "weights": str(resolve(options.model).weights),
@@ -162,7 +159,6 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
         "controls": {"before": dense.get("perplexity"), "recovered": continued.get("perplexity")},
         "rows": collect_rows(options.points, records, dense),
         "points": records,
-        "commands": [shlex.join(["slimstate", "sweep", *words(options)])],
         "facts": {
             "held-out text": text.name,
             "tokens predicted": dense.get("tokens"),
@@ -172,7 +168,6 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
                 sum(sum(record["seconds"].values()) for record in records.values())
             ),
         },
-        "versions": versions(),
     }
 
 

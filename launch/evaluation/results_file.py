@@ -12,8 +12,9 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
-from flame.process.atomic_output import check_file_output, replacing_file
+from flame.process.atomic_output import check_file_output
 from flame.storage.json_file import read_object_if_any
+from launch.reporting.envelope import enveloped, write_result
 
 SETTINGS = "settings"
 IDENTITY = "identity"
@@ -32,6 +33,8 @@ class ResultsFile:
     """What was measured and how; results under other settings are not taken over."""
 
     several: bool
+    command: str
+    """The command line that measures."""
     overwrite: bool = False
     records: dict[str, Record] = field(default_factory=dict)
 
@@ -60,11 +63,9 @@ class ResultsFile:
         self.records[name] = record
         if self.path is None:
             return
-        content = dict(record)
-        if self.several:
-            content = {SETTINGS: dict(self.settings), "models": self.records}
-        with replacing_file(self.path, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        several = {SETTINGS: dict(self.settings), "models": self.records}
+        content = several if self.several else record
+        write_result(self.path, enveloped("eval", self.command, content))
 
 
 def identity(reference: ModelReference) -> str:

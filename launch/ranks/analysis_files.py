@@ -1,11 +1,11 @@
 """What a state-rank analysis leaves behind: a table in Parquet, a summary in JSON, plots in SVG."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flame.storage.json_file import write_object
 from launch.drawing.figure import svg_file
 from launch.ranks.rank_plots import Plot
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from pruning.states.analysis import Analysis
 
-FORMAT = 1
 TABLE_FILE = "analysis.parquet"
 SUMMARY_FILE = "summary.json"
 
@@ -39,8 +38,7 @@ def write_analysis(
         drawn: the plots by name.
     """
     write_table(folder / TABLE_FILE, analyses)
-    text = json.dumps(_without_nan(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    write_object(folder / SUMMARY_FILE, _without_nan(summary), ensure_ascii=False, allow_nan=False)
     for name, plot in drawn.items():
         file = folder / f"{name}.svg"
         file.write_text(svg_file(plot.picture, plot.title), encoding="utf-8")

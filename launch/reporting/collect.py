@@ -41,6 +41,7 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
         recall=results.recall,
         query_noise=[row for name in runs for row in results.query_noise.get(name, ())],
         ranks=results.ranks,
+        spectra={name: results.spectra[name] for name in runs if name in results.spectra},
         bench=results.bench,
         sweeps=results.sweeps,
         loss_curves=curves,

@@ -1,6 +1,5 @@
 """Run folders for a report: which there are, what each is to the others, how it came about."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,11 +153,3 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else []
     return [] if value is None else [flag, str(value)]
-
-
-def load_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

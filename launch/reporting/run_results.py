@@ -7,19 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError, first_line
-from launch.ranks.analysis_files import SUMMARY_FILE, TABLE_FILE, read_table
+from launch.ranks.analysis_files import TABLE_FILE, read_table
 from launch.ranks.rank_plots import Plot, Series, plots
+from launch.ranks.spectra import Spectrum, spectra_of
 from launch.reporting.data import RankAnalysis, Recall
-from launch.reporting.run_folders import RunFolder, is_run, load_json
+from launch.reporting.envelope import read_result
+from launch.reporting.run_folders import RunFolder
+
+if TYPE_CHECKING:
+    from pruning.states.analysis import Analysis
 
 LARGEST = 16 * 2**20
 """Bytes above which a JSON file is not looked into."""
 
-PASSED_OVER = {"config.json", "plan.json", "tokenizer.json", "tokenizer_config.json", "base.json"}
-SWEEP_FILE, SWEEP_RESULTS = "sweep.json", "results.json"
 SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
 
@@ -34,6 +37,7 @@ class Results:
     recall: list[Recall] = field(default_factory=list)
     query_noise: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     ranks: list[RankAnalysis] = field(default_factory=list)
+    spectra: dict[str, list[Spectrum]] = field(default_factory=dict)
     bench: list[dict[str, Any]] = field(default_factory=list)
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -58,43 +62,45 @@ class Collector:
     def read(self, places: Sequence[Path]) -> Results:
         """All that lies in `places` and is about the runs."""
         for path in _files(places):
-            before = self._size()
-            try:
-                self._read_one(path)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(
-                    f"{path} looks like a result, but {type(error).__name__} {first_line(error)}: "
-                    "move it away, or measure again"
-                ) from error
-            if self._size() != before:
-                self.found.files.append(path)
+            self._read_one(path)
         self._settle_perplexities()
         self._settle_recall()
         return self.found
 
     def _read_one(self, path: Path) -> None:
-        if _is_sweep(path):
-            self._content(load_json(path / SWEEP_RESULTS))
-        elif path.is_dir():
-            self._analysis(path)
-        else:
-            self._content(load_json(path))
-
-    def _content(self, content: Any) -> None:
-        if not isinstance(content, dict | list):
+        result = read_result(path)
+        if result is None:
             return
-        if isinstance(content, dict) and content.get("kind") == "bench":
-            self._bench(content)
-        elif isinstance(content, dict) and content.get("kind") == "sweep":
-            self._sweep(content)
-        elif isinstance(content, dict) and "seconds" in content and "options" in content:
-            self._demo(content)
-        else:
-            for record in _records(content):
-                name = self._name(record.get("weights")) or self._name(record["model"])
-                if name is not None:
-                    self._evaluation(name, record)
-                    self._recall(name, record)
+        before = self._size()
+        read = {
+            "eval": self._evaluations,
+            "recall": self._evaluations,
+            "bench": self._bench,
+            "sweep": self._sweep,
+            "demo": self._demo,
+        }
+        try:
+            if result["kind"] == "analyze":
+                self._analysis(result, path.parent)
+            else:
+                read[result["kind"]](result)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} looks like a result, but {type(error).__name__} {first_line(error)}: "
+                "move it away, or measure again"
+            ) from error
+        if self._size() != before:
+            self.found.files.append(path)
+
+    def _evaluations(self, result: dict[str, Any]) -> None:
+        """Perplexities, scores and recall of models; one alone stands at the top of its file."""
+        models = result.get("models", {result.get("model"): result})
+        for record in models.values():
+            name = self._name(record.get("weights")) or self._name(record["model"])
+            if name is not None:
+                self._evaluation(name, record)
+                self._recall(name, record)
+                self.found.versions |= result["versions"]
 
     def _bench(self, record: dict[str, Any]) -> None:
         """A benchmark with its models renamed as their runs are, if any of them is a run here."""
@@ -120,14 +126,14 @@ class Collector:
         key = ("models", "device", "dtype")
         older = [r for r in self.found.bench if _same(r, renamed, key)]
         self.found.bench = [r for r in self.found.bench if r not in older] + [renamed]
-        self.found.versions |= record.get("versions", {})
+        self.found.versions |= record["versions"]
 
     def _sweep(self, results: dict[str, Any]) -> None:
         """What `slimstate sweep` found, if it is about a run here."""
         if any(self._name(results[key]) is not None for key in ("weights", "model")):
-            older = [r for r in self.found.sweeps if r["commands"] == results["commands"]]
+            older = [r for r in self.found.sweeps if r["command"] == results["command"]]
             self.found.sweeps = [r for r in self.found.sweeps if r not in older] + [results]
-            self.found.versions |= results.get("versions", {})
+            self.found.versions |= results["versions"]
 
     def _demo(self, summary: dict[str, Any]) -> None:
         """The summary of `slimstate demo`."""
@@ -135,12 +141,8 @@ class Collector:
             if isinstance(summary.get(name), dict):
                 self.found.rows.setdefault(name, {}).update(summary[name])
         self.found.seconds |= summary["seconds"]
-        self.found.versions |= summary.get("versions", {})
+        self.found.versions |= summary["versions"]
         self.found.commands += summary.get("commands", [])
-        decoding = summary.get("decoding", {})
-        self.found.facts |= {
-            f"decoding, {key.replace('_', ' ')}": value for key, value in decoding.items()
-        }
         self.found.world_size, self.found.seed = summary.get("world_size"), summary.get("seed")
 
     def _evaluation(self, name: str, record: dict[str, Any]) -> None:
@@ -157,9 +159,6 @@ class Collector:
             for key, heading in METRIC_NAMES.items():
                 if _is_number(fidelity.get(key)):
                     self.found.fidelity.setdefault(heading, {})[name] = fidelity[key]
-        versions = record.get("versions", {})
-        if _is_number(record.get("perplexity")) and isinstance(versions, dict):
-            self.found.versions |= versions
 
     def _recall(self, name: str, record: dict[str, Any]) -> None:
         """Accuracies by number of pairs, and by the depth of a needle for each length."""
@@ -176,10 +175,8 @@ class Collector:
             heading = (f"Needle in a haystack of {length} words", "depth of the needle, %")
             self._recalls.setdefault(heading, {})[name] = sorted(points)
 
-    def _analysis(self, folder: Path) -> None:
-        summary = load_json(folder / SUMMARY_FILE)
-        if not isinstance(summary, dict) or "model_reference" not in summary:
-            return
+    def _analysis(self, summary: dict[str, Any], folder: Path) -> None:
+        """What `slimstate analyze` wrote into `folder`."""
         names = [self._name(summary.get(f"{key}_reference")) for key in ("model", "against")]
         if names[0] is None and names[1] is None:
             return
@@ -188,7 +185,11 @@ class Collector:
             for key, name in zip(("model", "against"), names, strict=True)
             for row in summary.get(key, {}).get("layers", [])
         ]
-        drawn = _plots(folder, summary["metric"], [name or "other" for name in names])
+        table = read_table(folder / TABLE_FILE)
+        drawn = _plots(table, summary["metric"], [name or "other" for name in names])
+        for name, analysis in zip(names, table.values(), strict=False):
+            if name is not None:
+                self.found.spectra[name] = spectra_of(analysis)
         texts = ", ".join(Path(str(text)).name for text in summary.get("data", []))
         note = (
             f"States after {summary.get('length')} tokens of {texts}, the mean over "
@@ -250,42 +251,24 @@ def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[
 
 
 def _files(places: Sequence[Path]) -> list[Path]:
-    """JSON files of the places, and folders of analyses and sweeps in them; oldest first."""
-    found = {
-        path
-        for place in places
-        for path in _listed(place)
-        if _is_analysis(path) or _is_sweep(path) or _is_result(path)
-    }
-    found |= {place for place in places if _is_analysis(place)}
+    """JSON files that may be results: in the places and in folders there; oldest first."""
+    patterns = ("*.json", "*/summary.json", "*/results.json")
+    found = {path for place in places for pattern in patterns for path in _found(place, pattern)}
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
 
 
-def _listed(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing where that is not for us to see."""
+def _found(place: Path, pattern: str) -> list[Path]:
+    """Files of a folder; none where it is not for us to see."""
     try:
-        return list(folder.iterdir())
+        return [p for p in place.glob(pattern) if p.is_file() and p.stat().st_size <= LARGEST]
     except OSError:
         return []
 
 
-def _is_result(path: Path) -> bool:
-    if path.suffix != ".json" or path.name.startswith(".") or path.name in PASSED_OVER:
-        return False
-    return path.is_file() and path.stat().st_size <= LARGEST
-
-
-def _is_analysis(path: Path) -> bool:
-    return not is_run(path) and (path / SUMMARY_FILE).is_file() and (path / TABLE_FILE).is_file()
-
-
-def _is_sweep(path: Path) -> bool:
-    return (path / SWEEP_FILE).is_file() and (path / SWEEP_RESULTS).is_file()
-
-
-def _plots(folder: Path, metric: str, roles: Sequence[str]) -> list[Plot]:
+def _plots(
+    found: "Mapping[tuple[str, str], Analysis]", metric: str, roles: Sequence[str]
+) -> list[Plot]:
     """The plots of an analysis, drawn anew with the colours of these rows."""
-    found = read_table(folder / TABLE_FILE)
     (model, text), *others = found
     against = second = None
     for name, data in others:
@@ -317,15 +300,6 @@ def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         }
         for layer, found in sorted(layers.items())
     ]
-
-
-def _records(content: Any) -> list[dict[str, Any]]:
-    """The records of models in a file: its top, a list of them, or a mapping under `models`."""
-    if isinstance(content, dict):
-        models = content.get("models")
-        content = list(models.values()) if isinstance(models, dict) else [content]
-    records = [record for record in content if isinstance(record, dict)]
-    return [record for record in records if isinstance(record.get("model"), str)]
 
 
 def _recall_heading(task: str) -> tuple[str, str]:

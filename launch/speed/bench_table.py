@@ -10,14 +10,15 @@ RATIO = "ratio"
 
 
 def bench_table(record: Mapping[str, Any]) -> Table:
-    """One row a measure, one column a model, and the ratio where two are compared.
+    """One row a measure, one column a model, and the ratio where there are two.
 
     Args:
         record: what `launch.bench.benchmark` returned, or its JSON.
     """
     names, against = list(record["models"]), record.get("against")
+    is_pair = against is not None and len(names) == 2
     columns = [Column("label", "measure", align="left"), *(Column(name) for name in names)]
-    if against is not None:
+    if is_pair:
         other = next(name for name in names if name != against)
         columns.append(Column(RATIO, f"{other} ÷ {against}", ".3f"))
     rows = [
@@ -49,11 +50,11 @@ def figure(value: float) -> str:
 
 
 def ratio_of(measure: Mapping[str, Any], against: str | None) -> float | None:
-    """The median of the model over the median of `against`; None where one of them is missing."""
+    """The median of the model over that of `against`; None where there are not these two."""
     values = measure["values"]
-    other = next((name for name in values if name != against), None)
-    if against not in values or other is None or not values[against]["median"]:
+    if len(values) != 2 or against not in values or not values[against]["median"]:
         return None
+    other = next(name for name in values if name != against)
     return values[other]["median"] / values[against]["median"]
 
 

@@ -49,8 +49,8 @@ def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
         charts=charts(sweep),
         words=tables,
         notes=list(dict.fromkeys(n for row in sweep.rows for n in row.get("notes") or [])),
-        commands=results.get("commands", ()),
-        facts={**results.get("facts", {}), **results.get("versions", {})},
+        commands=[results["command"]],
+        facts={**results.get("facts", {}), **results["versions"]},
     )
 
 

@@ -51,7 +51,7 @@ def test_every_measure_of_a_family_beside_its_half(
     check(options)
     run(options)
     record = json.loads(file.read_text())
-    assert record["kind"] == "bench" and record["against"] == family
+    assert record["kind"] == "bench" and record["format"] == 1 and record["against"] == family
     assert list(record["models"]) == [half, family]
     measures = record["measures"]
     assert {measure["name"] for measure in measures} == NAMES
@@ -84,7 +84,7 @@ def test_one_model_has_no_ratios_and_a_softmax_model_no_state(tmp_path: Path) ->
     options = STAGE.parse([str(tmp_path / "llama"), *QUICK, "--measure", "mixer,decode"])
     from flame.checkpoint.reference import resolve
 
-    record = bench.benchmark({"llama": resolve(options.model)}, None, options)
+    record = bench.benchmark({"llama": resolve(options.models[0])}, None, options)
     found = {measure["name"]: measure["values"] for measure in record["measures"]}
     assert set(found) == {"parameters", "state_bytes", "cache_bytes", "decode", "decode_latency"}
     assert found["state_bytes"] == {} and found["cache_bytes"]["llama"]["median"] == 2 * 4 * 8 * 4
@@ -165,10 +165,10 @@ def test_operators_are_those_that_other_code_calls() -> None:
 
 
 def test_models_are_named_by_what_tells_them_apart() -> None:
-    assert model_names("runs/a", "") == {"a": "runs/a"}
-    assert model_names("x/pruned", "x/dense") == {"pruned": "x/pruned", "dense": "x/dense"}
-    assert list(model_names("one/dense", "two/dense")) == ["one/dense", "two/dense"]
-    assert model_names("m", "m") == {"m": "m", "m (again)": "m"}
+    assert model_names(["runs/a"]) == {"a": "runs/a"}
+    assert model_names(["x/pruned", "x/dense"]) == {"pruned": "x/pruned", "dense": "x/dense"}
+    assert list(model_names(["one/dense", "two/dense"])) == ["one/dense", "two/dense"]
+    assert model_names(["m", "m"]) == {"m": "m", "m (again)": "m"}
 
 
 @pytest.mark.parametrize(

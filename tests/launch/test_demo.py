@@ -81,12 +81,17 @@ def test_the_report_holds_what_was_measured(demo: Path) -> None:
         "What was pruned, and how",
         "Rank of the states of recovered",
         "Training loss",
+        "Singular values of the states",
     ):
         assert heading in text, heading
     summary = json.loads((demo / "summary.json").read_text())
     for name in MODELS:
         assert f"{summary[name]['perplexity']:,.3f}" in text
-    for file, model in (("fidelity.json", "random"), ("bench.json", "dense")):
+    for file, model in (
+        ("fidelity.json", "random"),
+        ("bench.json", "dense"),
+        ("decoding.json", "random"),
+    ):
         assert model in (demo / file).read_text()
     stages = {words.split()[1] for words in summary["commands"]}
     assert stages >= {"train", "calibrate", "prune", "convert", "eval", "analyze", "bench"}

@@ -27,7 +27,7 @@ def test_recipe_learns_recall_and_pruning_at_random_loses_it(tmp_path: Path) -> 
     slimstate("prune", dense, tmp_path / "drrqr", "--method", "drrqr", *budget)
     models = [dense, tmp_path / "random", tmp_path / "drrqr"]
     slimstate("recall", *models, "--pairs", "16", "--json", tmp_path / "recall.json")
-    records = json.loads((tmp_path / "recall.json").read_text())
+    records = list(json.loads((tmp_path / "recall.json").read_text())["models"].values())
     whole, random, drrqr = (record["mqar"][0]["accuracy"] for record in records)
     assert whole > 0.95
     assert random < whole - 0.2

@@ -181,7 +181,9 @@ def test_command_prints_a_table_and_writes_json(
     STAGE.main([str(models / "text"), "--pairs", "2", "--needle", "30", "--examples", "3",
           "--depths", "50", "--query-noise", "--json", str(file)])  # fmt: skip
     out = capsys.readouterr().out
-    (record,) = json.loads(file.read_text())
+    result = json.loads(file.read_text())
+    assert result["kind"] == "recall" and result["command"].endswith(f"--json {file}")
+    (record,) = result["models"].values()
     assert mqar_table([record]).text() in out and needle_table([record]).text() in out
     assert "2 pairs" in out and "30 words, at 50 %" in out
     assert "amplification" in out and len(record["query_noise"]) == 8

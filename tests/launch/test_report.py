@@ -13,6 +13,7 @@ from launch import report
 from launch.ranks.analysis_files import write_analysis
 from launch.report import STAGE, check
 from launch.reporting.collect import collect
+from launch.reporting.envelope import enveloped
 from launch.reporting.run_folders import find_runs
 from launch.speed.bench_table import cell
 from pruning import prune
@@ -47,10 +48,13 @@ def results(runs: Path, tmp_path: Path) -> Path:
 
     root = tmp_path / "all"
     shutil.copytree(runs, root)
-    _write(root / "eval.json", evaluations(root))
-    _write(root / "recall.json", [recall(root, "dense", 0.987), recall(root, "half", 0.4321)])
-    _write(root / "speed.json", benchmark(root))
-    _write(root / "foreign.json", {"model": "/elsewhere/other", "perplexity": 77.77})
+    recalled = {"a": recall(root, "dense", 0.987), "b": recall(root, "half", 0.4321)}
+    foreign = {"model": "/elsewhere/other", "perplexity": 77.77}
+    _write(root / "eval.json", result("eval", evaluations(root)))
+    _write(root / "recall.json", result("recall", {"models": recalled}))
+    _write(root / "speed.json", result("bench", benchmark(root)))
+    _write(root / "foreign.json", result("eval", foreign))
+    _write(root / "bare.json", {**foreign, "model": str(root / "half")})
     (root / "broken.json").write_text("{")
     _write_analysis(root / "analysis", root)
     return root
@@ -177,12 +181,12 @@ def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: 
 
     newer = benchmark(results)
     newer["measures"][0]["ratio"] = 0.5
-    _write(results / "again.json", newer)
+    _write(results / "again.json", result("bench", newer))
     os.utime(results / "speed.json", (1, 1))
     (record,) = collect([results]).bench
     assert record["measures"][0]["ratio"] == 0.5 and list(record["models"]) == ["dense", "pruned"]
     del newer["measures"][0]["values"]
-    _write(results / "again.json", newer)
+    _write(results / "again.json", result("bench", newer))
     with pytest.raises(UserError, match="again.json looks like a result, but KeyError 'values'"):
         collect([results])
 
@@ -207,11 +211,14 @@ def test_an_analysis_that_cannot_be_drawn_is_named(results: Path) -> None:
     file = results / "analysis" / "summary.json"
     summary = json.loads(file.read_text())
     _write(file, {**summary, "metric": "pie"})
-    with pytest.raises(UserError, match="analysis looks like a result, but KeyError 'pie'"):
+    with pytest.raises(UserError, match="summary.json looks like a result, but KeyError 'pie'"):
+        collect([results])
+    _write(file, {**summary, "format": 2})
+    with pytest.raises(UserError, match="summary.json has format 2, this slimstate reads up to 1"):
         collect([results])
     _write(file, summary)
     (results / "analysis" / "analysis.parquet").write_bytes(b"torn")
-    with pytest.raises(UserError, match="analysis looks like a result, but Arrow"):
+    with pytest.raises(UserError, match="summary.json looks like a result, but Arrow"):
         collect([results])
 
 
@@ -231,15 +238,19 @@ def numbers() -> list[str]:
     ]  # fmt: skip
 
 
+def result(kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """A result file's content."""
+    return enveloped(kind, f"slimstate {kind}", {"versions": {"torch": "2.99.0"}, **content})
+
+
 def evaluations(root: Path) -> dict[str, Any]:
     def record(name: str, perplexity: float, data: str = "held.txt", length: int = 64) -> Any:
         return {
             "model": f"runs/{name}", "weights": str(root / name / "checkpoint" / "step-7"),
             "perplexity": perplexity, "bits_per_byte": 3.1416, "data": data, "seq_len": length,
-            "versions": {"torch": "2.99.0"},
         }  # fmt: skip
 
-    _write(root / "long.json", record("half", 99.875, "long.txt", 99))
+    _write(root / "long.json", result("eval", record("half", 99.875, "long.txt", 99)))
     half = record("half", 13.579) | {
         "fidelity": {"kl": 0.1234, "agreement": 0.8765},
         "tasks": {
@@ -278,7 +289,6 @@ def benchmark(root: Path) -> dict[str, Any]:
 
     names = ("half", "dense")
     return {
-        "kind": "bench",
         "models": {
             name: {"reference": str(root / name), "kernels": {"prefill": [], "decode": []}}
             for name in names
@@ -292,7 +302,7 @@ def benchmark(root: Path) -> dict[str, Any]:
             }
         ],
         "device": "cpu", "device_name": "a CPU", "dtype": "float32", "threads": 1, "repeats": 3,
-        "peak_memory": "bytes", "versions": {},
+        "peak_memory": "bytes",
     }  # fmt: skip
 
 
@@ -305,6 +315,7 @@ def _write_analysis(folder: Path, root: Path, other: str = "other") -> None:
         "data": ["held.txt"], "metric": "stable_rank",
         "length": 64, "sequences": 1, "model": {"layers": layers},
     }  # fmt: skip
+    summary = result("analyze", summary)
     values = {name: torch.ones(1, 2, 2, 2, dtype=torch.float64) for name in METRICS}
     values["stable_rank"][0, 0, :, 1] = torch.tensor([1.25, 3.75])
     spectra = [torch.tensor([[[2.0, 1.0], [4.0, 0.5]]], dtype=torch.float64)] * 2

@@ -344,7 +344,6 @@ def test_report_takes_a_sweep_that_lies_beside_its_model(root: Path, tmp_path: P
 
     shutil.copytree(root / "dense", tmp_path / "dense")
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "sweep.json").write_text("{}")
     found = {**synthetic(), "model": "dense", "weights": str(tmp_path / "dense")}
     write_files(tmp_path / "sweep", found)
     data = collect([tmp_path])
@@ -384,7 +383,9 @@ def synthetic() -> dict[str, Any]:
             row("random", "0.5", 150.0, 140.0, **spread),
             row("jrnp", "0.389", 160.0, 141.0, own_ratio=True, space="head"),
         ],
-        "commands": ["slimstate sweep M O"],
+        "command": "slimstate sweep M O",
+        "format": 1,
+        "versions": {},
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flame.checkpoint.save import save_step
 from tests.pruning.families import build
@@ -131,3 +131,12 @@ def select_from_whole_matrix(matrix: Tensor, k: int, f: float = 1.5) -> list[int
         if growth[i, j] <= f * f:
             return sorted(order[:k].tolist())
         order[[i, k + j]] = order[[k + j, i]]
+
+
+def recurrent_states(model: nn.Module, tokens: Tensor) -> list[tuple[int, Tensor]]:
+    """(layer, states [B, H, d, d']) in a model's cache after `tokens` [B, T]."""
+    with torch.no_grad():
+        cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    found = [(n, getattr(layer, "state", None) or {}) for n, layer in enumerate(cache.layers)]
+    states = [(number, state.get("recurrent_state")) for number, state in found]
+    return [(n, s) for n, s in states if isinstance(s, Tensor) and s.dim() == 4]

@@ -16,7 +16,6 @@ from flame.errors import UserError
 from flame.process.distributed import process_group
 from kernels.delta_rule import chunk_delta_rule
 from kernels.gated_delta_rule import chunk_gated_delta_rule
-from launch.ranks.spectra import recurrent_states
 from pruning.adapters import ADAPTERS
 from pruning.op_call import OpCall
 from pruning.state_rank import (
@@ -34,7 +33,7 @@ from pruning.states.rollout import sampled_states, states_after
 from pruning.taps import tap_ops
 from tests.distributed import run_distributed
 from tests.pruning.families import CONFIGS
-from tests.pruning.models import FAMILIES, weights, write_hf
+from tests.pruning.models import FAMILIES, recurrent_states, weights, write_hf
 
 MODELS: dict[str, dict[str, Any]] = {
     **FAMILIES,

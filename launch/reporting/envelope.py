@@ -1,0 +1,53 @@
+"""The envelope of result files: what the JSON of every measuring command says of itself.
+
+A result is an object with `kind`, the command that wrote it; `format`, the version of what it
+holds; `versions` of the software; `command`, the command line; and what the kind holds.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError
+from flame.options import words
+from flame.process.atomic_output import replacing_file
+from flame.storage.json_file import read_object_if_any, write_object
+from flame.versions import versions
+
+FORMATS = {"eval": 1, "recall": 1, "bench": 1, "analyze": 1, "sweep": 1, "demo": 1}
+"""The version of what each kind of result holds."""
+
+
+def command_line(name: str, options: Any) -> str:
+    """The command line that gives a stage these options."""
+    return shlex.join(["slimstate", name, *words(options)])
+
+
+def enveloped(kind: str, command: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` in the envelope of a kind in `FORMATS`."""
+    head = {"kind": kind, "format": FORMATS[kind], "command": command, "versions": versions()}
+    return {**head, **content}
+
+
+def write_result(path: Path, result: Mapping[str, Any], overwrite: bool = True) -> None:
+    """Write a result to `path`, whole or not at all."""
+    with replacing_file(path, overwrite) as temporary:
+        write_object(temporary, result, ensure_ascii=False)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result in a file; None if the file holds none.
+
+    Raises:
+        UserError: a later version of this program wrote it.
+    """
+    content = read_object_if_any(path)
+    known, found = FORMATS.get(str(content.get("kind"))), content.get("format")
+    if known is None or not isinstance(found, int):
+        return None
+    if found > known:
+        raise UserError(
+            f"{path} has format {found}, this slimstate reads up to {known}: install a newer one"
+        )
+    return content
