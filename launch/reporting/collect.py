@@ -6,8 +6,8 @@ from typing import Any
 
 from flame.errors import UserError
 from launch.reporting.data import KeptChannels, ReportData
-from launch.reporting.run_folders import RunFolder, commands, find_runs
-from launch.reporting.run_results import Collector, Results, places_beside
+from launch.reporting.run_folders import RunFolder, commands, find_runs, places_beside
+from launch.reporting.run_results import Collector, Results
 from launch.reporting.sentences import LABELS
 
 

@@ -1,4 +1,4 @@
-"""Run folders for a report: which there are, what each is to the others, how it came about."""
+"""Run folders for a report: which there are, how each came about, and the JSON files there."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +11,9 @@ from launch.reporting.sentences import LABELS
 
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.toml"
+
+LARGEST = 16 * 2**20
+"""Bytes above which a JSON file is not looked into."""
 
 
 @dataclass(frozen=True)
@@ -153,3 +156,25 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else []
     return [] if value is None else [flag, str(value)]
+
+
+def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[Path]:
+    """Folders in which results of the runs are looked for: the runs, what was given, and beside."""
+    folders = [run.folder for run in runs.values()]
+    beside = [folder.parent for folder in folders]
+    return list(dict.fromkeys([*beside, *(path.resolve() for path in paths), *folders]))
+
+
+def result_files(places: Sequence[Path]) -> list[Path]:
+    """JSON files that may be results: in the places and in folders there; oldest first."""
+    patterns = ("*.json", "*/summary.json", "*/results.json")
+    found = {path for place in places for pattern in patterns for path in _files_in(place, pattern)}
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+
+
+def _files_in(place: Path, pattern: str) -> list[Path]:
+    """Files of a folder; none where it is not for us to see."""
+    try:
+        return [p for p in place.glob(pattern) if p.is_file() and p.stat().st_size <= LARGEST]
+    except OSError:
+        return []

@@ -1,27 +1,26 @@
 """Result files beside runs: evaluations, recall, benchmarks, analyses, and whose they are.
 
-A file is known by what is in it, not by its name; what belongs to none of the runs is passed over.
+A file is known by its envelope, not by its name; what belongs to none of the runs is passed over.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flame.errors import UserError, first_line
 from launch.ranks.analysis_files import TABLE_FILE, read_table
-from launch.ranks.rank_plots import Plot, Series, plots
 from launch.ranks.spectra import Spectrum, spectra_of
 from launch.reporting.data import RankAnalysis, Recall
 from launch.reporting.envelope import read_result
-from launch.reporting.run_folders import RunFolder
-
-if TYPE_CHECKING:
-    from pruning.states.analysis import Analysis
-
-LARGEST = 16 * 2**20
-"""Bytes above which a JSON file is not looked into."""
+from launch.reporting.readings import (
+    analysis_plots,
+    is_number,
+    noise_by_layer,
+    recall_heading,
+    task_scores,
+)
+from launch.reporting.run_folders import RunFolder, result_files
 
 SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
@@ -61,7 +60,7 @@ class Collector:
 
     def read(self, places: Sequence[Path]) -> Results:
         """All that lies in `places` and is about the runs."""
-        for path in _files(places):
+        for path in result_files(places):
             self._read_one(path)
         self._settle_perplexities()
         self._settle_recall()
@@ -146,18 +145,18 @@ class Collector:
         self.found.world_size, self.found.seed = summary.get("world_size"), summary.get("seed")
 
     def _evaluation(self, name: str, record: dict[str, Any]) -> None:
-        if _is_number(record.get("perplexity")):
+        if is_number(record.get("perplexity")):
             text = (str(record.get("data", "")), record.get("seq_len"))
             self._perplexities.setdefault(text, {})[name] = record
         tasks = record.get("tasks")
         tasks = tasks if isinstance(tasks, dict) else {}
         scores = {**(tasks.get("results") or {}), **(tasks.get("groups") or {})}
-        for task, score in _task_scores(scores).items():
+        for task, score in task_scores(scores).items():
             self.found.tasks.setdefault(task, {})[name] = score
         fidelity = record.get("fidelity")
         if isinstance(fidelity, dict):
             for key, heading in METRIC_NAMES.items():
-                if _is_number(fidelity.get(key)):
+                if is_number(fidelity.get(key)):
                     self.found.fidelity.setdefault(heading, {})[name] = fidelity[key]
 
     def _recall(self, name: str, record: dict[str, Any]) -> None:
@@ -165,12 +164,12 @@ class Collector:
         task = str(record.get("task", ""))
         points = [(cell["pairs"], cell["accuracy"]) for cell in record.get("mqar") or ()]
         if points:
-            self._recalls.setdefault(_recall_heading(task), {})[name] = sorted(points)
+            self._recalls.setdefault(recall_heading(task), {})[name] = sorted(points)
         by_length: dict[int, list[tuple[float, float]]] = {}
         for cell in record.get("needle") or ():
             by_length.setdefault(cell["length"], []).append((cell["depth"], cell["accuracy"]))
         if record.get("query_noise"):
-            self.found.query_noise[name] = _by_layer(name, record["query_noise"])
+            self.found.query_noise[name] = noise_by_layer(name, record["query_noise"])
         for length, points in by_length.items():
             heading = (f"Needle in a haystack of {length} words", "depth of the needle, %")
             self._recalls.setdefault(heading, {})[name] = sorted(points)
@@ -186,7 +185,7 @@ class Collector:
             for row in summary.get(key, {}).get("layers", [])
         ]
         table = read_table(folder / TABLE_FILE)
-        drawn = _plots(table, summary["metric"], [name or "other" for name in names])
+        drawn = analysis_plots(table, summary["metric"], [name or "other" for name in names])
         for name, analysis in zip(names, table.values(), strict=False):
             if name is not None:
                 self.found.spectra[name] = spectra_of(analysis)
@@ -206,7 +205,7 @@ class Collector:
         texts = list(self._perplexities)
         chosen = max(texts, key=lambda text: (len(self._perplexities[text]), texts.index(text)))
         for name, record in self._perplexities.pop(chosen).items():
-            known = {key: record[key] for key in SCORES if _is_number(record.get(key))}
+            known = {key: record[key] for key in SCORES if is_number(record.get(key))}
             self.found.rows.setdefault(name, {}).update(known)
         self.found.facts |= {"held-out text": chosen[0], "sequence length": chosen[1]}
         for (data, length), records in self._perplexities.items():
@@ -243,100 +242,9 @@ class Collector:
         return scores + perplexities + recalls + others
 
 
-def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[Path]:
-    """Folders in which results of the runs are looked for: the runs, what was given, and beside."""
-    folders = [run.folder for run in runs.values()]
-    beside = [folder.parent for folder in folders]
-    return list(dict.fromkeys([*beside, *(path.resolve() for path in paths), *folders]))
-
-
-def _files(places: Sequence[Path]) -> list[Path]:
-    """JSON files that may be results: in the places and in folders there; oldest first."""
-    patterns = ("*.json", "*/summary.json", "*/results.json")
-    found = {path for place in places for pattern in patterns for path in _found(place, pattern)}
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
-
-
-def _found(place: Path, pattern: str) -> list[Path]:
-    """Files of a folder; none where it is not for us to see."""
-    try:
-        return [p for p in place.glob(pattern) if p.is_file() and p.stat().st_size <= LARGEST]
-    except OSError:
-        return []
-
-
-def _plots(
-    found: "Mapping[tuple[str, str], Analysis]", metric: str, roles: Sequence[str]
-) -> list[Plot]:
-    """The plots of an analysis, drawn anew with the colours of these rows."""
-    (model, text), *others = found
-    against = second = None
-    for name, data in others:
-        analysis = found[name, data]
-        if name == model:
-            second = (text, Series(data, analysis))
-        else:
-            against = Series(name, analysis, roles[1])
-    drawn = plots(Series(model, found[model, text], roles[0]), metric, against, second)
-    return [drawn[name] for name in sorted(drawn)]
-
-
-def _by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Query noise by layer: the mean of the stable ranks, geometric means of the rest."""
-    from statistics import fmean, geometric_mean
-
-    layers: dict[int, list[Mapping[str, Any]]] = {}
-    for head in heads:
-        layers.setdefault(head["layer"], []).append(head)
-    return [
-        {
-            "model": name,
-            "layer": layer,
-            "stable_rank": fmean(head["stable_rank"] for head in found),
-            **{
-                key: geometric_mean(head[key] for head in found)
-                for key in ("amplification", "random_queries", "error_at_10_percent")
-            },
-        }
-        for layer, found in sorted(layers.items())
-    ]
-
-
-def _recall_heading(task: str) -> tuple[str, str]:
-    length = re.search(r"\blength=(\d+)", task)
-    size = f" in {length[1]} words" if length else ""
-    return f"Associative recall (MQAR){size}", "pairs of key and value"
-
-
-def _task_scores(results: Any) -> dict[str, str]:
-    """Scores of lm-eval's `results` with standard errors, by task and metric."""
-    found: dict[str, str] = {}
-    if not isinstance(results, dict):
-        return found
-    for task, scores in results.items():
-        for key, value in scores.items() if isinstance(scores, dict) else ():
-            metric, _, kind = key.partition(",")
-            if not _is_number(value) or not kind or metric.endswith("_stderr"):
-                continue
-            error = scores.get(f"{metric}_stderr,{kind}")
-            spread = f" ± {_score(error, value)}" if _is_number(error) and error > 0 else ""
-            named = metric if kind == "none" else f"{metric} ({kind})"
-            found[f"{task}, {named}"] = _score(value) + spread
-    return found
-
-
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
     """Whether two records agree in `keys`; of models only the names count."""
     return all(
         list(one[key]) == list(other[key]) if key == "models" else one[key] == other[key]
         for key in keys
     )
-
-
-def _score(value: float, beside: float = 0.0) -> str:
-    """Four digits behind the point, or two for what is large or stands beside it."""
-    return f"{value:.4f}" if max(abs(value), abs(beside)) < 10 else f"{value:,.2f}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,81 @@
+"""Readings of single results: scores, recall, query noise and rank plots as a report shows them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch.ranks.rank_plots import Plot, Series, plots
+
+if TYPE_CHECKING:
+    from pruning.states.analysis import Analysis
+
+
+def analysis_plots(
+    found: "Mapping[tuple[str, str], Analysis]", metric: str, roles: Sequence[str]
+) -> list[Plot]:
+    """The plots of an analysis, drawn anew with the colours of these rows."""
+    (model, text), *others = found
+    against = second = None
+    for name, data in others:
+        analysis = found[name, data]
+        if name == model:
+            second = (text, Series(data, analysis))
+        else:
+            against = Series(name, analysis, roles[1])
+    drawn = plots(Series(model, found[model, text], roles[0]), metric, against, second)
+    return [drawn[name] for name in sorted(drawn)]
+
+
+def noise_by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Query noise by layer: the mean of the stable ranks, geometric means of the rest."""
+    from statistics import fmean, geometric_mean
+
+    layers: dict[int, list[Mapping[str, Any]]] = {}
+    for head in heads:
+        layers.setdefault(head["layer"], []).append(head)
+    return [
+        {
+            "model": name,
+            "layer": layer,
+            "stable_rank": fmean(head["stable_rank"] for head in found),
+            **{
+                key: geometric_mean(head[key] for head in found)
+                for key in ("amplification", "random_queries", "error_at_10_percent")
+            },
+        }
+        for layer, found in sorted(layers.items())
+    ]
+
+
+def recall_heading(task: str) -> tuple[str, str]:
+    """The heading of a recall curve and the label of its x axis, from the name of its task."""
+    length = re.search(r"\blength=(\d+)", task)
+    size = f" in {length[1]} words" if length else ""
+    return f"Associative recall (MQAR){size}", "pairs of key and value"
+
+
+def task_scores(results: Any) -> dict[str, str]:
+    """Scores of lm-eval's `results` with standard errors, by task and metric."""
+    found: dict[str, str] = {}
+    if not isinstance(results, dict):
+        return found
+    for task, scores in results.items():
+        for key, value in scores.items() if isinstance(scores, dict) else ():
+            metric, _, kind = key.partition(",")
+            if not is_number(value) or not kind or metric.endswith("_stderr"):
+                continue
+            error = scores.get(f"{metric}_stderr,{kind}")
+            spread = f" ± {_score(error, value)}" if is_number(error) and error > 0 else ""
+            named = metric if kind == "none" else f"{metric} ({kind})"
+            found[f"{task}, {named}"] = _score(value) + spread
+    return found
+
+
+def _score(value: float, beside: float = 0.0) -> str:
+    """Four digits behind the point, or two for what is large or stands beside it."""
+    return f"{value:.4f}" if max(abs(value), abs(beside)) < 10 else f"{value:,.2f}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
