@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.stage import Stage
@@ -19,6 +19,7 @@ from launch.drawing.table import Column, Table
 from launch.evaluation.heldout_text import check_text, heldout_text
 from launch.evaluation.measures import (
     Measures,
+    check_family,
     check_length,
     check_tokenizer,
     evaluate_models,
@@ -64,8 +65,6 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Refuse what cannot work: a model, the text, a tokenizer, a task, the output."""
-    from flame.checkpoint.reference import resolve
-
     measures = options.measures
     if measures.perplexity is None and not measures.tasks.tasks and not measures.against:
         raise UserError(
@@ -76,9 +75,12 @@ def check(options: Options, world_size: int = 1) -> None:
     _results(options).check([reference.folder for reference in [*references, *dense]])
     for reference in references:
         _check_model(reference, measures)
-    for reference in dense:
-        _check_family(reference.config)
-        _check_comparable(references, reference)
+    for other in dense:
+        from launch.evaluation.fidelity import check_comparable
+
+        check_family(other.config)
+        for reference in references:
+            check_comparable(reference, other)
     if measures.tasks.tasks:
         check_tasks(measures.tasks)
         loaded_tasks(measures.tasks)
@@ -124,34 +126,17 @@ def _results(options: Options) -> ResultsFile:
     )
 
 
-def _check_model(reference: Any, measures: Measures) -> None:
+def _check_model(reference: ModelReference, measures: Measures) -> None:
     text = None
     if measures.perplexity is not None or measures.against:
         text = heldout_text(reference, measures.text)
-    _check_family(reference.config)
+    check_family(reference.config)
     check_length(reference.config, measures.max_length)
     if text is not None:
-        from_recipe = not measures.text.data
-        check_text(text, vocabulary_size(reference.config), from_recipe=from_recipe)
+        vocabulary = vocabulary_size(reference.config)
+        check_text(text, vocabulary, from_recipe=not measures.text.data)
     if measures.tasks.tasks:
         check_tokenizer(reference, measures.text.tokenizer)
-
-
-def _check_comparable(references: list[Any], dense: Any) -> None:
-    from launch.evaluation.fidelity import check_comparable
-
-    for reference in references:
-        check_comparable(reference, dense)
-
-
-def _check_family(config: dict[str, Any]) -> None:
-    """Refuse an unknown family. Known ones pass without the seconds that importing fla takes."""
-    from pruning.adapters import ADAPTERS
-
-    if config["model_type"] not in ADAPTERS:
-        from flame.model import stock_config
-
-        stock_config(config)
 
 
 STAGE = Stage(

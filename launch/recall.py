@@ -20,6 +20,7 @@ from flame.process.atomic_output import check_output
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
+from launch.evaluation.measures import check_family
 from launch.reporting.envelope import command_line, enveloped, write_result
 
 PAIRS = (4, 8, 16)
@@ -175,16 +176,12 @@ def _check_family(reference: ModelReference, options: Options) -> None:
     from pruning.adapters import ADAPTERS
 
     family = reference.config["model_type"]
-    if family in ADAPTERS:
-        return
-    if options.query_noise:
+    if options.query_noise and family not in ADAPTERS:
         raise UserError(
             f"{reference.folder} is of {family!r}: --query-noise needs a family whose states are "
             f"known, {', '.join(ADAPTERS)}"
         )
-    from flame.model import stock_config
-
-    stock_config(reference.config)
+    check_family(reference.config)
 
 
 def mqar_table(records: list[dict[str, Any]]) -> Table:

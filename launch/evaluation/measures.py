@@ -208,6 +208,19 @@ def check_tokenizer(reference: ModelReference, given: str) -> None:
         )
 
 
+def check_family(config: dict[str, Any]) -> None:
+    """Raise UserError for a model family that transformers and fla do not know.
+
+    A family with an adapter passes without the seconds that importing fla takes.
+    """
+    from pruning.adapters import ADAPTERS
+
+    if config["model_type"] not in ADAPTERS:
+        from flame.model import stock_config
+
+        stock_config(config)
+
+
 def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
     """Refuse to show a model with attention alone more tokens than it has positions for."""
     from launch.evaluation.heldout_text import keeps_documents_apart
