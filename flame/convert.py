@@ -1,7 +1,4 @@
-"""Stage `convert`: a model as a Hugging Face folder or as a run folder (DCP).
-
-`slimstate convert SRC DST --to hf|dcp|peft [--overwrite]`, or `python -m flame.convert` likewise.
-"""
+"""Stage `convert`: write a model as a Hugging Face folder or as a run folder (DCP)."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse a source that is not there and an output that must not be written."""
+    """Raise UserError if the source is missing, or the output must not be written."""
     from flame.checkpoint.peft_folder import check_adapters
     from flame.checkpoint.reference import check_destination, resolve
 
@@ -36,7 +33,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Convert on the first process; others have nothing to do."""
+    """Convert on rank 0; other ranks do nothing."""
     from flame.checkpoint.convert import convert
 
     if int(os.environ.get("RANK", "0")) == 0:

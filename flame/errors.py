@@ -1,4 +1,4 @@
-"""Errors that a person can mend, and the one way in which a stage reports them."""
+"""The error for mistakes that a person can mend, and how a stage reports it on one line."""
 
 import os
 import sys
@@ -53,7 +53,7 @@ def report(error: UserError) -> None:
 
 
 def leave(status: int) -> None:
-    """Exit with `status`; in a multi-process job without waiting for peers in a collective."""
+    """Exit with `status`. In a job of several processes do not wait for peers in a collective."""
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(status)
@@ -61,12 +61,12 @@ def leave(status: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, to quote in a `UserError`."""
+    """Return the first line of another library's message, to quote it in a `UserError`."""
     lines: Sequence[str] = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def some(names: Sequence[str], limit: int) -> str:
-    """The first `limit` names of a list, and how many more there are, for a `UserError`."""
+    """Return the first `limit` names of a list, and how many more there are, for a `UserError`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

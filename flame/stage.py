@@ -9,7 +9,7 @@ A stage's module ends with
 
 The launcher (`slimstate plan …`) parses and checks in its own process and then runs workers;
 `torchrun … -m pruning.plan …` calls `main` in each worker; another stage calls `call`. A person's
-mistake is one line everywhere.
+mistake ends each of them with one line on stderr.
 """
 
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def nothing_to_answer(options: Any, nproc: int, nnodes: int) -> None:
-    """The `answer` of a stage whose every option is for work."""
+    """Return None: the `answer` of a stage without options that only print."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stage(Generic[T]):
     description: str
     """One sentence for `--help`."""
     options: type[T]
-    """A frozen dataclass whose fields are the options (flame/options.py)."""
+    """A frozen dataclass whose fields are the options (see `flame.options`)."""
     run: Callable[[T], None]
     """The work, in each process. Collective; inside a process group, or starting one."""
     check: Callable[[T, int], None]
@@ -55,7 +55,7 @@ class Stage(Generic[T]):
 
     @property
     def module(self) -> str:
-        """The module to start with `python -m`."""
+        """The name of the stage's module, to start with `python -m`."""
         return self.run.__module__
 
     @property
@@ -63,17 +63,17 @@ class Stage(Generic[T]):
         return f"slimstate {self.name}"
 
     def parse(self, argv: Sequence[str]) -> T:
-        """The options of a command line; raises UserError for one that cannot be read."""
+        """Return the options of a command line; raise UserError for one that cannot be read."""
         return options.parse(self.options, self.program, argv)
 
     def help_text(self) -> str:
-        """What `--help` prints."""
+        """Return the text of `--help`."""
         return options.help_text(self.options, self.program, self.description, self.epilog)
 
     def call(self, argv: Sequence[Any]) -> None:
-        """Parse, check on rank 0, and run: how a stage runs another in its process group.
+        """Parse a command line, check it on rank 0, and run it inside the running process group.
 
-        Collective. Raises UserError on every rank.
+        Stages run other stages by this. Collective: what the check raises is raised on every rank.
         """
         from flame.process.distributed import world_size
         from flame.process.peers import on_first

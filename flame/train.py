@@ -1,8 +1,4 @@
-"""Stage `train`: pretraining and recovery from a recipe.
-
-`slimstate train --config RECIPE.toml [--init MODEL] [--section.key VALUE …]`, or the same arguments
-after `torchrun … -m flame.train`.
-"""
+"""Stage `train`: pretrain a model, continue it or recover it after pruning, as a recipe says."""
 
 import os
 from dataclasses import dataclass, replace
@@ -41,7 +37,7 @@ class Options:
 
     @property
     def arguments(self) -> list[str]:
-        """torchtitan's command line; raises UserError if no recipe is given."""
+        """The command line for torchtitan's parser; raises UserError if no recipe is given."""
         words = [] if self.config is None else ["--job.config_file", str(self.config)]
         words += [] if self.init is None else ["--model.init", self.init]
         words += ["--lora.merge"] if self.merge else []
@@ -53,21 +49,21 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Raise UserError for a recipe, model or data that cannot be trained on `world_size` ranks."""
     from flame.training.job_checks import check_job
 
     check_job(_job(options), world_size)
 
 
 def check_size(options: Options, world_size: int) -> None:
-    """Refuse a number of processes that the job may shrink to and cannot go on with."""
+    """Raise UserError if the job cannot go on with `world_size` processes after nodes were lost."""
     from flame.training.job_checks import check_size
 
     check_size(_job(options), world_size)
 
 
 def answer(options: Options, nproc: int, nnodes: int) -> str | None:
-    """The estimate of memory that `--estimate` asks for, as text; None without it."""
+    """Return the table of memory per GPU that `--estimate` asks for; None without that option."""
     if not options.estimate:
         return None
     job = _job(options)
@@ -88,7 +84,7 @@ def _job(options: Options) -> Any:
 
 
 def run(options: Options) -> None:
-    """Train as the options say. Collective; inside a process group, or starting one."""
+    """Train as the options say. Collective; starts a process group unless one is running."""
     train(_job(options))
 
 
@@ -130,9 +126,9 @@ def merge(run_folder: Path) -> None:
 
 
 def prepare_run_folder(job: Any) -> None:
-    """Write what makes a run folder complete: config, tokenizer, recipe, a LoRA run's base.
+    """Write the config, tokenizer and recipe of a run, and the base's reference of a LoRA run.
 
-    A folder that is refused, or whose writer is killed, keeps the files that it had.
+    The files appear together: if this raises or is killed, the folder keeps those that it had.
     """
     from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
     from flame.recipe import recipe_text
@@ -155,7 +151,7 @@ def prepare_run_folder(job: Any) -> None:
 
 
 def _lasting(job: Any) -> Any:
-    """`job` without what it asks of this start alone: the step to go on from."""
+    """Return `job` without the step to go on from, which holds for one start only."""
     return replace(job, checkpoint=replace(job.checkpoint, load_step=-1))
 
 
@@ -181,7 +177,7 @@ def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> No
 
 
 def _only_writer(folder: Path) -> Any:
-    """Rank 0's lock on the run folder: a second job that trains into it is refused."""
+    """Return a context that, on rank 0, locks the run folder against a second job."""
     from contextlib import nullcontext
 
     if int(os.environ.get("RANK", "0")) > 0:

@@ -1,12 +1,8 @@
-"""Stage `analyze`: the rank of a model's recurrent states, by layer, head and time.
+"""Stage `analyze`: measure the rank of a model's recurrent states by layer, head and time.
 
-`slimstate analyze MODEL OUT --data DATA --length 2048`, or the same arguments after
-`torchrun … -m launch.analyze`. `--against MODEL` measures another model on the same text, a dense
-one beside its pruned form; `--second-data DATA` the same model on another text. OUT gets
-`analysis.parquet`, `summary.json` and plots as SVG.
-
-A sequence is one stretch of text: where documents are packed into it the state runs on, so that a
-time is a number of tokens since the state was empty.
+OUT gets `analysis.parquet`, `summary.json` and plots as SVG. A sequence is one stretch of text: the
+state is not reset between documents that are packed into it, so that a time is a number of tokens
+since the state was empty.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +62,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work: numbers, models, texts, the output."""
+    """Raise UserError if a model, a text or the output cannot work."""
     from flame.checkpoint.reference import check_destination
     from pruning.states.analysis import linear_spaces
 
@@ -81,7 +77,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Analyse, print a table, write OUT. Collective; inside a process group, or starting one."""
+    """Analyse, print a table, write OUT. Collective; starts a process group if none is running."""
     from flame.process.distributed import process_group
     from flame.process.peers import on_first
 
@@ -95,7 +91,7 @@ def run(options: Options) -> None:
 def _analyse(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> "list[Analysis]":
-    """The model on the first text, then what was asked for of the other model and text."""
+    """Return the analyses of the model, of the other model, and of the model on the second text."""
     from pruning.state_rank import token_counts
     from pruning.states.analysis import analyse_states
 
@@ -155,7 +151,7 @@ def _table(analyses: "dict[str, Analysis]") -> Table:
 
 
 def _sentence(groups: dict[str, Any], metric: str) -> str:
-    """What the split of the heads says of itself."""
+    """Say in one sentence how the heads split into two groups by rank."""
     rank = metric if metric in groups else "stable_rank"
     found = groups[rank]
     if not found["high_heads"]:
@@ -170,7 +166,7 @@ def _sentence(groups: dict[str, Any], metric: str) -> str:
 def _facts(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> dict[str, Any]:
-    """What was measured on what, for the summary."""
+    """Return what the summary says of the models, texts and settings."""
     first, *others = references
     return {
         "model_reference": str(first.weights),
@@ -198,7 +194,7 @@ def _texts(options: Options, reference: "ModelReference") -> list[HeldoutText]:
 
 
 def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor]":
-    """The sequences, int64 [1, length] each; UserError if the text is too short for them."""
+    """Return sequences, int64 [1, length] each; raise UserError if the text is too short."""
     size = min(vocabulary_size(reference.config) for reference in references)
     rows = [inputs["input"] for inputs, _, _ in text.sequences(size, apart=False)]
     whole = [row for row in rows if row.shape[1] == text.seq_len]
@@ -213,12 +209,12 @@ def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor
 
 
 def _label(given: str, reference: "ModelReference") -> str:
-    """The run's name, or the model's on the hub, whose folder is named by a hash."""
+    """Return the run folder's name or, for a model of the hub, the last part of its name."""
     return reference.folder.name if Path(given).expanduser().exists() else Path(given).name
 
 
 def _distinct(labels: list[str], full: list[str]) -> list[str]:
-    """`labels`, or `full` where two labels are the same."""
+    """Return `labels`, or `full` if two labels are the same."""
     return labels if len(set(labels)) == len(labels) else full
 
 

@@ -1,6 +1,6 @@
-"""Stage `bench`: how large and how fast models are, beside another one.
+"""Stage `bench`: measure how large and how fast models are, beside another one.
 
-`slimstate bench MODEL … [--against MODEL] [--json FILE]`, on one device: the GPU if there is one.
+It runs on one device: the GPU where there is one.
 """
 
 import platform
@@ -57,7 +57,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work: models, sizes, the output, more than one process."""
+    """Raise UserError if a model or the output cannot work, or for more than one process."""
     from flame.checkpoint.reference import resolve
 
     if world_size != 1:
@@ -71,7 +71,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Measure, print the table side by side, write JSON."""
+    """Measure, print a table with a column for each model, and write JSON."""
     from flame.checkpoint.reference import resolve
 
     names = model_names(options.references)
@@ -88,11 +88,11 @@ def run(options: Options) -> None:
 def benchmark(
     references: Mapping[str, Any], against: str | None, options: Options
 ) -> dict[str, Any]:
-    """All measures of the models, as JSON has them.
+    """Return all measures of the models, as the JSON file holds them.
 
     Args:
         references: `flame.checkpoint.reference.ModelReference` by the name in the table.
-        against: the model that ratios are over.
+        against: the name of the model that ratios divide by; None for no ratios.
     """
     from flame.checkpoint.load import load_model
     from flame.process.distributed import compute_dtype, local_device
@@ -117,7 +117,7 @@ def benchmark(
 
 
 def workload(options: Options, device_type: str) -> "Workload":
-    """The sizes asked for, and the device's own for the rest."""
+    """Return the sizes that the options give, and the device's usual ones for the rest."""
     from launch.speed.workload import ON_CPU, ON_CUDA
 
     asked = {
@@ -137,7 +137,7 @@ def workload(options: Options, device_type: str) -> "Workload":
 
 
 def model_names(references: Sequence[str]) -> dict[str, str]:
-    """References by a short name: the last part of a path that tells them apart."""
+    """Return the references by short names: the last parts of their paths that tell them apart."""
     paths = [Path(reference) for reference in references]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
@@ -223,7 +223,7 @@ def _machine(device: "torch.device") -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """What Linux calls the processor; elsewhere its architecture."""
+    """Return the processor's name on Linux, and its architecture elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

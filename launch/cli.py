@@ -1,4 +1,4 @@
-"""The `slimstate` command: its first word names a stage, the rest are the stage's arguments.
+"""The `slimstate` command: the first word names a stage, and the rest are its arguments.
 
 A stage's module is imported when its command is asked for, so that `slimstate --help` imports
 nothing heavy.
@@ -70,7 +70,7 @@ def dispatch(words: list[str]) -> None:
 
 
 def overview() -> str:
-    """The text of `slimstate --help`."""
+    """Return the text of `slimstate --help`."""
     lines = ["usage: slimstate COMMAND [ARGUMENTS …] [--nproc N …] [--dry-run]", "", "commands:"]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`slimstate COMMAND --help` lists a command's arguments."]

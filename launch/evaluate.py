@@ -1,9 +1,7 @@
-"""Stage `eval`: perplexity, lm-eval's tasks, and fidelity to a dense model, of any references.
+"""Stage `eval`: measure the perplexity of models, their scores in tasks, and their fidelity.
 
-    slimstate eval MODEL … --perplexity [DATA] --tasks a,b --against DENSE [--json FILE]
-
-or the same arguments after `torchrun … -m launch.evaluate`. One table comes out. With `--json` each
-model's record is kept as soon as it is there, and a second call measures only what is missing.
+It prints one table. With `--json` it keeps each model's record as soon as it is there, and a second
+call measures only what is missing.
 """
 
 from collections.abc import Mapping
@@ -59,12 +57,12 @@ class Options:
 
     @property
     def names(self) -> list[str]:
-        """The models, patterns resolved; raises UserError for a pattern without a match."""
+        """The models, patterns expanded; raises UserError for a pattern that matches nothing."""
         return expanded(self.models)
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work: a model, the text, a tokenizer, a task, the output."""
+    """Raise UserError if a model, the text, a tokenizer, a task or the output cannot work."""
     measures = options.measures
     if measures.perplexity is None and not measures.tasks.tasks and not measures.against:
         raise UserError(
@@ -87,7 +85,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Evaluate, print a table, keep JSON. Collective; inside a process group, or starting one."""
+    """Evaluate and print a table. Collective; starts a process group if none is running."""
     from flame.process.distributed import process_group, rank
 
     results = _results(options)
@@ -100,7 +98,7 @@ def run(options: Options) -> None:
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a model; columns for what was measured of any."""
+    """Return a table with a row for each model and a column for each figure that any model has."""
     rows = [
         {**record, **record.get("fidelity", {}), **_scores(record), "model": name}
         for name, record in records.items()

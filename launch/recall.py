@@ -1,8 +1,7 @@
-"""Stage `recall`: how many of the facts in its context a model can give back.
+"""Stage `recall`: measure how many of the facts in its context a model gives back.
 
-`slimstate recall MODEL … [--pairs 4,8,16] [--needle 64,256] [--json FILE]`. Multi-query associative
-recall (Zoology, arXiv 2312.04927) and a needle in a haystack, generated and seeded, for any model
-reference; `launch.evaluation` has the texts (`recall_tasks`) and the scores (`recall_score`).
+The tasks are multi-query associative recall (Zoology, arXiv 2312.04927) and a needle in a haystack,
+both generated from a seed (`launch.evaluation.recall_tasks`).
 """
 
 from collections.abc import Callable
@@ -57,7 +56,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work: a model, its tokenizer, the sizes, the output."""
+    """Raise UserError if a model, its tokenizer, the task's sizes or the output cannot work."""
     references = [resolve(model) for model in options.models]
     if options.json is not None:
         for reference in references:
@@ -71,7 +70,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Measure, print a table, write JSON. Collective; inside a process group, or starting one."""
+    """Measure, print tables, write JSON. Collective; starts a process group if none is running."""
     from flame.process.distributed import process_group, rank
 
     with process_group():
@@ -81,10 +80,10 @@ def run(options: Options) -> None:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """One record a model, as the JSON file has them. Collective.
+    """Return the records of the models, as the JSON file holds them. Collective.
 
-    `mqar` has the accuracy of a queried value for each number of pairs, `needle` that of the
-    needle for each length and depth, `query_noise` the heads.
+    `mqar` has the accuracy of recalled values for each number of pairs, `needle` the accuracy for
+    each length and depth, and `query_noise` a record for each head.
     """
     task = task_of(options, resolve(options.models[0]))
     return [_measured(name, task, options) for name in options.models]
@@ -130,7 +129,7 @@ def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
 def _query_noise(
     model: Any, reference: ModelReference, task: Mqar, encode: Any, options: Options
 ) -> list[dict[str, Any]]:
-    """The heads' records on one batch of the largest number of pairs, the same on every rank."""
+    """Return the heads' records on one batch of the most pairs, the same on every rank."""
     import torch
 
     from launch.evaluation.query_noise import query_noise
@@ -147,7 +146,7 @@ def _query_noise(
 
 
 def task_of(options: Options, reference: ModelReference) -> Mqar:
-    """The sizes of the task: the options', then those that the model was trained on."""
+    """Return the task, with sizes from the options or else from the recipe of the model."""
     dataset = data_config(read_tables(reference.recipe)).dataset
     trained = parse_mqar(dataset) if is_mqar(dataset) else None
     sizes = encoder_of(options, reference).sizes
@@ -159,7 +158,7 @@ def task_of(options: Options, reference: ModelReference) -> Mqar:
 
 
 def encoder_of(options: Options, reference: ModelReference) -> Any:
-    """The encoder of words for a model, its tokenizer checked against its vocabulary."""
+    """Return an encoder of words by the model's tokenizer; raise UserError if that does not fit."""
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
     from launch.evaluation.recall_score import WordEncoder
 
@@ -172,7 +171,7 @@ def encoder_of(options: Options, reference: ModelReference) -> Any:
 
 
 def _check_family(reference: ModelReference, options: Options) -> None:
-    """Refuse an unknown family; where noise is asked for, one whose states are not known."""
+    """Raise UserError for an unknown family and, with `--query-noise`, for one without adapter."""
     from pruning.adapters import ADAPTERS
 
     family = reference.config["model_type"]
@@ -185,13 +184,13 @@ def _check_family(reference: ModelReference, options: Options) -> None:
 
 
 def mqar_table(records: list[dict[str, Any]]) -> Table:
-    """Accuracy in percent: a row a model, a column a number of pairs."""
+    """Return accuracies in percent: a row for each model, a column for each number of pairs."""
     columns = [Column("model", align="left"), Column("state_bytes", "state bytes", ",d")]
     return _percentages(columns, records, "mqar", lambda cell: f"{cell['pairs']} pairs")
 
 
 def needle_table(records: list[dict[str, Any]]) -> Table:
-    """Accuracy in percent: a row a model, a column a length and depth."""
+    """Return accuracies in percent: a row for each model, a column for each length and depth."""
     columns = [Column("model", align="left")]
     return _percentages(
         columns, records, "needle", lambda cell: f"{cell['length']} words, at {cell['depth']} %"

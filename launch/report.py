@@ -1,8 +1,8 @@
-"""Stage `report`: one page about runs, from their folders and the result files beside them.
+"""Stage `report`: write one page about runs, from their folders and the result files beside them.
 
-`slimstate report RUN … [--out FILE]` writes HTML that refers to nothing outside itself, or
-Markdown where FILE ends in `.md`. `--latex` and `--markdown` print instead. Nothing is measured
-here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside the runs.
+The page is HTML that refers to nothing outside itself, or Markdown where the name ends in `.md`.
+Nothing is measured here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside
+the runs.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class Options:
 
     @property
     def file(self) -> Path | None:
-        """What is written; None if the report is printed."""
+        """The file to write; None if the report is printed instead."""
         if self.out is None and not (self.latex or self.markdown):
             return self.runs[0] / REPORT_FILE
         return self.out
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse folders that hold no run, and an output that exists."""
+    """Raise UserError for folders without a run, an output that exists, or several processes."""
     if world_size != 1:
         raise UserError(f"--nproc {world_size}: report only reads files, run it on 1 process")
     find_runs(options.runs)
@@ -67,7 +67,7 @@ def run(options: Options) -> None:
 
 
 def markdown(data: ReportData) -> str:
-    """The report without its drawings, as Markdown."""
+    """Return the report without its drawings, as Markdown."""
     from launch.reporting.tables import markdown_tables
 
     parts = [f"# {data.title}", verdict(data.rows), *markdown_tables(data)]

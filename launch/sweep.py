@@ -1,9 +1,7 @@
-"""Stage `sweep`: one calibration, then a model pruned by every method at every ratio, measured.
+"""Stage `sweep`: prune a model by every method at every ratio, and measure all.
 
-    slimstate sweep MODEL OUT --methods drrqr,l1,random --ratios 0.25,0.5 [--recover RECIPE.toml]
-
-or the same arguments after `torchrun … -m launch.sweep`. All processes calibrate together; then
-each takes points from a list, one at a time. A second call measures what is missing.
+All processes calibrate together, once; then each takes points from a list, one at a time. A second
+call measures what is missing.
 """
 
 import os
@@ -33,7 +31,7 @@ POLL_SECONDS = 0.2
 
 
 def run(options: Options) -> None:
-    """Measure all points and write what they say. Collective for the calibration only.
+    """Measure all points and write the results. Collective for the calibration only.
 
     Raises:
         UserError: points failed; the others have been measured and written.
@@ -68,7 +66,7 @@ def run(options: Options) -> None:
 
 
 def _calibrate(options: Options) -> None:
-    """Make the statistics, or finish them, unless they are there. Collective."""
+    """Write the sweep's statistics, or finish them; do nothing if they are there. Collective."""
     # One process looks: a complaint of some alone would leave the others in the broadcast.
     how = from_rank_zero(on_first(lambda: _how_to_calibrate(options)))
     if how is not None:
@@ -76,7 +74,7 @@ def _calibrate(options: Options) -> None:
 
 
 def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
-    """Options of `slimstate calibrate` for what lies there; None if there is nothing to do."""
+    """Return options of `slimstate calibrate` that suit the folder; None if it is complete."""
     if not options.needing:
         return None
     statistics = options.folder.statistics
@@ -98,7 +96,7 @@ def _measure(options: Options, work: Work, announcer: "_Announcer | None") -> No
 
 
 class _Announcer:
-    """Says what was measured, by this process and the others."""
+    """Prints a line for each point that this process or another has measured."""
 
     def __init__(self, options: Options) -> None:
         self.folder, self.names = options.folder, options.names
@@ -107,14 +105,14 @@ class _Announcer:
             print(f"{len(self.said)} of {len(self.names)} points are measured", flush=True)
 
     def news(self) -> None:
-        """Print a line for each point that is new."""
+        """Print a line for each point that was measured since the last call."""
         for name in self.names:
             if name not in self.said and self.folder.is_settled(name):
                 self.said.add(name)
                 print(f"[{len(self.said)}/{len(self.names)}] {self._line(name)}", flush=True)
 
     def wait(self) -> None:
-        """Until the other processes have measured their last points."""
+        """Wait until all processes have measured their last points, and print their lines."""
         self.news()
         while len(self.said) < len(self.names):
             time.sleep(POLL_SECONDS)
@@ -130,7 +128,7 @@ class _Announcer:
 
 
 def _write(options: Options, text: HeldoutText) -> None:
-    """Write and print what was found; UserError if points failed."""
+    """Write and print the results; raise UserError if points failed."""
     results = enveloped("sweep", command_line("sweep", options), _results(options, text))
     write_files(options.out, results, options.json)
     for table in sweep_of(results).tables():
@@ -145,7 +143,7 @@ def _write(options: Options, text: HeldoutText) -> None:
 
 
 def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
-    """What `launch.sweeping.page` writes and reads."""
+    """Return the results as `launch.sweeping.page` writes and reads them."""
     found = {name: options.folder.record(name) for name in options.names}
     records = {name: record for name, record in found.items() if record is not None}
     dense = records.get(DENSE, {}).get("before", {})

@@ -1,8 +1,4 @@
-"""Stage `apply`: apply a plan to a checkpoint.
-
-`slimstate apply MODEL PLAN OUT [--to hf|dcp]`, or `python -m pruning.apply` with the same
-arguments. One process does the work.
-"""
+"""Stage `apply`: apply a plan to a checkpoint. Rank 0 does the work."""
 
 import logging
 from dataclasses import dataclass
@@ -40,7 +36,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Raise UserError if the plan does not fit the model, or the output must not be written."""
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     adapter_for(reference.config)
@@ -67,7 +63,7 @@ def _apply(options: Options, reference: ModelReference) -> None:
 
 
 def _asked(plan: Plan, options: Options) -> Plan:
-    """The plan, padded if that was asked for; UserError if it cannot be."""
+    """Return the plan, padded if the options ask for it; raise UserError if it cannot be."""
     if not options.pad or plan.pad:
         return plan
     if plan.tensors_file is not None:
@@ -85,12 +81,12 @@ def _asked(plan: Plan, options: Options) -> Plan:
 
 
 def form_of(asked: Form | None, reference: ModelReference) -> Form:
-    """The format to write: the one asked for, or the model's own."""
+    """Return the format to write: the one asked for or, for None, the model's own."""
     return reference.kind if asked is None else asked
 
 
 def say_what_to_know(plan: Plan, reference: ModelReference, form: Form) -> None:
-    """Warn of what a user may not expect of the output."""
+    """Warn of an output without optimizer state or fla kernels, and print the plan's notes."""
     if reference.is_lora and form == "dcp":
         log.warning(
             "slimstate: note: %s holds adapters, so the output is the merged model at step 0, "
@@ -105,7 +101,7 @@ def say_what_to_know(plan: Plan, reference: ModelReference, form: Form) -> None:
 
 
 def _key_widths(plan: Plan) -> set[int]:
-    """The key widths of the output that the plan changes."""
+    """Return the widths that pruned spaces of key channels have in the output."""
     spaces = planned_spaces(plan, plan.config_before)
     kept = padded(spaces, plan.kept) if plan.pad else plan.kept
     widths = widths_of(spaces, kept)

@@ -1,8 +1,4 @@
-"""Stage `calibrate`: sum a model's statistics over training data.
-
-`slimstate calibrate MODEL STATS [--sequences 16 …]`, or `torchrun … -m pruning.calibrate` with the
-same arguments.
-"""
+"""Stage `calibrate`: sum a model's statistics over training data."""
 
 import logging
 from collections.abc import Iterator
@@ -56,7 +52,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Raise UserError if the model, the output, the data or a resume cannot work."""
     kinds_of(options.methods)
     reference = resolve(options.model)
     check_destination(reference, options.stats, options.overwrite or options.resume)
@@ -68,7 +64,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Calibrate as the options say. Collective; inside a process group, or starting one."""
+    """Write the statistics. Collective; starts a process group unless one is running."""
     with process_group(), ExitStack() as stack:
         on_first(lambda: stack.enter_context(_claimed(options)))
         reference = resolve(options.model)
@@ -87,7 +83,7 @@ def run(options: Options) -> None:
 
 @contextmanager
 def _claimed(options: Options) -> Iterator[None]:
-    """Hold the output for this job, from its first sequence to its last."""
+    """Lock the output folder inside the `with` block, so that no other job writes it."""
     with writer_lock(options.stats):
         # Another job may have ended since `check`.
         check_output(options.stats, options.overwrite or options.resume)
@@ -100,17 +96,17 @@ def calibrate(
     data: CalibrationData,
     options: Options | None = None,
 ) -> tuple[Collected, Meta]:
-    """Statistics of a model, after a look at its weights. Collective over all ranks.
+    """Return a model's statistics and their description. Collective over all ranks.
 
     Args:
         reference: the model.
         kinds: the statistics to collect.
         data: what to run the model on.
-        options: for resume points and resuming; None for neither.
+        options: says whether to write resume points and to resume; None for neither.
 
     Raises:
-        UserError: on every rank: weights or activations are not finite, the data is too short, or
-            the sums to resume from are another model's.
+        UserError: on every rank, if weights or activations are not finite, the data is too short,
+            or the sums to resume from are another model's.
     """
 
     def examine() -> str | None:
@@ -130,7 +126,7 @@ def calibrate(
 
 
 def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
-    """Say what it means if there are fewer calibration tokens than key channels in a head."""
+    """Log a warning if there are fewer calibration tokens than key channels in a head."""
     tokens = data.sequences * data.seq_len
     channels = max((space.head_dim for space in spaces if space.kind == "key"), default=0)
     if tokens < channels:
@@ -144,7 +140,7 @@ def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
 
 
 def kinds_of(methods: tuple[str, ...]) -> tuple[type[Statistic], ...]:
-    """The statistics that these methods need; UserError for an unknown name or no need at all."""
+    """Return the statistics that methods need; raise UserError if none or for an unknown name."""
     for name in methods:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
@@ -179,7 +175,7 @@ def _resumed(
     mark: str,
     options: Options | None,
 ) -> Resumed | None:
-    """What to go on from, read by every rank; None unless resuming."""
+    """Read the sums to go on from, on every rank; None unless the options ask to resume."""
     if options is None or not options.resume:
         return None
 

@@ -1,6 +1,6 @@
 """Command-line options that the stages of this package share.
 
-A method's hyper-parameters are options too: its dataclass fields say name, default and help.
+The fields of the methods' dataclasses are options too, as `MethodOptions` declares.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ OVERWRITE_HELP = "replace an existing output"
 
 
 def seed_option() -> Any:
-    """The field of `--seed`."""
+    """Return the dataclass field of `--seed`."""
     return option(42, "of everything random", least=0, most=LARGEST_SEED, metavar="N")
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data a calibration reads, and how much of it; what is empty is the recipe's to say."""
+    """Which data a calibration reads, and how much. An empty text means the recipe's value."""
 
     data: str = option("", "hub name, file or folder (default: the run's recipe)")
     subset: str = option("", "configuration of a hub data set")
@@ -47,13 +47,13 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """`--method`, and those of the hyper-parameters of all methods that are given."""
+    """The name of a method, and the hyper-parameters that the command line gives."""
 
     method: str = option(REQUIRED, f"one of {', '.join(METHODS)}", metavar="NAME")
     hyperparameters: Mapping[str, Any] = options_of(METHODS, without=("seed",))
 
     def chosen(self, seed: int, paper: bool) -> Method:
-        """The method, with the hyper-parameters given and, for `paper`, those of its paper.
+        """Return the method with the given hyper-parameters and, if `paper`, those of its paper.
 
         Raises:
             UserError: there is no such method, it has no such option, or it refuses the value.

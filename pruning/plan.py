@@ -1,8 +1,4 @@
-"""Stage `plan`: choose the channels to keep, and write the plan.
-
-`slimstate plan MODEL PLAN --method NAME --ratio R [--stats STATS]`, or
-`python -m pruning.plan` with the same arguments. One process does the work.
-"""
+"""Stage `plan`: choose the channels to keep, and write the plan. Rank 0 does the work."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,12 +35,12 @@ class Options:
 
     @property
     def method(self) -> Method:
-        """The method with its hyper-parameters; raises UserError for what is none."""
+        """The method with its hyper-parameters; raises UserError if there is no such method."""
         return self.choice.chosen(self.seed, self.budget.paper)
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Raise UserError if the model, budget, method, statistics or output cannot work."""
     reference = resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config, options.method)
@@ -54,7 +50,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Write the plan. Collective; rank 0 works and the others wait."""
+    """Write the plan and print what it does. Collective; rank 0 works and the others wait."""
 
     def write() -> None:
         plan = planned(resolve(options.model), options.method, options.budget, options.stats)
@@ -71,7 +67,7 @@ def run(options: Options) -> None:
 
 
 def check_stats(stats: Path | None, method: Method) -> None:
-    """Raise UserError unless the statistics folder, or its absence, serves the method."""
+    """Raise UserError if the method lacks statistics, or is given some that it does not read."""
     if not method.needs:
         if stats is not None:
             raise UserError(f"{method.name} reads no statistics: leave --stats {stats} out")
@@ -85,7 +81,7 @@ def check_stats(stats: Path | None, method: Method) -> None:
 
 
 def planned(reference: ModelReference, method: Method, budget: Budget, stats: Path | None) -> Plan:
-    """The plan of `method` from saved statistics, after a look at all weights. One process alone.
+    """Return the plan of `method` from saved statistics. Runs on one process.
 
     Raises:
         UserError: a weight is not finite, or the statistics are another model's.
@@ -102,7 +98,7 @@ def planned(reference: ModelReference, method: Method, budget: Budget, stats: Pa
 
 
 def summary(plan: Plan) -> str:
-    """What a plan does, in a few words."""
+    """Return one line about a plan: widths kept, layers, bytes of state before and after."""
     before = adapter_for(plan.config_before)
     after = ADAPTERS[plan.config_after["model_type"]]
     spaces = planned_spaces(plan, plan.config_before)
@@ -118,7 +114,7 @@ def summary(plan: Plan) -> str:
 
 
 def _kept(spaces: list[Space], widths: dict[str, tuple[int, ...]]) -> str:
-    """What spaces of one kind keep: `16 to 64 of 128 key channels a head`."""
+    """Say what spaces of one kind keep, such as `16 to 64 of 128 key channels a head`."""
     found = sorted({width for space in spaces for width in widths[space.name]})
     some = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
     first = spaces[0]
@@ -126,7 +122,7 @@ def _kept(spaces: list[Space], widths: dict[str, tuple[int, ...]]) -> str:
 
 
 def say_notes(plan: Plan) -> None:
-    """Print what a user must know of the choice."""
+    """Print the plan's notes, which a user must know."""
     for note in plan.notes:
         print(f"note: {note}", flush=True)
 

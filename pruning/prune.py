@@ -1,8 +1,6 @@
 """Stage `prune`: calibrate, plan and apply in one; the plan stays in the output.
 
-`slimstate prune MODEL OUT --method drrqr --ratio 0.5 --space key [--to hf|dcp] [--nproc N]`, or
-`torchrun … -m pruning.prune` with the same arguments. A method that needs no statistics reads no
-data, and takes a model without a tokenizer.
+A method that needs no statistics reads no data, and takes a model without a tokenizer.
 """
 
 from contextlib import ExitStack
@@ -47,12 +45,12 @@ class Options:
 
     @property
     def method(self) -> Method:
-        """The method with its hyper-parameters; raises UserError for what is none."""
+        """The method with its hyper-parameters; raises UserError if there is no such method."""
         return self.choice.chosen(self.data.seed, self.budget.paper)
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     check_budget(options.budget, reference.config, options.method)
@@ -66,7 +64,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def _check_no_data(options: Options) -> None:
-    """Refuse options about calibration data beside saved statistics, which have their own."""
+    """Raise UserError for options about calibration data beside `--stats`."""
     for word in words(replace(options.data, seed=DataOptions.seed)):
         raise UserError(
             f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
@@ -75,7 +73,7 @@ def _check_no_data(options: Options) -> None:
 
 
 def run(options: Options) -> None:
-    """Prune as the options say. Collective; inside a process group, or starting one."""
+    """Write the pruned model. Collective; starts a process group unless one is running."""
     reference, out = resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)
     with process_group(RANK_ZERO_WORKS), ExitStack() as stack:
@@ -90,9 +88,9 @@ def run(options: Options) -> None:
 
 
 def make_plan(options: Options, reference: ModelReference) -> Plan:
-    """The plan that the options ask for, on rank 0; calibrates if the method needs it. Collective.
+    """Return the plan on rank 0, and a meaningless value on others. Collective.
 
-    On other ranks the result has no meaning.
+    Calibrates if the method needs statistics and the options name none.
     """
     method, budget = options.method, options.budget
     if options.stats is not None or not method.needs:

@@ -1,9 +1,9 @@
-"""Why a multi-process job failed, from what its workers left behind.
+"""Find out why a job of several processes failed, from what its workers left behind.
 
-When one rank fails, its peers fail after it: in a collective whose other end has gone, or by the
-agent's signal. Only the cause is worth reading. Each worker (worker.py) leaves two files in the
-report folder: `rank-N.traceback`, of an exception that nothing handled, and for ranks above 0
-`rank-N.stderr`.
+When one rank fails, its peers fail after it: they lose a connection, or the agent ends them by a
+signal. Only the cause is worth reading. Each worker (worker.py) may leave two files in the report
+folder: `rank-N.traceback` for an exception that nothing handled, and `rank-N.stderr`, which rank 0
+does not have.
 """
 
 import signal
@@ -29,12 +29,14 @@ def stderr_file(reports: Path, rank: int) -> Path:
 
 
 def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
-    """What to print on stderr for failed ranks; nothing if rank 0 has given the reason itself.
+    """Return what to print on stderr for failed ranks; empty if rank 0 has printed it already.
 
-    In this order: a person's mistake, a signal from outside, the first traceback, an exit status.
+    The first of these that is there: a person's mistake, a signal from outside, the earliest
+    traceback, an exit status.
 
     Args:
-        exit_codes: of each failed rank of this node; negative is a signal, as in `subprocess`.
+        exit_codes: by rank, for failed ranks of this node; negative for a signal, as in
+            `subprocess`.
         reports: the folder that the workers wrote to.
     """
     if _rank_zero_spoke(exit_codes, reports):
@@ -51,13 +53,13 @@ def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
 
 
 def status(exit_codes: Mapping[int, int]) -> int:
-    """The exit status of the job: 1, or that of its workers if they were only told to end."""
+    """Return the job's exit status: 1, or the workers' own if all of them were told to end."""
     codes = set(exit_codes.values())
     return min(codes) if codes <= {INTERRUPTED, STOPPED} else 1
 
 
 def _rank_zero_spoke(exit_codes: Mapping[int, int], reports: Path) -> bool:
-    """Rank 0's stderr is the terminal: it spoke if it failed by itself, without a traceback."""
+    """Whether rank 0 has printed its error, on the terminal: it failed without a traceback."""
     code = exit_codes.get(0, 0)
     return code > 0 and code != INTERRUPTED and not traceback_file(reports, 0).exists()
 

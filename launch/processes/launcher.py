@@ -1,9 +1,8 @@
-"""Starting a stage: in this process, or in several under torchrun's elastic agent.
+"""Start a stage in this process, or in several under torchrun's elastic agent.
 
-Everything that can be checked is checked here, before a worker starts. The agent runs in this
-process, so that of a failure only its reason reaches the terminal: the one line of a `UserError`,
-or the traceback of the rank that failed first. `--dry-run` prints the torchrun command that does
-the same.
+The options are checked here, before a worker starts. The agent runs in this process, so that only
+the reason of a failure reaches the terminal: the one line of a `UserError`, or the traceback of the
+rank that failed first. `--dry-run` prints the torchrun command that does the same.
 """
 
 import logging
@@ -26,8 +25,8 @@ from launch.processes import failures
 from launch.processes.topology import Topology, device_count
 
 FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Makes torchrun meet in a new store at each start: in the old one lie the addresses of the dead,
-where the living would wait for them (flame/process/distributed.py does it for one node)."""
+"""Makes torchrun use a new store after each restart: the old one holds addresses of processes that
+have ended, and new ones would wait for them (flame/process/distributed.py does it for one node)."""
 
 STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Where torchrun looks for the seconds between a signal to its workers and their end by SIGKILL;
@@ -46,7 +45,7 @@ class Job:
     topology: Topology
 
     def check(self) -> None:
-        """Raise `UserError` for all that can be known to be wrong before the job runs."""
+        """Raise UserError for everything that can be found wrong before the job runs."""
         self.topology.check()
         with environment(self._rank_zero()):
             self.stage.check(self.options, self.topology.world_size)
@@ -62,15 +61,15 @@ class Job:
             self.stage.check_size(self.options, size)
 
     def command_line(self) -> str:
-        """The torchrun command that runs the same job, quoted for a shell."""
+        """Return the torchrun command that runs the same job, quoted for a shell."""
         options = self.topology.torchrun_options()
         return shlex.join(["torchrun", *options, "-m", self.stage.module, *self.arguments])
 
     def run(self) -> None:
-        """Run the stage to its end.
+        """Run the stage to its end, here if it is one process, else in workers.
 
         Raises:
-            UserError: from the stage, if it runs in this process.
+            UserError: the stage raised it in this process, or the nodes did not meet.
             SystemExit: a worker failed, and the reason has been printed; or a signal ended the job.
         """
         if self.topology.world_size == 1 and not self.topology.max_restarts:
@@ -113,7 +112,7 @@ def _check_devices(nproc: int) -> None:
 
 
 def _worker_defaults(nproc: int) -> dict[str, str]:
-    """Environment of the agent and its workers, where the user has set nothing."""
+    """Return environment variables for the agent and its workers; set ones keep their values."""
     cores = len(os.sched_getaffinity(0))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
@@ -125,7 +124,7 @@ def _worker_defaults(nproc: int) -> dict[str, str]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Put this process's signal handlers back at the end; the agent installs its own."""
+    """Restore this process's signal handlers after the `with` block: the agent sets its own."""
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {kind: signal.getsignal(kind) for kind in kinds}
     try:
@@ -137,7 +136,7 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _no_logs() -> Iterator[None]:
-    """Silence the agent's log records: they repeat what the workers say, at length."""
+    """Disable logging inside the `with` block: the agent repeats at length what workers say."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -147,7 +146,7 @@ def _no_logs() -> Iterator[None]:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit as a shell reports the signal, after outputs that are half written are removed."""
+    """Exit with 128 + the signal's number, so that half-written outputs are removed on the way."""
     raise SystemExit(128 + number)
 
 

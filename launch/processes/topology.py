@@ -1,4 +1,4 @@
-"""How many processes run a stage, and where they meet: the options, and what is wrong with them."""
+"""The number of processes of a job and the place where they meet: options and checks."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from flame.errors import UserError
 from flame.options import group, option
 
 STORE_SECONDS = 5.0
-"""Time that a node which came before has to answer at the rendezvous endpoint."""
+"""Seconds in which the store of an earlier node must answer at the rendezvous endpoint."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Topology:
         return self.nnodes > 1 and self.node_rank is None and self.max_restarts > 0
 
     def check(self) -> None:
-        """Refuse nodes that cannot meet, and a port that is taken."""
+        """Raise UserError for nodes that cannot meet, or a port that is taken."""
         self._check_elastic()
         if self.node_rank is not None and self.node_rank >= self.nnodes:
             raise UserError(
@@ -53,11 +53,11 @@ class Topology:
             raise UserError(f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT of one node")
 
     def smaller_sizes(self) -> list[int]:
-        """The numbers of processes that the job may shrink to, when nodes are lost."""
+        """Return the numbers of processes that the job may shrink to when nodes are lost."""
         return [nodes * self.nproc for nodes in range(self.min_nodes or self.nnodes, self.nnodes)]
 
     def torchrun_options(self) -> list[str]:
-        """The options of torchrun that start these processes."""
+        """Return the options of torchrun that start these processes."""
         return [*self._meeting(), "--nproc-per-node", str(self.nproc), *self._restarts()]
 
     def _check_elastic(self) -> None:
@@ -93,7 +93,7 @@ class Topology:
 
 
 def _node_numbers(text: str) -> tuple[int, int]:
-    """`N` as (0, N), and `MIN:MAX` as both."""
+    """Return (0, N) for `N` and (MIN, MAX) for `MIN:MAX`; raise ValueError for another text."""
     least, colon, most = text.partition(":")
     for number in (least, most) if colon else (text,):
         if not number.isdecimal() or int(number) < 1:
@@ -107,7 +107,7 @@ def _node_numbers(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LauncherOptions:
-    """The options that the launcher takes beside those of any stage."""
+    """The options that the launcher takes with every stage."""
 
     nproc: int | None = option(None, "processes on this node", least=1, metavar="N")
     nnodes: tuple[int, int] = option(
@@ -121,7 +121,7 @@ class LauncherOptions:
 
 
 def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
-    """The launcher's options in `arguments`, whether it is a dry run, and the stage's own.
+    """Split a command line into topology, whether it is a dry run, and the stage's own words.
 
     Without `--nproc` there are `nproc` processes, or as many as there are CUDA devices if fewer.
 
@@ -136,7 +136,7 @@ def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, b
 
 
 def options_help() -> str:
-    """The launcher's part of a command's `--help`."""
+    """Return the launcher's part of a command's `--help`."""
     return options.list_text(LauncherOptions, "processes")
 
 
@@ -167,9 +167,9 @@ def _is_taken(host: str, port: int) -> bool:
 
 
 def _check_store(host: str, port: int) -> None:
-    """Refuse a port where something else answers than a node that came before this one."""
+    """Raise UserError if something other than an earlier node of the job answers on the port."""
     answers: list[bool] = []
-    # The client's own time limit does not hold while it waits for a first word: a thread waits.
+    # The client's own timeout does not cover its first read, so a thread waits instead.
     worker = threading.Thread(target=lambda: answers.append(_is_store(host, port)), daemon=True)
     worker.start()
     worker.join(STORE_SECONDS)
@@ -181,7 +181,7 @@ def _check_store(host: str, port: int) -> None:
 
 
 def _is_store(host: str, port: int) -> bool:
-    # Of what is no store torch's sockets complain at length.
+    # torch's sockets log at length about what is no store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
@@ -194,7 +194,7 @@ def _is_store(host: str, port: int) -> bool:
 
 
 def device_count(nproc: int) -> int:
-    """CUDA devices of this node; without any, CPU processes take the place of `nproc`."""
+    """Return the CUDA devices of this node; without any, `nproc`, as the CPU runs so many."""
     if nproc == 1:
         return 1
     import torch

@@ -2,9 +2,9 @@
 
     python -m launch.processes.worker REPORTS MODULE ARGUMENTS …
 
-Only rank 0 reaches the terminal. What the others write on stderr, and the traceback of an exception
-that nothing handles, go to the folder REPORTS, where the launcher looks for the cause of a failure
-(launch/processes/failures.py).
+Only rank 0 writes to the terminal. What other ranks write on stderr, and every rank's traceback of
+an exception that nothing handles, go to the folder REPORTS, where the launcher looks for the cause
+of a failure (launch/processes/failures.py).
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from launch.processes.failures import INTERRUPTED, stderr_file, traceback_file
 
 GRACE_SECONDS = 5.0
-"""Time to clean up after a signal; a collective that waits for a dead peer may never return."""
+"""Seconds to clean up after a signal; a collective that waits for a dead peer never returns."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,11 +61,11 @@ def _redirect_output(stderr: Path) -> None:
 
 
 def _end_on_signals() -> None:
-    """Let a signal raise KeyboardInterrupt once, and end the process if that is in vain.
+    """Let a signal raise KeyboardInterrupt, and end the process if it still runs 5 s later.
 
-    So an output that is half written is removed. The launcher's death comes as SIGHUP. A training
-    loop answers SIGTERM and SIGINT in its own time, and takes both away from here for as long as
-    it runs (flame/process/stopping.py); not SIGHUP: a new job may wait for the run folder.
+    The exception gives the process time to remove a half-written output. When the launcher dies,
+    the kernel sends SIGHUP. While a training loop runs it handles SIGTERM and SIGINT itself, to
+    save first (flame/process/stopping.py), but not SIGHUP: a new job may wait for the run folder.
     """
     for kind in ENDING:
         signal.signal(kind, _interrupt)

@@ -1,4 +1,4 @@
-"""What can be wrong with a sweep, checked before its first process starts."""
+"""The checks of a sweep, made before its first process starts."""
 
 import math
 from dataclasses import asdict, replace
@@ -29,7 +29,7 @@ STATES_OF_TRAINING = 4
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Raise UserError for the first thing that would fail later."""
+    """Raise UserError if a point, the text, calibration, recovery or the output cannot work."""
     options.check()
     reference = resolve(options.model)
     _check_points(options, reference)
@@ -48,7 +48,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def calibration(options: Options) -> calibrate.Options:
-    """The options of `slimstate calibrate` for the statistics of a sweep."""
+    """Return the options of `slimstate calibrate` for the statistics of a sweep."""
     return calibrate.Options(
         model=options.model,
         stats=options.folder.statistics,
@@ -59,7 +59,7 @@ def calibration(options: Options) -> calibrate.Options:
 
 
 def settings(options: Options, reference: ModelReference) -> dict[str, Any]:
-    """What the points of a folder have in common; methods and ratios may be added later."""
+    """Return what all points of a folder share; methods and ratios may be added by later calls."""
     recovery = options.recovery
     return {
         "format": FORMAT,
@@ -74,7 +74,7 @@ def settings(options: Options, reference: ModelReference) -> dict[str, Any]:
 
 
 def _check_points(options: Options, reference: ModelReference) -> None:
-    """Refuse a point that cannot be planned, and two that would be the same model."""
+    """Raise UserError for a point that cannot be planned, and for two that are the same model."""
     seen: dict[Any, str] = {}
     for point in options.points:
         try:
@@ -90,7 +90,7 @@ def _check_points(options: Options, reference: ModelReference) -> None:
 
 
 def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
-    """What a point keeps of each space; UserError if its method or budget cannot."""
+    """Return a key for what a point keeps; raise UserError if method or budget do not fit."""
     pruning = prune.STAGE.parse([options.model, "", *options.budget_words, *point.words])
     widths = check_budget(pruning.budget, reference.config, pruning.method)
     # Heads of all layers together are a finer measure than those of one.
@@ -99,7 +99,7 @@ def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
 
 
 def _check_space(options: Options, reference: ModelReference, world_size: int) -> None:
-    """Refuse a disk without room for the models that lie on it at one time."""
+    """Raise UserError if the disk lacks room for the models that lie on it at one time."""
     source = reference.source()
     parameters = sum(math.prod(source.info(name).shape) for name in source.names())
     recovered = 0 if options.recovery is None else STATES_OF_TRAINING * 4 * parameters

@@ -1,4 +1,4 @@
-"""The options of a sweep, and what of them goes on to `prune`, `calibrate` and `train`."""
+"""The options of a sweep, and the parts of them that `prune`, `calibrate` and `train` get."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,7 +47,7 @@ class Options:
     data: DataOptions = group(DataOptions, "calibration")
 
     def check(self) -> None:
-        """Raise UserError for options that are for something else, or contradict each other."""
+        """Raise UserError for options of a recovery without one, and overrides that it may not set."""
         if self.recover is None and (self.overrides or self.dense_continued):
             given = self.overrides[0] if self.overrides else "--dense-continued"
             raise UserError(f"{given} is for a recovery: give --recover RECIPE.toml")
@@ -61,12 +61,12 @@ class Options:
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
-        """The models to prune; raises UserError for words that make none."""
+        """The models to make, for each method, ratio and seed; raises UserError for a bad word."""
         return points(self.methods, self.ratios, self.budget.space, self.seeds)
 
     @property
     def names(self) -> list[str]:
-        """All that is measured, controls first, by the names of its files."""
+        """The names of all that is measured, as in file names, controls first."""
         controls = [DENSE, CONTINUED] if self.dense_continued else [DENSE]
         return [*controls, *(point.file_name for point in self.points)]
 
@@ -78,7 +78,7 @@ class Options:
 
     @property
     def budget_words(self) -> tuple[str, ...]:
-        """Options of `slimstate prune` for all points."""
+        """The options of `slimstate prune` that hold for all points."""
         return tuple(words(replace(self.budget, space=Budget.space)))
 
     @property
