@@ -47,7 +47,7 @@ class Options:
     data: DataOptions = group(DataOptions, "calibration")
 
     def check(self) -> None:
-        """Raise UserError for options of a recovery without one, and overrides that it may not set."""
+        """Raise UserError for options of a recovery without one, or overrides it may not set."""
         if self.recover is None and (self.overrides or self.dense_continued):
             given = self.overrides[0] if self.overrides else "--dense-continued"
             raise UserError(f"{given} is for a recovery: give --recover RECIPE.toml")
