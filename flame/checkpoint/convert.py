@@ -27,7 +27,7 @@ from flame.checkpoint.save import save_step
 from flame.checkpoint.source import Read, TensorInfo, total_bytes
 from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
 from flame.errors import UserError
-from flame.models.loading_note import write_loading_note
+from flame.models import write_loading_note
 from flame.process.atomic_output import replacing_folder
 from flame.process.progress import progress
 from flame.storage.json_file import write_object

@@ -2,16 +2,30 @@
 
 - `delta_net2`: DeltaNet whose short convolutions share their kernels.
 - `slim_delta_net`, `slim_gated_deltanet`: fla's DeltaNet and Gated DeltaNet with widths that differ
-  between layers and heads, which is what pruning with shared budgets makes (`widths.py`).
+  between layers and heads (`widths.py`), as pruning with shared budgets makes them.
 
 `import flame.register` registers them with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`;
 importing this package alone imports nothing else.
 """
 
 import importlib
+from pathlib import Path
 
 MODULES = ("delta_net2", "slim_delta_net", "slim_gated_deltanet")
-"""Modules with a `CLASSES` of (config, decoder, causal language model); named by `model_type`."""
+"""Modules named by their `model_type`; `CLASSES` in each is (config, decoder, causal model)."""
+
+NOTE = """# A model of family `{model_type}`
+
+The class of this model comes with slimstate; fla and transformers have none of this name. Load it
+by
+
+    import flame.register
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(".")
+
+Without the first line transformers refuses `model_type` in config.json.
+"""
 
 
 def register_classes() -> None:
@@ -23,3 +37,13 @@ def register_classes() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def write_loading_note(folder: Path, model_type: str) -> None:
+    """Write a README.md into an HF folder that says which import loads the model.
+
+    Nothing is written for other families' models, nor over a README.md that is there.
+    """
+    path = folder / "README.md"
+    if model_type in MODULES and not path.exists():
+        path.write_text(NOTE.format(model_type=model_type))

@@ -1,18 +1,24 @@
-"""Decoders of fla's making around token mixers of ours."""
+"""Decoder and causal language model shared by our families: fla's, with blocks of our own."""
 
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fla.models.generation_utils import FLAUnsupportedCacheGenerationMixin
-from fla.models.modeling_utils import FLAForCausalLM, FLAModel
+from fla.models.modeling_utils import FLAForCausalLM, FLAModel, FLAPreTrainedModel
 from fla.modules import RMSNorm
 from torch import nn
 
-from flame.models.loading_note import write_loading_note
+from flame.models import write_loading_note
 
 
-class Decoder(FLAModel):
-    """Embeddings, blocks, norm: fla's decoder with the blocks of `block_class`."""
+class _PreTrained(FLAPreTrainedModel):
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_cache_class = True
+
+
+class Decoder(_PreTrained, FLAModel):
+    """Embeddings, blocks of `block_class` and a final norm, without a language-modelling head."""
 
     block_class: ClassVar[type[nn.Module]]
 
@@ -33,8 +39,8 @@ class Decoder(FLAModel):
         self.post_init()
 
 
-class CausalLM(FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
-    """A decoder with a language-modelling head; folders it saves say how to load them."""
+class CausalLM(_PreTrained, FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
+    """A decoder with a language-modelling head."""
 
     decoder_class: ClassVar[type[Decoder]]
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
@@ -48,6 +54,21 @@ class CausalLM(FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder gets a README that says which import loads it."""
+        """Save as transformers does, and add a README that says which import loads the folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_loading_note(Path(save_directory), self.config.model_type)
+
+
+class MixerBlock(nn.Module):
+    """Put before fla's block among the bases: makes `attn` a `mixer_class` in recurrent layers.
+
+    The config's `layer_widths()` maps the number of each recurrent layer to its widths.
+    """
+
+    mixer_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        widths = config.layer_widths().get(layer_idx)
+        if widths is not None:
+            self.attn = self.mixer_class(config, layer_idx, widths)

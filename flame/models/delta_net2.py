@@ -1,9 +1,9 @@
 """`delta_net2`: DeltaNet whose short convolutions share their kernels.
 
-fla's `delta_net` has a kernel of its own for each channel of q, k and v. Here the channels of a
-head, or of a layer, share one. Then the convolution commutes with rotations of a head's channels,
-and with `qk_activation="identity"` and the L2 norm so does everything up to the state: the keys of
-a head can be projected on any subspace exactly (arXiv 2602.04852 studies such models).
+fla's `delta_net` has one kernel for each channel of q, k and v; here the channels of a head, or of a
+layer, share one. Such a convolution commutes with rotations of a head's channels. With
+`qk_activation="identity"` and the L2 norm everything up to the state does, so a head's keys can be
+projected on any subspace exactly (arXiv 2602.04852 studies such models).
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,9 @@ from typing import Any
 
 from fla.models.delta_net.configuration_delta_net import DeltaNetConfig
 from fla.models.delta_net.modeling_delta_net import DeltaNetBlock
-from fla.models.modeling_utils import FLAPreTrainedModel
 from torch import Tensor
 
-from flame.models.decoder import CausalLM, Decoder
+from flame.models.decoder import CausalLM, Decoder, MixerBlock
 from flame.models.shared_convolution import SHARINGS, SharedConvolution, Sharing, TokenShift
 from flame.models.slim_delta_net import SlimDeltaNetMixer
 from flame.models.widths import LayerWidths, delta_net_shape, recurrent_layers
@@ -24,16 +23,16 @@ class DeltaNet2Config(DeltaNetConfig):
     """fla's `DeltaNetConfig` and three options of the short convolutions.
 
     Args:
-        conv_sharing: what has one kernel for q, one for k, one for v: a `layer`, each `head`, or
-            each `channel`, as in fla's layer.
+        conv_sharing: which channels of q (and of k, and of v) share a kernel: those of the `layer`
+            or of a `head`; with `channel` none do, as in fla's layer.
         share_kv_conv: v goes through the convolution of k.
-        shift_only_conv: no learned kernel but a mix with the token before, of one learned weight
-            (`flame.models.shared_convolution.TokenShift`); `conv_size` has no meaning then.
-        options: of `DeltaNetConfig`; `qk_activation` may be silu, relu, elu or identity; v has
-            silu always.
+        shift_only_conv: convolve by a learned mix with the token before (`TokenShift`), not by a
+            learned kernel; `conv_size` is ignored then.
+        options: those of `DeltaNetConfig`. `qk_activation` may be silu, relu, elu or identity; the
+            activation of v is always silu.
 
     Raises:
-        ValueError: for values that do not fit together.
+        ValueError: an option is unknown, or two do not fit together.
     """
 
     model_type = "delta_net2"
@@ -50,6 +49,12 @@ class DeltaNet2Config(DeltaNetConfig):
         self.share_kv_conv, self.shift_only_conv = share_kv_conv, shift_only_conv
         _check(self)
 
+    def layer_widths(self) -> dict[int, LayerWidths]:
+        """The widths of each recurrent layer, the same in all of them, by layer number."""
+        shape = delta_net_shape(vars(self))
+        widths = LayerWidths((shape.key,) * shape.heads, shape.value)
+        return dict.fromkeys(recurrent_layers(vars(self)), widths)
+
 
 def _check(config: DeltaNet2Config) -> None:
     if config.conv_sharing not in SHARINGS:
@@ -63,7 +68,7 @@ def _check(config: DeltaNet2Config) -> None:
 
 
 class DeltaNet2Mixer(SlimDeltaNetMixer):
-    """fla's `DeltaNet` layer but for its convolutions."""
+    """fla's `DeltaNet` layer with convolutions that share their kernels."""
 
     def add_convolutions(self, config: DeltaNet2Config, rows: Mapping[str, int]) -> None:
         self.share_kv_conv = config.share_kv_conv
@@ -84,35 +89,20 @@ class DeltaNet2Mixer(SlimDeltaNetMixer):
         return getattr(self, f"{owner}_conv1d")(x, activation, cache, **options)
 
 
-class DeltaNet2Block(DeltaNetBlock):
-    """fla's block; a recurrent layer's mixer is ours."""
-
-    def __init__(self, config: DeltaNet2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if layer_idx in recurrent_layers(vars(config)):
-            shape = delta_net_shape(vars(config))
-            widths = LayerWidths((shape.key,) * shape.heads, shape.value)
-            self.attn = DeltaNet2Mixer(config, layer_idx, widths)
+class DeltaNet2Block(MixerBlock, DeltaNetBlock):
+    mixer_class = DeltaNet2Mixer
 
 
-class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
+class DeltaNet2Model(Decoder):
     config_class = DeltaNet2Config
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DeltaNet2Block"]
-    _supports_cache_class = True
-
-
-class DeltaNet2Model(DeltaNet2PreTrainedModel, Decoder):
-    """The decoder without a head."""
-
     block_class = DeltaNet2Block
+    _no_split_modules = ["DeltaNet2Block"]
 
 
-class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, CausalLM):
-    """The causal language model."""
-
+class DeltaNet2ForCausalLM(CausalLM):
+    config_class = DeltaNet2Config
     decoder_class = DeltaNet2Model
+    _no_split_modules = ["DeltaNet2Block"]
 
 
 CLASSES = (DeltaNet2Config, DeltaNet2Model, DeltaNet2ForCausalLM)

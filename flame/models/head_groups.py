@@ -1,6 +1,6 @@
-"""Heads of equal key width, gathered so that one call of the delta rule serves them all.
+"""Gathering the heads of equal key width, so that one call of the delta rule takes them all.
 
-T tokens in B rows, H key heads of key widths K_h, each with G value heads of width V.
+B rows of T tokens; H key heads of key widths K_h, each with G value heads of width V.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 HeadGroup = tuple[int, ...]
-"""Indices of the key heads that share a call, increasing."""
+"""Indices of the key heads that share a call, in increasing order."""
 
 
 def head_groups(keys: Sequence[int]) -> list[HeadGroup]:
-    """The key heads by key width, the narrowest first."""
+    """Group the key heads by key width, the narrowest group first.
+
+    Args:
+        keys: the key width of each head.
+    """
     return [
         tuple(head for head, key in enumerate(keys) if key == width) for width in sorted(set(keys))
     ]
@@ -23,7 +27,7 @@ def head_groups(keys: Sequence[int]) -> list[HeadGroup]:
 def gather_keys(
     x: Float[Tensor, "B T rows"], keys: Sequence[int], groups: Sequence[HeadGroup]
 ) -> list[Float[Tensor, "B T heads K"]]:
-    """Rows of q or k, the heads one after another, as one tensor for each group."""
+    """Split q or k, whose last dimension holds the heads in turn, into a tensor for each group."""
     if len(groups) == 1:
         return [x.unflatten(-1, (len(keys), keys[0]))]
     heads = x.split(list(keys), dim=-1)
@@ -31,7 +35,7 @@ def gather_keys(
 
 
 def gather_heads(x: Tensor, dim: int, count: int, groups: Sequence[HeadGroup]) -> list[Tensor]:
-    """Split `dim` of x, the value heads of `count` key heads, into one tensor for each group."""
+    """Split dimension `dim` of x, the value heads of `count` key heads, by group."""
     if len(groups) == 1:
         return [x]
     dim %= x.ndim
@@ -42,7 +46,7 @@ def gather_heads(x: Tensor, dim: int, count: int, groups: Sequence[HeadGroup]) -
 def merge_heads(
     parts: Sequence[Float[Tensor, "B T heads V"]], groups: Sequence[HeadGroup]
 ) -> Float[Tensor, "B T HG V"]:
-    """The outputs of the groups' value heads in the order of the heads."""
+    """Put the groups' value heads back into the order of the heads; undoes `gather_heads`."""
     if len(groups) == 1:
         return parts[0]
     heads = {

@@ -1,10 +1,11 @@
-"""What our token mixers have in common: one delta-rule call for each distinct key width.
+"""The base of our token mixers: one delta-rule call for each distinct key width.
 
-The tensors have the names and the order of rows of fla's layers, so that pruning writes them by
-slicing. Heads of equal key width share a call; a layer whose heads all agree makes the one call of
-fla's layer, on the same tensors. The cached state of a layer with several widths is a tuple with
-one tensor for each, the narrowest first: as many bytes as the widths say, and fla's cache reorders,
-repeats and selects it like any other.
+Parameters have the names and the row order of fla's layers, so pruning makes them by slicing. Heads
+of equal key width share a call; if all heads agree, the layer makes the one call of fla's layer on
+the same tensors. If they do not, the cached state is a tuple of one tensor per width, the narrowest
+first; fla's cache reorders, repeats and selects such a tuple as it does a tensor.
+
+B rows of T tokens; H key heads, each with G value heads of width V.
 """
 
 from abc import abstractmethod
@@ -25,14 +26,14 @@ from torch import Tensor, nn
 from flame.models.head_groups import gather_heads, gather_keys, head_groups, merge_heads
 from flame.models.widths import KERNEL_WIDTHS, LayerWidths
 
-SHORT = 64
-"""Tokens up to which fla's layers take the recurrent operator."""
+RECURRENT_TOKENS = 64
+"""fla's layers run the recurrent operator on inputs of at most this many tokens."""
 
 State: TypeAlias = Tensor | tuple[Tensor, ...] | None
 
 
-class Mixer(nn.Module):
-    """A delta-rule layer whose key heads have key widths of their own."""
+class DeltaRuleMixer(nn.Module):
+    """A delta-rule layer with a key width for each key head; subclasses say which rule it runs."""
 
     def __init__(self, config: Any, layer_idx: int, widths: LayerWidths) -> None:
         super().__init__()
@@ -61,14 +62,14 @@ class Mixer(nn.Module):
 
     @property
     def heads_of_calls(self) -> list[tuple[int, ...]]:
-        """The value heads of each call of the delta rule, in order; empty if one serves all."""
+        """The value heads that each call of the delta rule takes; empty if one call takes all."""
         if len(self.groups) == 1:
             return []
         size = self.widths.group
         return [tuple(h * size + i for h in group for i in range(size)) for group in self.groups]
 
     def add_convolutions(self, config: Any, rows: Mapping[str, int]) -> None:
-        """Make the convolutions of q, k and v, which have so many channels."""
+        """Make the convolutions of q, k and v; `rows` gives the channels of each."""
         for name, size in rows.items():
             activation = self.convolution_activation(name)
             convolution = ShortConvolution(size, config.conv_size, activation=activation)
@@ -77,7 +78,16 @@ class Mixer(nn.Module):
     def convolve(
         self, name: str, x: Float[Tensor, "B T rows"], cache: Tensor | None, **options: Any
     ) -> tuple[Float[Tensor, "B T rows"], Tensor | None]:
-        """Convolve q, k or v and apply `convolution_activation`; also the state, if asked for."""
+        """Convolve q, k or v and apply `convolution_activation`.
+
+        Args:
+            name: `q`, `k` or `v`.
+            cache: the convolution's state, or None.
+            options: `output_final_state` and `cu_seqlens`.
+
+        Returns:
+            The result, and the new state if `output_final_state` (else None).
+        """
         return getattr(self, f"{name}_conv1d")(x=x, cache=cache, **options)
 
     def gated_norm(self, config: Any) -> nn.Module:
@@ -86,29 +96,37 @@ class Mixer(nn.Module):
 
     @abstractmethod
     def add_gates(self, config: Any) -> None:
-        """Make the parameters of the writing strength and, where there is one, the decay."""
+        """Make the parameters of beta and, for a gated rule, of the decay."""
 
     @abstractmethod
     def convolution_activation(self, name: str) -> str | None:
-        """The activation after the convolution of q, k or v."""
+        """The activation that the convolution of `q`, `k` or `v` applies, or None."""
 
     @abstractmethod
     def activate(self, name: str, x: Tensor) -> Tensor:
-        """Apply to q, k or v what their convolution, if there is one, leaves to do."""
+        """Apply the activation that the convolution of `q`, `k` or `v` has not applied."""
 
     @abstractmethod
     def gates(self, x: Float[Tensor, "B T hidden"]) -> Mapping[str, Tensor]:
-        """Arguments of the operator that have one entry a value head, in the last dimension."""
+        """The operator's arguments with one entry a value head, which is their last dimension."""
 
     @abstractmethod
     def operate(
         self, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
     ) -> tuple[Float[Tensor, "B T HG V"], Tensor | None]:
-        """Call the delta rule on heads of one key width."""
+        """Run the delta rule on heads of one key width.
+
+        Args:
+            recurrent: take the operator that goes token by token, not the chunked one.
+            arguments: the group's `gates`, `initial_state`, `output_final_state`, `cu_seqlens`.
+
+        Returns:
+            Outputs of the group's value heads, and its final state if asked for.
+        """
 
     @abstractmethod
     def takes_steps(self, length: int) -> bool:
-        """Whether fla's layer would take the recurrent operator for so many tokens."""
+        """Whether fla's layer would run the recurrent operator on `length` tokens."""
 
     def forward(
         self,
@@ -119,14 +137,14 @@ class Mixer(nn.Module):
         output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T hidden"], None, Any]:
-        """Mix tokens; arguments and results as of fla's layers.
+        """Mix tokens. Arguments and results are those of fla's layers.
 
         Args:
-            attention_mask: [B, T], 0 for padding.
-            kwargs: `cu_seqlens`, boundaries of packed documents in one row.
+            attention_mask: `[B, T]`, 0 for padding.
+            kwargs: `cu_seqlens`, the boundaries of documents packed in one row.
 
         Raises:
-            ValueError: the mask has another form, or CUDA kernels do not take a key width.
+            ValueError: the mask has another shape, or a key width does not fit the CUDA kernels.
         """
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("attention_mask must be [batch, tokens], 0 for padding")
@@ -149,7 +167,7 @@ class Mixer(nn.Module):
     def _inputs(
         self, x: Tensor, state: Sequence[Tensor] | None, options: Mapping[str, Any]
     ) -> tuple[list[Float[Tensor, "B T rows"]], tuple[Tensor | None, ...] | None]:
-        """q, k and v after convolution and activation, and the convolutions' states."""
+        """Return q, k and v after convolution and activation, and the convolutions' states."""
         found = [getattr(self, f"{name}_proj")(x) for name in "qkv"]
         states = None
         if self.use_short_conv:
@@ -163,7 +181,7 @@ class Mixer(nn.Module):
     def _mix(
         self, recurrent: bool, x: Tensor, inputs: list[Tensor], state: State, options: Any
     ) -> tuple[Float[Tensor, "B T HG V"], State]:
-        """Outputs of all value heads, and the new state."""
+        """Return the outputs of all value heads, and the new state."""
         heads, groups = self.widths.heads, self.groups
         q, k = (gather_keys(rows, self.widths.keys, groups) for rows in inputs[:2])
         values = inputs[2].unflatten(-1, (self.widths.value_heads, self.widths.value))
@@ -204,6 +222,6 @@ class Mixer(nn.Module):
 
 
 def _joined(states: Sequence[Tensor | None]) -> State:
-    """The states of the groups as fla's cache takes them; None without."""
+    """The groups' states as fla's cache keeps them: a tensor, a tuple, or None."""
     found = tuple(state for state in states if state is not None)
     return None if not found else found[0] if len(states) == 1 else found

@@ -1,7 +1,7 @@
 """Short depthwise convolutions whose channels share their kernels.
 
-Where all channels of a head have the same kernel, the convolution commutes with every linear map of
-the head's channels: so a rotation of keys may be moved from behind it into the projection.
+If all channels of a head have one kernel, the convolution commutes with every linear map of the
+head's channels, so a rotation of the keys can be moved from behind it into the projection.
 """
 
 import math
@@ -17,10 +17,11 @@ SHARINGS: tuple[Sharing, ...] = ("layer", "head", "channel")
 
 
 class SharedConvolution(nn.Module):
-    """`kernels` causal kernels of `width` taps, each for an equal share of the channels in a row.
+    """A causal convolution with `kernels` kernels of `width` taps for any number of channels.
 
-    The weight is [kernels, 1, width], the last tap for the token itself. The number of channels is
-    the input's, so that k and v may go through the same convolution.
+    Each kernel serves an equal share of neighbouring channels. The number of channels is the
+    input's, so k and v can go through one convolution. The weight is `[kernels, 1, width]`; its
+    last tap multiplies the token itself.
     """
 
     def __init__(self, kernels: int, width: int) -> None:
@@ -29,12 +30,12 @@ class SharedConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within ±1/√width, torch's default for a depthwise convolution."""
+        """Draw the weight uniformly from ±1/√width, as torch does for a depthwise convolution."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
     def taps(self) -> Float[Tensor, "kernels W"]:
-        """The kernels as they are applied."""
+        """The kernels, oldest token first."""
         return self.weight.squeeze(1)
 
     def forward(
@@ -48,9 +49,12 @@ class SharedConvolution(nn.Module):
         """Convolve along T and apply `activation` (`silu` or None).
 
         Args:
-            cache: the last W inputs of each document; a single token without gradients updates it
-                in place.
-            cu_seqlens: boundaries of packed documents (B = 1).
+            cache: the last W inputs of each of N documents. It is updated in place if each document
+                has one token and no gradient is recorded.
+            cu_seqlens: boundaries of documents packed in one row (B = 1).
+
+        Returns:
+            The outputs, and the new cache if `output_final_state` or the update was in place.
         """
         taps = self.taps()
         weight = taps.repeat_interleave(x.shape[-1] // taps.shape[0], 0)
@@ -69,20 +73,20 @@ class SharedConvolution(nn.Module):
 
 
 class TokenShift(SharedConvolution):
-    """A mix of each token with the one before it: `y_t = (1 − μ) x_t + μ x_{t−1}`.
+    """Mixes each token with the one before it: `y_t = (1 − μ) x_t + μ x_{t−1}`.
 
-    It stands in for the learned kernel: one number μ for each share of the channels and no other
-    weights, 1/2 at first and free to leave [0, 1]. The weight is [kernels, 1, 1].
+    Each share of the channels has one learned μ, the only weight (`[kernels, 1, 1]`). It starts at
+    1/2 and may leave [0, 1].
     """
 
     def __init__(self, kernels: int) -> None:
         super().__init__(kernels, 1)
 
     def reset_parameters(self) -> None:
-        """Equal parts of both tokens."""
+        """Set every μ to 1/2."""
         nn.init.constant_(self.weight, 0.5)
 
     def taps(self) -> Float[Tensor, "kernels 2"]:
-        """(μ, 1 − μ)."""
+        """The kernels `(μ, 1 − μ)`."""
         shift = self.weight.squeeze(1)
         return torch.cat([shift, 1 - shift], dim=1)

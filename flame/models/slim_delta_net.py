@@ -7,19 +7,18 @@ import torch.nn.functional as F
 from fla.layers import delta_net as fla_layer
 from fla.models.delta_net.configuration_delta_net import DeltaNetConfig
 from fla.models.delta_net.modeling_delta_net import DeltaNetBlock
-from fla.models.modeling_utils import FLAPreTrainedModel
 from torch import Tensor, nn
 
-from flame.models.decoder import CausalLM, Decoder
-from flame.models.mixer import SHORT, Mixer
+from flame.models.decoder import CausalLM, Decoder, MixerBlock
+from flame.models.mixer import RECURRENT_TOKENS, DeltaRuleMixer
 from flame.models.widths import LayerWidths, layer_widths
 
 
 class SlimDeltaNetConfig(DeltaNetConfig):
     """The dense model's `DeltaNetConfig` and `widths` (see `flame.models.widths`).
 
-    On CUDA fla's kernels need key widths from 16 to 256; a layer that has another says so when it
-    runs there.
+    fla's CUDA kernels take key widths from 16 to 256; a layer with another one raises ValueError
+    when it runs on CUDA.
     """
 
     model_type = "slim_delta_net"
@@ -30,12 +29,16 @@ class SlimDeltaNetConfig(DeltaNetConfig):
         self.layer_widths()
 
     def layer_widths(self) -> dict[int, LayerWidths]:
-        """The widths of each recurrent layer; ValueError where `widths` is none."""
+        """The widths of each recurrent layer, by number; ValueError if `widths` is malformed."""
         return layer_widths({**vars(self), "model_type": self.model_type})
 
 
-class SlimDeltaNetMixer(Mixer):
-    """fla's `DeltaNet` layer; the operators are looked up where that layer looks them up."""
+class SlimDeltaNetMixer(DeltaRuleMixer):
+    """fla's `DeltaNet` layer with a key width for each head.
+
+    It calls the operators by the names in fla's module, so that whoever replaces one there (a tap,
+    the CPU path) reaches this layer too.
+    """
 
     def add_gates(self, config: Any) -> None:
         self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
@@ -70,37 +73,23 @@ class SlimDeltaNetMixer(Mixer):
         return rule(q=q, k=k, v=v, use_qk_l2norm_in_kernel=self.qk_norm == "l2", **arguments)
 
     def takes_steps(self, length: int) -> bool:
-        return length <= SHORT or self.mode == "fused_recurrent"
+        return length <= RECURRENT_TOKENS or self.mode == "fused_recurrent"
 
 
-class SlimDeltaNetBlock(DeltaNetBlock):
-    """fla's block; a recurrent layer's mixer is ours."""
-
-    def __init__(self, config: SlimDeltaNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        widths = config.layer_widths().get(layer_idx)
-        if widths is not None:
-            self.attn = SlimDeltaNetMixer(config, layer_idx, widths)
+class SlimDeltaNetBlock(MixerBlock, DeltaNetBlock):
+    mixer_class = SlimDeltaNetMixer
 
 
-class SlimDeltaNetPreTrainedModel(FLAPreTrainedModel):
+class SlimDeltaNetModel(Decoder):
     config_class = SlimDeltaNetConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SlimDeltaNetBlock"]
-    _supports_cache_class = True
-
-
-class SlimDeltaNetModel(SlimDeltaNetPreTrainedModel, Decoder):
-    """The decoder without a head."""
-
     block_class = SlimDeltaNetBlock
+    _no_split_modules = ["SlimDeltaNetBlock"]
 
 
-class SlimDeltaNetForCausalLM(SlimDeltaNetPreTrainedModel, CausalLM):
-    """The causal language model."""
-
+class SlimDeltaNetForCausalLM(CausalLM):
+    config_class = SlimDeltaNetConfig
     decoder_class = SlimDeltaNetModel
+    _no_split_modules = ["SlimDeltaNetBlock"]
 
 
 CLASSES = (SlimDeltaNetConfig, SlimDeltaNetModel, SlimDeltaNetForCausalLM)

@@ -9,20 +9,19 @@ import torch.nn.functional as F
 from fla.layers import gated_deltanet as fla_layer
 from fla.models.gated_deltanet.configuration_gated_deltanet import GatedDeltaNetConfig
 from fla.models.gated_deltanet.modeling_gated_deltanet import GatedDeltaNetBlock
-from fla.models.modeling_utils import FLAPreTrainedModel
 from fla.modules import FusedRMSNormGated
 from torch import Tensor, nn
 
-from flame.models.decoder import CausalLM, Decoder
-from flame.models.mixer import SHORT, Mixer
+from flame.models.decoder import CausalLM, Decoder, MixerBlock
+from flame.models.mixer import RECURRENT_TOKENS, DeltaRuleMixer
 from flame.models.widths import LayerWidths, layer_widths
 
 
 class SlimGatedDeltaNetConfig(GatedDeltaNetConfig):
     """The dense model's `GatedDeltaNetConfig` and `widths` (see `flame.models.widths`).
 
-    On CUDA fla's kernels need key widths from 16 to 256; a layer that has another says so when it
-    runs there.
+    fla's CUDA kernels take key widths from 16 to 256; a layer with another one raises ValueError
+    when it runs on CUDA.
     """
 
     model_type = "slim_gated_deltanet"
@@ -33,12 +32,16 @@ class SlimGatedDeltaNetConfig(GatedDeltaNetConfig):
         self.layer_widths()
 
     def layer_widths(self) -> dict[int, LayerWidths]:
-        """The widths of each recurrent layer; ValueError where `widths` is none."""
+        """The widths of each recurrent layer, by number; ValueError if `widths` is malformed."""
         return layer_widths({**vars(self), "model_type": self.model_type})
 
 
-class SlimGatedDeltaNetMixer(Mixer):
-    """fla's `GatedDeltaNet` layer; the operators are looked up where that layer looks them up."""
+class SlimGatedDeltaNetMixer(DeltaRuleMixer):
+    """fla's `GatedDeltaNet` layer with a key width for each head.
+
+    It calls the operators by the names in fla's module, so that whoever replaces one there (a tap,
+    the CPU path) reaches this layer too.
+    """
 
     def add_gates(self, config: Any) -> None:
         heads = self.widths.value_heads
@@ -46,13 +49,16 @@ class SlimGatedDeltaNetMixer(Mixer):
         self.b_proj = nn.Linear(self.hidden_size, heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.initialise_decay()
+        self.reset_parameters()
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True
 
     @torch.no_grad()
-    def initialise_decay(self) -> None:
-        """As Mamba-2: exp(A_log) uniform in (0, 16), softplus(dt_bias) log-uniform in 1e-3..0.1."""
+    def reset_parameters(self) -> None:
+        """Draw the decay as Mamba-2 does; what a checkpoint has filled, or is on meta, stays.
+
+        exp(A_log) is uniform in (0, 16), softplus(dt_bias) log-uniform in 1e-3..0.1.
+        """
         if self.A_log.is_meta:
             return
         if not getattr(self.A_log, "_is_hf_initialized", False):
@@ -101,42 +107,23 @@ class SlimGatedDeltaNetMixer(Mixer):
     def takes_steps(self, length: int) -> bool:
         if torch.is_grad_enabled() or self.training:
             return False
-        return length <= SHORT or self.mode == "fused_recurrent"
+        return length <= RECURRENT_TOKENS or self.mode == "fused_recurrent"
 
 
-class SlimGatedDeltaNetBlock(GatedDeltaNetBlock):
-    """fla's block; a recurrent layer's mixer is ours."""
-
-    def __init__(self, config: SlimGatedDeltaNetConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        widths = config.layer_widths().get(layer_idx)
-        if widths is not None:
-            self.attn = SlimGatedDeltaNetMixer(config, layer_idx, widths)
+class SlimGatedDeltaNetBlock(MixerBlock, GatedDeltaNetBlock):
+    mixer_class = SlimGatedDeltaNetMixer
 
 
-class SlimGatedDeltaNetPreTrainedModel(FLAPreTrainedModel):
+class SlimGatedDeltaNetModel(Decoder):
     config_class = SlimGatedDeltaNetConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SlimGatedDeltaNetBlock"]
-    _supports_cache_class = True
-
-    def _init_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if isinstance(module, SlimGatedDeltaNetMixer):
-            module.initialise_decay()
-        super()._init_weights(module, *args, **kwargs)
-
-
-class SlimGatedDeltaNetModel(SlimGatedDeltaNetPreTrainedModel, Decoder):
-    """The decoder without a head."""
-
     block_class = SlimGatedDeltaNetBlock
+    _no_split_modules = ["SlimGatedDeltaNetBlock"]
 
 
-class SlimGatedDeltaNetForCausalLM(SlimGatedDeltaNetPreTrainedModel, CausalLM):
-    """The causal language model."""
-
+class SlimGatedDeltaNetForCausalLM(CausalLM):
+    config_class = SlimGatedDeltaNetConfig
     decoder_class = SlimGatedDeltaNetModel
+    _no_split_modules = ["SlimGatedDeltaNetBlock"]
 
 
 CLASSES = (SlimGatedDeltaNetConfig, SlimGatedDeltaNetModel, SlimGatedDeltaNetForCausalLM)
