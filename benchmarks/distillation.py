@@ -185,7 +185,7 @@ def random_problem(vocabulary: int, tokens: int, width: int) -> Problem:
 
 
 def peak_row(vocabulary: int, tokens: int, width: int, limit: float) -> dict[str, object]:
-    from flame.training.chunked_loss import LOGITS_AT_A_TIME
+    from flame.training.losses import LOGITS_AT_A_TIME
     from launch.speed.peak_memory import peak_bytes
 
     problem = random_problem(vocabulary, tokens, width)
@@ -206,7 +206,7 @@ def peak_row(vocabulary: int, tokens: int, width: int, limit: float) -> dict[str
 
 
 def chunked_step(problem: Problem) -> None:
-    from flame.training.chunked_loss import Mix, Projection, chunked_losses
+    from flame.training.losses import Mix, Projection, chunked_losses
 
     told = (problem.teacher_states, Projection(problem.teacher_weight))
     total, _, _ = chunked_losses(

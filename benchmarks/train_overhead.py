@@ -119,7 +119,7 @@ def medians(clocks: dict[str, Clock], steps: int) -> dict[str, float]:
 
 def loops(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     """Both loops, each as a function of the number of steps."""
-    from flame.process.stopping import StopSignals
+    from flame.process.stop_signals import StopSignals
     from flame.training.trainer import Trainer
 
     job = demo_job(options, folder)

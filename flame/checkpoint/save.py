@@ -31,7 +31,7 @@ from flame.checkpoint.source import Read
 from flame.checkpoint.steps import TEMPORARY, delete, step_folder
 from flame.errors import UserError
 from flame.process.peers import Peers, raise_cause
-from flame.process.swap import exchange
+from flame.process.atomic_output import swap
 from flame.storage.checksums import METADATA, HashingFile, hash_bytes, write_checksums, write_file
 
 
@@ -194,7 +194,7 @@ def _publish(temporary: Path, final: Path) -> None:
         _sync_folder(temporary)
         if not final.exists():
             os.rename(temporary, final)
-        elif exchange(temporary, final):
+        elif swap(temporary, final):
             shutil.rmtree(temporary)
         else:
             delete(final)

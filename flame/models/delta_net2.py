@@ -1,7 +1,7 @@
 """`delta_net2`: DeltaNet whose short convolutions share their kernels.
 
-fla's `delta_net` has one kernel for each channel of q, k and v; here the channels of a head, or of a
-layer, share one. Such a convolution commutes with rotations of a head's channels. With
+fla's `delta_net` has one kernel for each channel of q, k and v; here the channels of a head or of
+a layer share one. Such a convolution commutes with rotations of a head's channels. With
 `qk_activation="identity"` and the L2 norm everything up to the state does, so a head's keys can be
 projected on any subspace exactly (arXiv 2602.04852 studies such models).
 """

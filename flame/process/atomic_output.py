@@ -1,10 +1,11 @@
 """Writing outputs whole or not at all.
 
-An output is written to a hidden sibling and renamed when it is complete, so that a reader never
-meets half of it. A lock beside the output refuses a second writer; it is the kernel's, so it dies
-with the process that holds it, and what a killed writer left behind is removed by the next one.
+An output is written to a hidden sibling and renamed when it is complete, so a reader never meets
+half of it. A lock beside the output refuses a second writer. The kernel holds the lock and drops it
+when the process dies; the next writer removes what a killed one left behind.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -15,16 +16,16 @@ from pathlib import Path
 from typing import TextIO
 
 from flame.errors import UserError
-from flame.process.swap import exchange
+
+_AT_WORKING_DIRECTORY, _EXCHANGE = -100, 2  # of renameat2(2)
 
 
 def check_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
-    """Refuse an output that cannot or must not be written.
+    """Raise UserError if the file or folder `path` cannot or must not be written.
 
     Args:
-        path: the file or folder to be written.
-        overwrite: an existing output is allowed, and will be replaced.
-        inside: a folder that the output must not lie in or equal (the source model's).
+        overwrite: `path` may exist; it will be replaced.
+        inside: a folder that must not contain `path` or be `path`: the source model's.
     """
     path = Path(path)
     if inside is not None and _is_within(path, inside):
@@ -39,7 +40,7 @@ def check_output(path: Path, overwrite: bool = False, inside: Path | None = None
 
 
 def check_file_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
-    """`check_output` for a file: a folder of that name is refused, `overwrite` or not."""
+    """`check_output` for a file; a folder of that name raises UserError even with `overwrite`."""
     if Path(path).is_dir():
         raise UserError(f"output {path} is a folder: give the name of a file")
     check_output(path, overwrite, inside)
@@ -50,7 +51,8 @@ def replacing_folder(path: Path, overwrite: bool = False, locked: bool = False) 
     """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
 
     Args:
-        locked: the caller holds `writer_lock(path)`, for several writes or for what comes before.
+        overwrite: replace an existing `path`; without it one raises UserError.
+        locked: the caller holds `writer_lock(path)` already.
     """
     path = Path(path).absolute()
     check_output(path, overwrite)
@@ -70,7 +72,10 @@ def replacing_folder(path: Path, overwrite: bool = False, locked: bool = False) 
 
 @contextmanager
 def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling file name that becomes `path` when the block ends without error."""
+    """Yield a temporary sibling file name that becomes `path` when the block ends without error.
+
+    An existing `path` raises UserError unless `overwrite`.
+    """
     path = Path(path).absolute()
     check_file_output(path, overwrite)
     with writer_lock(path):
@@ -85,7 +90,7 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """Make the folder `path` to write in; a new one is removed if the block ends with an error."""
+    """Make the folder `path` and its parents; if it is new, an error in the block removes it."""
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -98,10 +103,10 @@ def made_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing_files(folder: Path, first: str, last: str) -> Iterator[Path]:
-    """Yield a folder for new files; when the block ends without an error they move into `folder`.
+    """Yield a folder for new files, which move into `folder` when the block ends without an error.
 
-    Each takes the place of its older namesake in one instant, `first` before the others and `last`
-    after them. Call it under a lock: what a killed caller left behind is removed.
+    Each file replaces its older namesake atomically: the one named `first` before the others, the
+    one named `last` after them. Call it under a lock: leftovers of a killed caller are removed.
     """
     new = Path(folder) / ".new"
     _remove(new)
@@ -120,14 +125,15 @@ def replacing_files(folder: Path, first: str, last: str) -> Iterator[Path]:
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the lock beside `path`; a second job that asks for it is refused.
+    """Hold the lock beside `path`, making the folders that it lies in; empty ones go at the end.
 
-    Folders that `path` lies in are made, and go again if they are empty at the end. That the disk
-    is full becomes a UserError.
+    Raises:
+        UserError: another process holds the lock, or an error in the block says that the disk is
+            full.
     """
     path = Path(path).absolute()
     lock_path = path.parent / f".{path.name}.lock"
-    with _parents_of(path), _created(lock_path, path) as lock:
+    with _opened(lock_path, path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A writer that ended just now may have removed the file that was opened here.
@@ -149,46 +155,49 @@ def writer_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _parents_of(path: Path) -> Iterator[None]:
+def _opened(lock_path: Path, path: Path) -> Iterator[TextIO]:
+    """Open the lock file, making the folders of `path`; remove new ones that end up empty."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        _make_folder(path.parent, path)
-        yield
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(lock_path, "a")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        with lock:
+            yield lock
     finally:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
 
 
-def _make_folder(folder: Path, path: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _created(lock_path: Path, path: Path) -> TextIO:
-    try:
-        return open(lock_path, "a")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
 def _says_disk_is_full(error: BaseException) -> bool:
-    """Whether `error` is the system's, or that of a library in Rust, which only quotes it."""
+    """Whether `error` is ENOSPC or EDQUOT, or a library's in Rust that quotes ENOSPC."""
     quoted = f"os error {errno.ENOSPC}" in str(error)
     return quoted or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def swap(one: Path, other: Path) -> bool:
+    """Exchange two names atomically by renameat2(2); return False if the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    first, second = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    here = _AT_WORKING_DIRECTORY
+    return renameat2(here, first, here, second, _EXCHANGE) == 0
 
 
 def _replace(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`, and remove the old `path`.
 
-    At every moment one of them is there, but on systems that cannot swap names: the old one is kept
-    aside there, for `_restore_old`, until the new one is in place.
+    One of them exists at every moment if the system can swap names. If not, the old one is kept
+    aside for `_restore_old` until the new one is in place.
     """
     old = path.parent / f".{path.name}.old"
     _remove(old)
-    if path.exists() and exchange(temporary, path):
+    if path.exists() and swap(temporary, path):
         return _remove(temporary)
     if path.exists():
         os.rename(path, old)
@@ -221,6 +230,5 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    # access(2) says yes to root even where a file system is mounted read-only or a mode forbids
-    # others, so the mode's write bits are looked at too.
+    # access(2) allows root everything, even on a read-only mount, so the mode's bits count too.
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)

@@ -1,7 +1,7 @@
 """The process group, the device and the data-parallel mesh that every stage runs on.
 
-One code path serves one process, several gloo processes on CPU, and NCCL on GPUs: the device is
-chosen from what the machine has, and the model is wrapped by FSDP2 on a mesh of any size, 1 too.
+One code path serves one process, several gloo processes on CPUs, and NCCL on GPUs: the machine
+decides the device, and FSDP2 wraps the model on a mesh of any size, 1 included.
 """
 
 import os
@@ -20,7 +20,7 @@ from flame.process.environment import free_port
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 RANK_ZERO_WORKS = timedelta(hours=12)
-"""Timeout of stages in which the other ranks wait for the one that reads or writes a model."""
+"""Timeout of stages whose other ranks wait while rank 0 reads or writes a model."""
 
 
 def device_type() -> str:
@@ -47,10 +47,13 @@ def local_device() -> torch.device:
 
 @contextmanager
 def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
-    """Initialise the default process group, and destroy it at the end; a running one is used as is.
+    """Initialise the default process group and destroy it at the end; keep one that is there.
 
-    Reads torchrun's environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`);
-    without one, this process is a job of its own.
+    Reads torchrun's environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`).
+    Without it this process is a job of its own.
+
+    Raises:
+        UserError: the node has fewer CUDA devices than processes.
     """
     if dist.is_initialized():
         yield
@@ -78,8 +81,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def data_parallel_mesh() -> DeviceMesh:
@@ -87,27 +90,27 @@ def data_parallel_mesh() -> DeviceMesh:
     return init_device_mesh(device_type(), (world_size(),), mesh_dim_names=("world",))
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank."""
-    if world_size() == 1:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the `value` of every rank of `group` (default: all), in rank order. Collective."""
+    if world_size(group) == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    gathered: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
-    if world_size() == 1:
+def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Return the `value` of the first rank of `group` (default: all). Collective."""
+    if world_size(group) == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, group=group, group_src=0)
     return values[0]
 
 
 def barrier() -> None:
-    if world_size() > 1:
-        gather_objects(None)
+    """Wait for all ranks."""
+    gather_objects(None)
 
 
 def _fill_environment() -> None:
@@ -125,11 +128,11 @@ def _fill_environment() -> None:
 
 
 def _store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Where the processes meet, this one's rank, and their number.
+    """Return the store in which the processes meet, this one's rank, and their number.
 
-    torchrun keeps its store when it starts the processes again, and with it the addresses of the
-    dead, where the living would wait for them; so each start on one node has its own keys. Several
-    nodes count their starts differently: there the launcher asks torchrun for fresh stores.
+    torchrun keeps its store when it restarts the processes. It still holds the addresses of the
+    dead, for which the living would wait, so on one node each start has its own keys. Nodes count
+    their starts separately, so for several nodes the launcher asks torchrun for fresh stores.
     """
     store, number, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)

@@ -7,14 +7,14 @@ import warnings
 
 _OURS = ("flame", "pruning", "kernels", "launch")
 _TITAN = ("step:", "Model ")
-"""How the lines of torchtitan begin that a user asks for; it logs to the root logger."""
+"""How torchtitan's lines worth showing begin; it logs to the root logger."""
 
 _EXPECTED = ("torch.distributed is already initialized",)
-"""Warnings about what this project does on purpose."""
+"""How warnings begin that are about what this project does on purpose."""
 
 
 class _Worthwhile(logging.Filter):
-    """Warnings of everyone; information of this project, and torchtitan's progress."""
+    """Passes all warnings but expected ones, this project's information, torchtitan's progress."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -26,7 +26,7 @@ class _Worthwhile(logging.Filter):
 
 
 def configure() -> None:
-    """Send log lines to stdout: all of rank 0, warnings of other ranks. Stages call it."""
+    """Send rank 0's log lines, and other ranks' warnings, to stdout. Only stages call it."""
     # The losses are taken from the model's last hidden states, which nothing changes in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     root = logging.getLogger()

@@ -1,40 +1,36 @@
-"""The processes that save or load together, and one fate for all of them."""
+"""Processes that work on one thing together: an error of one is raised on all."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flame.errors import UserError, first_line
+from flame.process.distributed import from_rank_zero, gather_objects
 
 T = TypeVar("T")
 
 
 class Peers:
-    """A process group, or one process by itself (`alone`, or no group was initialised)."""
+    """The ranks of a process group (default: all), or this process by itself.
+
+    It is by itself if `alone` is set or no process group was initialised. Methods are collective.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
-        self.alone = alone or not (dist.is_available() and dist.is_initialized())
+        self.alone = alone or not dist.is_initialized()
         self.group = None if self.alone else group
         self.is_first = self.alone or dist.get_rank(self.group) == 0
 
     def from_first(self, value: T) -> T:
-        """The first rank's `value`, on every rank."""
-        if self.alone:
-            return value
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        values = [value]
-        dist.broadcast_object_list(values, src=source, group=self.group)
-        return values[0]
+        """Return the first rank's `value`, on every rank."""
+        return value if self.alone else from_rank_zero(value, self.group)
 
     def agree(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; a `UserError` of any rank is raised on all of them."""
+        """Run `action` on every rank; if it raises UserError on one, raise that on all."""
         result, complaint = _attempt(action)
-        complaints: list[Any] = [complaint]
-        if not self.alone:
-            complaints = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(complaints, complaint, group=self.group)
+        complaints = [complaint] if self.alone else gather_objects(complaint, self.group)
         for text in complaints:
             if text is not None:
                 raise UserError(text)
@@ -42,18 +38,22 @@ class Peers:
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """The first rank's result of `action`; other ranks wait, and get None. Collective.
+    """Run `action` on the first rank and return its result there, None on the others. Collective.
 
-    A `UserError` is raised on every rank.
+    All ranks wait for it; a UserError is raised on all of them.
     """
     peers = Peers()
-    # Another rank may still be checking that the output, which the first will write, is free.
+    # Another rank may still be checking that the output of `action` does not exist.
     peers.agree(lambda: None)
     return peers.agree(lambda: action() if peers.is_first else None)  # type: ignore[return-value]
 
 
 def raise_cause(error: CheckpointException, doing: str) -> None:
-    """Raise what lies behind DCP's collective exception: a `UserError`, or one for an OSError."""
+    """Raise the cause of DCP's collective exception.
+
+    It is the first rank's UserError if there is one, else a UserError that says `doing` and the
+    first OSError, else the exception itself.
+    """
     causes = [error.failures[rank][0] for rank in sorted(error.failures)]
     for cause in causes:
         if isinstance(cause, UserError):

@@ -1,4 +1,4 @@
-"""Whether all nodes of a job see one run folder: a checkpoint is written by all of them."""
+"""Checking that all nodes of a job see one run folder, since all of them write checkpoints."""
 
 import os
 import socket
@@ -13,14 +13,16 @@ from flame.process.distributed import world_size
 from flame.process.peers import Peers
 
 PATIENCE = 10.0
-"""Seconds until a file that one node wrote must be seen on another (NFS caches folders)."""
+"""Seconds within which a node must see a file that another one wrote (NFS caches folders)."""
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse nodes that do not see what rank 0 writes into `folder`. Collective.
+    """Check that every node sees a file that rank 0 writes into `folder`. Collective.
+
+    A job on one node writes nothing. A folder made for the check is removed again.
 
     Raises:
-        UserError: on every rank, naming a node that does not see it.
+        UserError: on every rank, naming a node that does not see the file.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size():
         return

@@ -1,8 +1,8 @@
 """Make torchtitan 0.2.2 run without an accelerator.
 
-This module has import side effects: where there is no CUDA device, importing it imports torchtitan
-and patches it. torchtitan copies `device_type` and `device_module` into other modules when they
-are imported, so `import flame.process.titan_cpu` comes before any other import of torchtitan.
+This module has import side effects: if there is no CUDA device, it imports and patches torchtitan.
+torchtitan's modules copy `device_type` and `device_module` when they are imported, so
+`import flame.process.titan_cpu` must come before any other import of torchtitan.
 """
 
 import logging
@@ -19,10 +19,10 @@ from flame.process.distributed import device_type
 
 
 def _import_torchtitan_for_cpu() -> None:
-    """Import torchtitan while torch reports the CPU as its available device.
+    """Import torchtitan while torch reports the CPU as the available device.
 
-    `torchtitan/__init__` already imports the modules that copy the device type, so the value must
-    be right before its first line runs.
+    `torchtitan/__init__` imports the modules that copy the device type, so a later patch is too
+    late.
     """
     found = torch._utils._get_available_device_type
     torch._utils._get_available_device_type = lambda: "cpu"
@@ -40,14 +40,14 @@ def _patch_memory_monitor() -> None:
 
 
 def _patch_peak_flops() -> None:
-    """No peak is known for a CPU: model FLOPs utilisation reads 0 instead of an A100's share."""
+    """Make model FLOPs utilisation 0: a CPU's peak is unknown, and torchtitan takes an A100's."""
     from torchtitan.tools import utils
 
     utils.get_peak_flops = lambda device_name: float("inf")
 
 
 def _patch_timeouts() -> None:
-    """Replace the barrier with CUDA device ids, which gloo refuses."""
+    """Replace torchtitan's `set_pg_timeouts`, whose barrier names CUDA devices to gloo."""
     from torchtitan.distributed import utils
 
     def set_pg_timeouts(timeout: timedelta, parallel_dims: Any) -> None:
@@ -75,13 +75,13 @@ class ResidentMemoryMonitor:
         return DeviceMemStats(gib, percent, gib, percent, 0, 0)
 
     def reset_peak_stats(self) -> None:
-        """The kernel's peak of a process cannot be reset."""
+        """Do nothing: the operating system's peak of a process cannot be reset."""
 
 
 def _silence_import_warnings() -> None:
     for name in ("torchao", "torchtitan"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Sharded random operators are not used: weights are drawn whole and then cut.
+    # Sharded random operators are not used: weights are drawn whole and then sharded.
     warnings.filterwarnings("ignore", "DTensor .* may not have complete support")
 
 

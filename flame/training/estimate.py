@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flame.model import count_parameters, full_precision_parameters, layers, meta_model
-from flame.training.chunked_loss import LOGITS_AT_A_TIME
+from flame.training.losses import LOGITS_AT_A_TIME
 
 FLOAT = 4
 """Bytes of an fp32 number: weights, gradients and moments are kept so."""

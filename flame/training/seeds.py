@@ -1,4 +1,4 @@
-"""Random draws of a training step, which a resumed run must repeat."""
+"""Seeding each training step, so that a resumed run draws what an uninterrupted one would."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ from flame.process.distributed import rank
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed this rank's generators for `step`: dropout draws the same whether or not it resumed.
+    """Seed this rank's generators by `seed`, `step` and rank, for dropout.
 
-    The draws differ from rank to rank, so a run repeats bit for bit at the same world size.
+    Draws depend on the rank, so a run repeats bit for bit only at the same world size.
     """
     digest = hashlib.sha256(f"{seed}:{step}:{rank()}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,4 +1,4 @@
-"""torchtitan's trainer for causal language models, with this project's checkpoints."""
+"""torchtitan's trainer for Hugging Face models, with this project's checkpoints and losses."""
 
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.loss import IGNORE_INDEX
@@ -24,19 +24,19 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
-import flame.training.train_spec
-from flame.checkpoint.adapter_names import peft_name
 from flame.checkpoint.manager import CheckpointManager
+from flame.process.collective_timeout import naming_hung_ranks
 from flame.process.distributed import world_size
-from flame.process.silence import naming_silent_ranks
-from flame.process.stopping import StopSignals
-from flame.training.nonfinite import NonfiniteSteps
+from flame.process.stop_signals import StopSignals
+from flame.recovery.lora import trained_tensors
+from flame.training.nonfinite_steps import NonfiniteSteps
 from flame.training.objective import build_objective
 from flame.training.optimizer import clip_gradients
 from flame.training.seeds import seed_step
+from flame.training.train_spec import register, training_dtype
 
 LOSS_PARTS = ("cross_entropy", "kl", "hidden")
-"""Names under which TensorBoard shows, as `loss/…`, the parts of the loss."""
+"""Parts of the loss, which TensorBoard shows as `loss/…`."""
 
 log = logging.getLogger(__name__)
 
@@ -44,29 +44,26 @@ log = logging.getLogger(__name__)
 class Trainer(TitanTrainer):
     """One training job: build, resume or start, train, save.
 
-    Differences to torchtitan's: the model is a Hugging Face module, checkpoints are
-    `flame.checkpoint.manager`'s, gradients of parameters that FSDP2 does not shard are summed, the
-    count of seen tokens is global, steps that are not finite change nothing, and a signal ends the
-    loop after the step in hand.
+    It differs from torchtitan's in that the model is a Hugging Face module, checkpoints are those
+    of `flame.checkpoint.manager`, gradients of parameters that FSDP2 does not shard are summed, the
+    count of seen tokens is global, a step that is not finite changes nothing, and a signal ends
+    the loop after the current step.
     """
 
     def __init__(self, job: Any) -> None:
-        flame.training.train_spec.register()
+        register()
         super().__init__(without_checkpoints(job))
         self.job_config = job
         model = self.model_parts[0]
-        self.objective = build_objective(job, model, flame.training.train_spec.training_dtype(job))
-        checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
-        self.signals = StopSignals()
+        self.objective = build_objective(job, model, training_dtype(job))
         self.stop_asked = False
+        self.signals = StopSignals()
+        checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
+        state = {"optimizer": self.optimizers, "lr_scheduler": self.lr_schedulers}
         self.checkpointer = CheckpointManager(
             checkpoints,
             model,
-            {
-                "optimizer": self.optimizers,
-                "lr_scheduler": self.lr_schedulers,
-                "train_state": self,
-            },
+            {**state, "train_state": self},
             self.dataloader,
             interval=job.checkpoint.interval,
             keep=job.checkpoint.keep_latest_k,
@@ -82,9 +79,10 @@ class Trainer(TitanTrainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
     ) -> Tensor:
-        """Losses of one micro-batch, `[4]`: this rank's share of the mean over all tokens.
+        """Run one micro-batch forward and backward; return its losses `[4]`.
 
-        The total, which is minimised, and its parts: cross entropy, KL, hidden states.
+        They are the total, cross entropy, KL and hidden distance, each summed over this rank's
+        tokens and divided by `global_valid_tokens`, so that their sum over ranks is a mean.
         """
         losses = self.objective(input_dict, labels)
         (losses.total / global_valid_tokens).backward()
@@ -92,39 +90,41 @@ class Trainer(TitanTrainer):
         return torch.stack(parts) / global_valid_tokens
 
     def train_step(self, data_iterator: Any) -> None:
-        """One step over `global_batch_size` sequences; no update where it is not finite."""
+        """Train on `global_batch_size` sequences; without an update if a loss is not finite.
+
+        The gradient's norm counts too.
+        """
+        training = self.job_config.training
         self.optimizers.zero_grad()
         seed_step(self.job_config.debug.seed or 0, self.step)
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-        # On the CPU: a GPU that works on the last step is not waited for.
+        # The sum runs on the CPU, so that nothing waits for a GPU at work on the last step.
         tokens = max(summed(torch.tensor([local_tokens]))[0], 1)
         losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
         local = torch.stack(losses).sum(dim=0)
         parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
-        norm = clip_gradients(parameters, self.job_config.training.max_norm)
+        norm = clip_gradients(parameters, training.max_norm)
         finite = self._agree(local, norm)
         if finite:
             self.optimizers.step()
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         self.lr_schedulers.step()
-        self.ntokens_seen = self._tokens_per_step() * self.step
+        self.ntokens_seen = training.global_batch_size * training.seq_len * self.step
         self.nonfinite.count(self.step, finite)
         if finite and self.metrics_processor.should_log(self.step):
             self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
 
     def train(self) -> None:
-        """Train to `training.steps`, to the end of the data, or until a signal. Collective.
-
-        However it ends, the last step is saved.
+        """Train to `training.steps`, the end of the data or a signal; save the last step. Collective.
 
         Raises:
-            SystemExit: a signal asked for the end; 128 + its number, as a shell says it.
+            SystemExit: a signal ended training; the status is 128 + its number, as in a shell.
         """
         self.checkpointer.load(step=self.job_config.checkpoint.load_step)
         self.lr_schedulers.apply()
         log.info("training starts at step %d", self.step + 1)
-        # The time that building and loading took is not a step's.
+        # Building and loading must not count as time of the first step.
         self.metrics_processor.time_last_log = time.perf_counter()
         with StopSignals() as signals, self._profilers() as profilers:
             self._steps(signals, profilers)
@@ -145,21 +145,20 @@ class Trainer(TitanTrainer):
         super().close()
 
     def _steps(self, signals: StopSignals, profilers: list[Any]) -> None:
-        batches = self.batch_generator(self.dataloader)
+        self.signals, batches = signals, self.batch_generator(self.dataloader)
         first, last = self.step + 1, self.job_config.training.steps
-        self.signals = signals
         while self.step < last and not self.stop_asked:
             self.step += 1
             self.gc_handler.run(self.step)
             try:
-                with naming_silent_ranks(self.step):
+                with naming_hung_ranks(self.step):
                     self.train_step(batches)
             except DataloaderExhaustedError:
                 log.warning("the data ended before step %d", self.step)
                 self.step -= 1
                 break
+            # Weights after which steps are not finite may be the cause: do not save them.
             if not self.nonfinite.in_a_row:
-                # What a run of such steps stands on may be what spoilt them.
                 self._save()
             for profiler in profilers:
                 profiler.step()
@@ -169,26 +168,23 @@ class Trainer(TitanTrainer):
             self._save(last_step=True)
 
     def _save(self, last_step: bool = False) -> None:
-        with naming_silent_ranks(self.step):
+        with naming_hung_ranks(self.step):
             self.checkpointer.save(self.step, last_step)
 
     def _shorten_timeouts(self) -> None:
-        """After the first step nothing is built or compiled any more: a long wait is a fault."""
+        """Set `comm.train_timeout_seconds`: after the first step nothing is compiled any more."""
         seconds = self.job_config.comm.train_timeout_seconds
         dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
 
     @contextmanager
     def _profilers(self) -> Iterator[list[Any]]:
-        options: dict[str, Any] = {
-            "global_step": self.step,
-            "base_folder": self.job_config.job.dump_folder,
-        }
-        settings = self.job_config.profiling
+        settings, folder = self.job_config.profiling, self.job_config.job.dump_folder
+        options: dict[str, Any] = {"global_step": self.step, "base_folder": folder}
         with (
-            maybe_enable_profiling(settings, **options) as times,
+            maybe_enable_profiling(settings, **options) as durations,
             maybe_enable_memory_snapshot(settings, **options) as memory,
         ):
-            yield [profiler for profiler in (times, memory) if profiler]
+            yield [profiler for profiler in (durations, memory) if profiler]
 
     def _micro_step(self, inputs: dict[str, Any], labels: Tensor, tokens: float) -> Tensor:
         return self.forward_backward_step(
@@ -198,9 +194,9 @@ class Trainer(TitanTrainer):
         )
 
     def _agree(self, losses: Tensor, norm: Tensor) -> bool:
-        """Sum the losses over ranks, and hear whether anyone was told to stop.
+        """Sum losses and stop requests over the ranks; return whether losses and norm are finite.
 
-        Returns whether all is finite. One all-reduce, so that all ranks come to one decision.
+        One all-reduce carries all of it, so that all ranks decide alike.
         """
         asked = float(self.signals.received > 0)
         said = torch.stack([norm.to(losses), torch.tensor(asked).to(losses)])
@@ -210,7 +206,12 @@ class Trainer(TitanTrainer):
         return all(map(math.isfinite, (*self.losses, norms)))
 
     def _log(self, worst: float, rate: float) -> None:
-        """Metrics of this step for the terminal and TensorBoard. Collective."""
+        """Write this step's metrics to the terminal and TensorBoard. Collective.
+
+        Args:
+            worst: this rank's mean loss; the largest of all ranks is logged.
+            rate: the learning rate.
+        """
         monitor, total = self.metrics_processor, self.losses[0]
         if self.parallel_dims.dp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
@@ -229,28 +230,17 @@ class Trainer(TitanTrainer):
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    def _tokens_per_step(self) -> int:
-        training = self.job_config.training
-        return training.global_batch_size * training.seq_len
-
 
 def summed(values: Tensor) -> list[float]:
-    """`values` summed over all ranks. Collective."""
+    """Sum `values` over all ranks, in place, and return them as numbers. Collective."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values.tolist()
 
 
 def without_checkpoints(job: Any) -> Any:
-    """`job` with torchtitan's own checkpointer switched off."""
+    """Return a copy of `job` that switches torchtitan's own checkpointer off."""
     job = copy.copy(job)
     job.checkpoint = copy.copy(job.checkpoint)
     job.checkpoint.enable = False
     return job
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Any]:
-    """A LoRA run's checkpoint: the trained tensors under peft's names."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    tensors = get_model_state_dict(model)
-    return {peft_name(name): value for name, value in tensors.items() if name in trained}

@@ -65,7 +65,7 @@ def _end_on_signals() -> None:
 
     The exception gives the process time to remove a half-written output. When the launcher dies,
     the kernel sends SIGHUP. While a training loop runs it handles SIGTERM and SIGINT itself, to
-    save first (flame/process/stopping.py), but not SIGHUP: a new job may wait for the run folder.
+    save first (`stop_signals.py`), but not SIGHUP: a new job may wait for the run folder.
     """
     for kind in ENDING:
         signal.signal(kind, _interrupt)

@@ -20,7 +20,7 @@ def replace(out: Path, can_swap: bool) -> None:
     from flame.process import atomic_output
 
     if not can_swap:
-        atomic_output.exchange = lambda one, other: False  # type: ignore[assignment]
+        atomic_output.swap = lambda one, other: False  # type: ignore[assignment]
     with atomic_output.replacing_folder(out, overwrite=True) as folder:
         for name in ("a", "b"):
             (folder / name).write_text("new")

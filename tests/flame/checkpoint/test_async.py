@@ -17,7 +17,7 @@ from flame.checkpoint.manager import CheckpointManager
 from flame.checkpoint.save import save_step
 from flame.checkpoint.steps import verify_step, whole_steps
 from flame.errors import UserError
-from flame.process.silence import naming_silent_ranks
+from flame.process.collective_timeout import naming_hung_ranks
 from flame.storage.checksums import read_checksums
 from flame.storage.safe_reader import load_step
 from tests.distributed import run_distributed
@@ -109,7 +109,7 @@ def save_beside_a_rank_that_hangs(folder: Path) -> str:
     )
     try:
         manager.save(1)
-        with naming_silent_ranks(2):
+        with naming_hung_ranks(2):
             manager.save(2)
     except UserError as error:
         return str(error)

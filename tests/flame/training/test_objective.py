@@ -9,8 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame.config import Distill
 from flame.errors import UserError
-from flame.training.chunked_loss import LOGITS_AT_A_TIME, Mix, Projection, chunked_losses, times
-from flame.training.objective import Objective, hidden_distance, next_token_loss
+from flame.training.losses import (
+    LOGITS_AT_A_TIME,
+    Mix,
+    Projection,
+    chunked_losses,
+    hidden_distance,
+    scaled,
+)
+from flame.training.objective import Objective, next_token_loss
 from tests.flame.tiny import GATED_DELTANET, LLAMA, build
 
 TOKENS, WIDTH, VOCABULARY = 23, 8, 41
@@ -96,8 +103,8 @@ def test_bf16_states_lose_no_more_than_the_plain_loss_does() -> None:
 def test_a_scale_is_not_rounded_to_the_gradients_dtype() -> None:
     torch.manual_seed(0)
     values, third = torch.rand(4096).to(torch.bfloat16), torch.tensor(1 / 3)
-    assert times(values, third).dtype == torch.bfloat16
-    ratio = times(values, third).double().sum() / values.double().sum()
+    assert scaled(values, third).dtype == torch.bfloat16
+    ratio = scaled(values, third).double().sum() / values.double().sum()
     assert abs(3 * ratio - 1) < 2e-4
     assert abs(3 * float(third.to(torch.bfloat16)) - 1) > 1e-3
 

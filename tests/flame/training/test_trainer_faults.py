@@ -47,7 +47,7 @@ def poisoned(assets: Path, out: Path, steps: tuple[int, ...], **overrides: Any) 
 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("flame.training.nonfinite").addHandler(handler)
+    logging.getLogger("flame.training.nonfinite_steps").addHandler(handler)
     Trainer.forward_backward_step = poison  # type: ignore[method-assign]
     try:
         train_job(assets, out, **overrides)
@@ -55,7 +55,7 @@ def poisoned(assets: Path, out: Path, steps: tuple[int, ...], **overrides: Any) 
         said.append(str(error))
     finally:
         Trainer.forward_backward_step = forward_backward  # type: ignore[method-assign]
-        logging.getLogger("flame.training.nonfinite").removeHandler(handler)
+        logging.getLogger("flame.training.nonfinite_steps").removeHandler(handler)
     return "\n".join(said)
 
 
@@ -292,7 +292,7 @@ def beat() -> Callable[[signal.Signals], None]:
 
 
 def test_requests_are_noted_and_handlers_come_back(beat: Callable[..., None]) -> None:
-    from flame.process.stopping import StopSignals
+    from flame.process.stop_signals import StopSignals
 
     before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals() as signals:

@@ -1,7 +1,8 @@
-"""Naming the rank that does not answer, when a collective of its peers runs out of time.
+"""Naming the rank that hangs when a collective times out on the others.
 
-The ranks that waited sign the job's store; who has not signed some seconds later is the one that
-hangs. For gloo: NCCL's own watchdog ends the processes that wait, with a report of its own.
+The ranks that waited write their numbers to the job's store; a rank that has not written some
+seconds later is the one that hangs. This is for gloo: NCCL's own watchdog ends the waiting
+processes with its own report.
 """
 
 import time
@@ -14,15 +15,14 @@ from flame.errors import UserError
 from flame.process.distributed import rank, world_size
 
 ROLL_CALL_SECONDS = 3.0
-"""Time in which all ranks that wait must have run out of time; they began to wait together."""
+"""Time within which all waiting ranks time out, since they began to wait together."""
 
 
 @contextmanager
-def naming_silent_ranks(step: int) -> Iterator[None]:
-    """Turn a timeout in a collective of step `step` into a `UserError` that names who is silent.
+def naming_hung_ranks(step: int) -> Iterator[None]:
+    """Turn the block's timeout in a collective into a UserError that names the hanging ranks.
 
-    Raises:
-        UserError: instead of the `RuntimeError`; what else is raised inside passes.
+    Other errors pass, and so does a timeout for which no rank is missing.
     """
     begin = time.monotonic()
     try:
@@ -31,18 +31,18 @@ def naming_silent_ranks(step: int) -> Iterator[None]:
         if "Timed out" not in str(error):
             raise
         waited = time.monotonic() - begin
-        silent = ", ".join(map(str, _absent(f"silence/{step}")))
-        if not silent:
+        hung = ", ".join(map(str, _absent(f"timeout/{step}")))
+        if not hung:
             raise
         raise UserError(
-            f"rank {silent} hangs: no answer in step {step} for {waited:.0f} s "
+            f"rank {hung} hangs: no answer in step {step} for {waited:.0f} s "
             "(comm.train_timeout_seconds is the limit); the same command goes on from the last "
             "checkpoint"
         ) from error
 
 
 def _absent(roll: str) -> list[int]:
-    """The ranks that do not sign `roll` in time."""
+    """Write this rank's number under `roll` in the store; return the ranks that did not in time."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{roll}/{rank()}", "here")
     time.sleep(ROLL_CALL_SECONDS)

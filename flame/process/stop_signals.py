@@ -1,9 +1,9 @@
-"""Stopping a training loop by a signal: between two steps, not in the middle of one.
+"""Stopping a training loop by a signal between two steps, not in the middle of one.
 
 A scheduler sends SIGTERM and kills some time later; Ctrl-C sends SIGINT. Inside `StopSignals` the
-first of them is a request, which the loop answers after its step. A second Ctrl-C is answered at
-once, as every signal is outside the loop. SIGTERM may come twice (srun sends it to every process,
-and torchrun passes its own on), so again it means no more than once.
+first of either is a request that the loop answers after its step. A second Ctrl-C takes effect at
+once, as every signal does outside the loop. A second SIGTERM changes nothing: srun sends it to
+every process and torchrun passes its own on, so one request may arrive twice.
 """
 
 import os
@@ -15,13 +15,13 @@ from typing import Any
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 ONE_KEYSTROKE = 1.0
-"""Seconds within which one Ctrl-C may come twice, from the terminal and from torchrun."""
+"""Seconds within which one Ctrl-C may arrive twice, from the terminal and from torchrun."""
 
 
 class StopSignals:
-    """Inside `with StopSignals() as signals`, `signals.received` is the request's number, or 0.
+    """In `with StopSignals() as signals`, `signals.received` is the first request's number, or 0.
 
-    Signal handlers belong to a process's main thread; in another thread nothing is received.
+    Only a process's main thread can handle signals; in another thread `received` stays 0.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for kind in REQUESTS:
-                # A shell's background jobs are deaf to Ctrl-C, and stay so.
+                # A shell makes its background jobs ignore Ctrl-C; they go on ignoring it.
                 if signal.getsignal(kind) is not signal.SIG_IGN:
                     self._handlers[kind] = signal.signal(kind, self._receive)
             self._wakeup = _Wakeup()
@@ -58,12 +58,13 @@ class StopSignals:
 
 
 class _Patience:
-    """Tells signals that ask for a stop after the step from those that ask for one at once."""
+    """Tells requests to stop after the step from signals that must take effect at once."""
 
     def __init__(self) -> None:
         self._interrupted: float | None = None
 
     def ends_with(self, number: int) -> bool:
+        """Whether signal `number`, which arrived now, must take effect at once."""
         if number not in REQUESTS:
             return True
         now = time.monotonic()
@@ -75,10 +76,10 @@ class _Patience:
 
 
 class _Wakeup:
-    """Keeps requests from the wake-up descriptor that was set before, and passes the rest on.
+    """Passes signals on to the wake-up descriptor that was set before, except requests.
 
-    Behind that descriptor a launcher's thread ends the process some seconds after a signal, even
-    if the main thread waits for a dead peer (launch/processes/worker.py).
+    A launcher's thread reads that descriptor and ends the process some seconds after a signal,
+    even if the main thread waits for a dead peer (launch/processes/worker.py).
     """
 
     def __init__(self) -> None:

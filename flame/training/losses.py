@@ -1,12 +1,14 @@
-"""Cross entropy, and KL divergence from a teacher, without the full logits of either model.
+"""Losses of hidden states: cross entropy, KL divergence and hidden distance from a teacher.
 
-Tokens are taken a chunk at a time: logits of the chunk, its losses, and their gradient, which is
-multiplied back into the hidden states and the output projection at once. So neither the forward nor
-the backward pass holds more than one chunk of logits, and no product is computed twice.
+Cross entropy and KL need logits, which exist for one chunk of tokens at a time. The forward pass
+computes a chunk's logits, its losses and their gradient, and multiplies the gradient into those of
+the hidden states and of the output projection at once. So neither pass holds more than one chunk
+of logits, and no product is computed twice.
 
-Legend: `N` tokens, `D` width of the hidden states, `V` vocabulary, `z` logits.
+Legend: `n` tokens of a chunk, `D` width of the hidden states, `V` vocabulary, `z` logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,12 @@ IGNORE_INDEX = -100
 """Label of a token that has no loss."""
 
 LOGITS_AT_A_TIME = 2**24
-"""Logits of one chunk, unless the tokens of a chunk are given: 64 MiB in fp32."""
+"""Logits of one chunk unless its tokens are given; 64 MiB in fp32."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What turns hidden states into logits: the output embedding, whole on this rank."""
+    """The output projection, which turns hidden states into logits, whole on this rank."""
 
     weight: Tensor
     """`[V, D]`."""
@@ -31,19 +33,20 @@ class Projection:
 
     @classmethod
     def of(cls, head: nn.Module) -> "Projection":
+        """The projection of a gathered linear layer."""
         weight, bias = head.weight, getattr(head, "bias", None)
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         return cls(weight, bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits `[n, V]` of hidden states `[n, D]`, at least float32."""
+        """Return the logits `[n, V]` of hidden states `[n, D]`, in float32 or wider."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(_wide(logits.dtype))
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights of the two losses: `cross_entropy · CE + kl · T² · KL(teacher ‖ student)`."""
+    """Weights of `cross_entropy · CE + kl · T² · KL(teacher ‖ student)`, T the temperature."""
 
     cross_entropy: float = 1.0
     kl: float = 0.0
@@ -59,13 +62,15 @@ def chunked_losses(
     mix: Mix = Mix(),
     chunk_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over tokens: the mixed loss (differentiable), cross entropy, T² · KL (both in nats).
+    """Return the mixed loss, cross entropy and T² · KL, each summed over the tokens, in nats.
+
+    The mixed loss is differentiable once in `hidden` and `projection`; the other two are detached.
 
     Args:
-        hidden: student's states before the output projection, `[…, D]`.
-        labels: the token that follows each, `[…]`; `IGNORE_INDEX` has no loss of either kind.
+        hidden: the student's states before the output projection, `[…, D]`.
+        labels: the token after each, `[…]`; at `IGNORE_INDEX` all losses are 0.
         teacher: its hidden states `[…, D']` of the same tokens, and its projection.
-        chunk_tokens: tokens whose logits exist together; 0: `LOGITS_AT_A_TIME / V`.
+        chunk_tokens: tokens whose logits exist together; 0 means `LOGITS_AT_A_TIME / V`.
     """
     rows = chunk_tokens or max(1, LOGITS_AT_A_TIME // projection.weight.shape[0])
     other = None if teacher is None else (teacher[0].flatten(0, -2), teacher[1])
@@ -92,7 +97,7 @@ class _ChunkedLosses(torch.autograd.Function):
         teacher, mix, rows, wanted = settings
         project = Projection(weight, bias)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], wanted)
-        sums = torch.zeros(2, dtype=_accumulator(hidden), device=hidden.device)
+        sums = torch.zeros(2, dtype=_wide(hidden.dtype), device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = project(hidden[part])
@@ -110,12 +115,12 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        parts = [None if part is None else times(part, scale) for part in ctx.saved_tensors]
+        parts = [None if part is None else scaled(part, scale) for part in ctx.saved_tensors]
         return (*parts, None, None)
 
 
 class _Gradients:
-    """Gradients of hidden states, weight and bias, summed up chunk by chunk, where wanted."""
+    """Sums of the gradients of hidden states, weight and bias over chunks; None if not needed."""
 
     def __init__(
         self,
@@ -127,14 +132,14 @@ class _Gradients:
     ) -> None:
         self._inputs, self._weight = hidden, weight
         needs = [need and wanted for need in needed]
-        precise = _accumulator(hidden)
+        wide = _wide(hidden.dtype)
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        # A sum of many chunks: bf16 would lose the small ones.
-        self.weight = torch.zeros_like(weight, dtype=precise) if needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=precise) if needs[2] else None
+        # In bf16 a sum over many chunks would lose the small terms.
+        self.weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None
 
     def add(self, part: slice, logits: Tensor) -> None:
-        """Take in the gradient `[n, V]` of one chunk's logits."""
+        """Add what the gradient `[n, V]` of one chunk's logits contributes."""
         if self.bias is not None:
             self.bias += logits.sum(0)
         logits = logits.to(self._inputs.dtype)
@@ -144,7 +149,7 @@ class _Gradients:
             self.weight += logits.mT @ self._inputs[part]
 
     def tensors(self) -> list[Tensor | None]:
-        """In the dtypes of what they are gradients of."""
+        """Return the gradients of hidden states, weight and bias in the dtypes of the three."""
         weight = None if self.weight is None else self.weight.to(self._weight.dtype)
         bias = None if self.bias is None else self.bias.to(self._weight.dtype)
         return [self.hidden, weight, bias]
@@ -153,14 +158,11 @@ class _Gradients:
 def token_losses(
     logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mix
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Cross entropy and T² · KL summed over the rows of a chunk, and the mix's gradient.
+    """Return cross entropy and T² · KL summed over a chunk, and the mixed loss's gradient `[n, V]`.
 
     Args:
         logits: the student's, `[n, V]`.
-        teacher: the teacher's, `[n, V]`.
-
-    Returns:
-        `(cross entropy, T² · KL)`, and the gradient `[n, V]` of the mix in the logits.
+        teacher: the teacher's logits, `[n, V]`, or None for no KL.
     """
     ignored = labels == IGNORE_INDEX
     targets = labels.masked_fill(ignored, 0)[:, None]
@@ -178,7 +180,10 @@ def token_losses(
 
 
 def _add_kl(logits: Tensor, teacher: Tensor, ignored: Tensor, mix: Mix, gradient: Tensor) -> Tensor:
-    """T² · KL over the rows; its gradient, `T (softmax(z / T) − teacher's)`, goes to `gradient`."""
+    """Return T² · KL summed over the rows, and add `mix.kl` times its gradient to `gradient`.
+
+    The gradient in `logits` is `T (softmax(z / T) − softmax of the teacher's z / T)`.
+    """
     temperature = mix.temperature
     log_student = (logits / temperature).log_softmax(-1)
     log_teacher = (teacher / temperature).log_softmax(-1)
@@ -189,11 +194,45 @@ def _add_kl(logits: Tensor, teacher: Tensor, ignored: Tensor, mix: Mix, gradient
     return divergence.masked_fill(ignored, 0).sum() * temperature**2
 
 
-def times(tensor: Tensor, scale: Tensor) -> Tensor:
-    """`tensor · scale` in the dtype of `tensor`, by the whole of `scale`, a scalar.
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return `Σ ‖s − t‖² / ‖t‖²` over tokens, averaged over layers; differentiable in `student`.
 
-    Rounded to bf16 the scale would be off by up to 1/256, and with it the whole gradient. No more
-    numbers than a chunk of logits has are held in a wider dtype.
+    Args:
+        student, teacher: states `[B, T, D]` of each layer, as many and as wide in both.
+        labels: `[B, T]`; a token at `IGNORE_INDEX` counts 0.
+    """
+    distances = [
+        _RelativeDistance.apply(own, other, labels)
+        for own, other in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+class _RelativeDistance(torch.autograd.Function):
+    """One layer's distance; it keeps only the gradient, in the student's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        wide = _wide(student.dtype)
+        target = teacher.to(wide)
+        difference = student.to(wide) - target
+        lengths = target.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+        weights = (labels != IGNORE_INDEX).to(wide) / lengths
+        ctx.save_for_backward((2 * difference * weights[..., None]).to(student.dtype))
+        return (difference.square().sum(-1) * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return scaled(gradient, scale), None, None
+
+
+def scaled(tensor: Tensor, scale: Tensor) -> Tensor:
+    """Return `tensor · scale` in the dtype of `tensor`, where `scale` is a wider scalar.
+
+    Rounded to bf16, the scale and with it the whole gradient would be off by up to 1/256. At most
+    `LOGITS_AT_A_TIME` numbers are held in the wider dtype.
     """
     if tensor.dtype == scale.dtype:
         return tensor * scale
@@ -204,5 +243,5 @@ def times(tensor: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
