@@ -132,7 +132,7 @@ def prepare_run_folder(job: Any) -> None:
     """
     from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
     from flame.recipe import recipe_text
-    from flame.recovery.distill import record_teacher
+    from flame.recovery.recorded_models import record_base, record_teacher
     from flame.storage.json_file import write_object
     from flame.training.train_spec import model_config, tokenizer_of
 
@@ -145,7 +145,7 @@ def prepare_run_folder(job: Any) -> None:
         tokenizer.save_pretrained(new)
         (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
         if job.lora.rank > 0:
-            _write_base(job, folder, new, config)
+            record_base(job, new, config)
         if job.distill.teacher:
             record_teacher(job.distill.teacher, folder, new)
 
@@ -153,27 +153,6 @@ def prepare_run_folder(job: Any) -> None:
 def _lasting(job: Any) -> Any:
     """Return `job` without the step to go on from, which holds for one start only."""
     return replace(job, checkpoint=replace(job.checkpoint, load_step=-1))
-
-
-def _write_base(job: Any, folder: Path, new: Path, config: dict[str, Any]) -> None:
-    from flame.checkpoint.fingerprint import fingerprint
-    from flame.checkpoint.reference import BASE_FILE, resolve
-    from flame.recovery.lora import write_adapter_files
-    from flame.storage.json_file import read_object
-
-    base = resolve(job.model.init)
-    mark = fingerprint(base.config, base.source())
-    recorded = folder / BASE_FILE
-    if recorded.is_file() and read_object(recorded).get("fingerprint") != mark:
-        raise UserError(
-            f"{job.model.init} is not the base that the adapters in {folder} were trained on: "
-            "give that base, or another job.dump_folder"
-        )
-    # The step folder, relative: right when the base trains on, and when both are moved together.
-    name = (
-        os.path.relpath(base.weights, folder) if Path(job.model.init).exists() else job.model.init
-    )
-    write_adapter_files(new, job.lora, name, mark, config)
 
 
 def _only_writer(folder: Path) -> Any:

@@ -1,7 +1,7 @@
-"""Weight-decomposed adapters (DoRA, arXiv 2402.09353) that are right in bf16 and when sharded.
+"""Weight-decomposed adapters (DoRA, arXiv 2402.09353) that are correct in bf16 and when sharded.
 
-The effective weight is `m · (W + s B A) / ‖W + s B A‖`, norms over rows, the norm a constant in the
-backward pass (section 4.3). peft has `m` and the norm in the compute dtype: bf16 rounds `m / norm`
+The effective weight is `m · (W + s B A) / ‖W + s B A‖` with norms of rows, constants in the backward
+pass (section 4.3). peft keeps `m` and the norm in the compute dtype, where bf16 rounds `m / norm`
 to 1/256. Here both are fp32 (`flame.model.full_precision_parameters`).
 """
 
@@ -16,7 +16,7 @@ from flame.model import copy_full
 
 
 class Magnitude(nn.Module):
-    """Takes the place of peft's `DoraLinearLayer`: same parameter name, same call."""
+    """Replaces peft's `DoraLinearLayer`, with the same parameter name and the same call."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         super().__init__()
@@ -33,10 +33,10 @@ class Magnitude(nn.Module):
         base_result: Tensor | None = None,
         adapter_name: str = "",
     ) -> Tensor:
-        """What is to be added to the base layer's output for `x` `[…, d_in]`: `[…, d_out]`.
+        """Return what must be added to the base layer's output for `x` `[…, d_in]`: `[…, d_out]`.
 
         Args:
-            base_result: the base layer's output for `x`; None: it was computed for another one.
+            base_result: the base layer's output for `x`; None if dropout changed `x` since.
         """
         norm = _row_norms(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
         scale = self.weight.float() / norm
@@ -50,13 +50,13 @@ class Magnitude(nn.Module):
 
 @torch.no_grad()
 def _row_norms(weight: Tensor, down: Any, up: Any, scaling: float) -> Tensor:
-    """`‖W + s B A‖` of each row, fp32."""
+    """Return `‖W + s B A‖` of each row, in fp32."""
     merged = torch.addmm(weight.float(), up.float(), down.float(), alpha=scaling)
     return torch.linalg.vector_norm(merged, dim=1)
 
 
 def use_own_layers(model: nn.Module, adapter: str) -> None:
-    """Replace the DoRA layers that peft put into `model`."""
+    """Replace the DoRA layers that peft put into `model` for `adapter` by `Magnitude`."""
     for module in model.modules():
         vectors = getattr(module, MAGNITUDE, None)
         if vectors is not None and adapter in vectors:
@@ -66,7 +66,7 @@ def use_own_layers(model: nn.Module, adapter: str) -> None:
 
 @torch.no_grad()
 def initialise_magnitudes(model: nn.Module, adapter: str) -> None:
-    """Set every `m` to the row norms of its loaded, maybe sharded, base weight. Collective."""
+    """Set every `m` to the row norms of its base weight, loaded and maybe sharded. Collective."""
     for module in model.modules():
         vectors = getattr(module, MAGNITUDE, None)
         if vectors is None or adapter not in vectors:

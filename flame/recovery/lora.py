@@ -1,7 +1,7 @@
 """Low-rank adapters through peft, on a model that is still on the meta device.
 
 Adapters go on before `fully_shard`, so FSDP2 shards and reduces them like any parameter. A LoRA
-run's checkpoints hold what is trained, in peft's names; the base is named beside them.
+run's checkpoints hold the trained tensors under peft's names; `base.json` names the base.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flame.checkpoint.adapter_names import ADAPTER, base_name, is_adapter, peft_name
 from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE
@@ -23,10 +24,13 @@ from flame.storage.json_file import write_object
 
 
 def inject(model: nn.Module, lora: Any) -> None:
-    """Add adapters to `model` in place, freeze the rest but for `lora.train_also` and biases.
+    """Add adapters to `model` in place; freeze all but these, `lora.train_also` and `lora.bias`.
 
     Args:
         lora: recipe section `[lora]` (`flame.config.Lora`).
+
+    Raises:
+        UserError: a target is no linear module, or peft refuses the section.
     """
     from peft import inject_adapter_in_model
 
@@ -43,7 +47,7 @@ def inject(model: nn.Module, lora: Any) -> None:
 
 
 def peft_config(lora: Any, base: str | None = None) -> Any:
-    """peft's `LoraConfig` of recipe section `[lora]`."""
+    """Return peft's `LoraConfig` for recipe section `[lora]`; `base` names the base model in it."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -59,11 +63,11 @@ def peft_config(lora: Any, base: str | None = None) -> Any:
 
 
 def initialise_adapters(model: nn.Module, seed: int) -> None:
-    """Fill the adapters of a model with its weights loaded, so that it computes as without them.
+    """Fill the adapters so that the model, its weights loaded, computes as without them.
 
-    A is uniform as `nn.Linear`'s default (Kaiming, a = √5), B zero, DoRA's magnitudes are the row
-    norms. The values depend on `seed`, the parameter's name and the base alone, not on world size
-    or sharding. Collective.
+    A is uniform like `nn.Linear`'s default (Kaiming, a = √5), B is zero, DoRA's magnitudes are the
+    row norms. The values depend on `seed`, the parameter's name and the base, but not on the world
+    size. Collective.
     """
     for name, parameter in named_tensors(model):
         if ".lora_A." in name:
@@ -74,7 +78,11 @@ def initialise_adapters(model: nn.Module, seed: int) -> None:
 
 
 def load_adapters(model: nn.Module, source: TensorSource) -> None:
-    """Copy adapters and what was trained beside them from a peft folder's or a step's tensors."""
+    """Copy adapters, and what was trained beside them, from a peft folder or a step.
+
+    Raises:
+        UserError: a tensor is missing on one side, or two shapes differ.
+    """
     stored = set(source.names())
     targets = {peft_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     for name in sorted(stored | {name for name in targets if is_adapter(name)}):
@@ -87,10 +95,23 @@ def load_adapters(model: nn.Module, source: TensorSource) -> None:
         copy_full(targets[name], source.read(name))
 
 
+def trained_tensors(model: nn.Module) -> dict[str, Any]:
+    """Return the trained tensors of `model` under peft's names, as a LoRA run saves them."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tensors = get_model_state_dict(model)
+    return {peft_name(name): value for name, value in tensors.items() if name in trained}
+
+
 def write_adapter_files(
     folder: Path, lora: Any, reference: str, fingerprint: str, config: dict[str, Any]
 ) -> None:
-    """Write peft's `adapter_config.json` and `base.json` (the base's reference and fingerprint)."""
+    """Write peft's `adapter_config.json`, and `base.json` that says which model the base is.
+
+    Args:
+        folder: an existing folder.
+        lora: recipe section `[lora]`.
+        reference, fingerprint, config: the base's model reference, fingerprint and `config.json`.
+    """
     write_object(folder / ADAPTER_FILE, peft_config(lora, reference).to_dict(), default=_plain)
     base = {"reference": reference, "fingerprint": fingerprint, "config": config}
     write_object(folder / BASE_FILE, base)
@@ -101,7 +122,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_targets(model: nn.Module, targets: list[str]) -> None:
-    """Refuse targets that are no linear modules, or are the output projection."""
+    """Raise UserError for a target that is no linear module, or is the output projection."""
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     output = {name.rpartition(".")[2] for name, module in named.items() if module is head}

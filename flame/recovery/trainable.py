@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and names that a person got wrong."""
+"""Training only the parameters that `trainable.modules` names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from flame.errors import UserError
 
 
 def freeze_others(model: nn.Module, modules: Sequence[str]) -> None:
-    """Train only the parameters whose name contains one of `modules`; with none, all."""
+    """Freeze the parameters whose name contains none of `modules`; an empty list freezes none."""
     if not modules:
         return
     check_modules(model, modules)
@@ -23,23 +23,19 @@ def freeze_others(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def check_modules(model: nn.Module, modules: Sequence[str]) -> None:
-    """Refuse a name of `trainable.modules` that no parameter's name contains."""
+    """Raise UserError for an entry of `trainable.modules` that no parameter's name contains."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for module in modules:
         if not module or not any(module in name for name in names):
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
             raise UserError(
                 f"trainable.modules names {module!r}, which is in no parameter's name: "
-                f"{suggestion(module, parts(names))}"
+                f"{suggestion(module, parts)}"
             )
 
 
-def parts(names: Iterable[str]) -> set[str]:
-    """The parts between dots of parameters' names, numbers left out."""
-    return {part for name in names for part in name.split(".") if not part.isdigit()}
-
-
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """`did you mean …?` where something is near, otherwise what there is."""
-    known = sorted(set(known))
+    """Return `did you mean …?` with the names nearest to `given`, or a list of all known names."""
+    known = sorted(known)
     near = difflib.get_close_matches(given, known, n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"

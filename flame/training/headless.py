@@ -1,4 +1,4 @@
-"""A causal language model run without its output projection."""
+"""Running a causal language model without its output projection."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +10,17 @@ from flame.errors import UserError
 
 
 def run_headless(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
-    """The model's output with the states before its output projection in the place of `logits`.
+    """Return the model's output with the states before its output projection as `logits`.
 
-    FSDP2's hooks sit on the model, so its own `forward` must run. They leave the root group, with
-    the output projection in it, gathered until the backward pass is over.
+    The model's own `forward` runs, since FSDP2's hooks sit there. They keep the root group, which
+    holds the output projection, gathered until the backward pass is over.
 
     Args:
-        inputs: the loader's: `input` `[B, T]`, and `cu_seqlens` for packed documents.
+        inputs: as the loader gives them: `input` `[B, T]`, and `cu_seqlens` for packed documents.
         options: more arguments of the model's `forward`.
+
+    Raises:
+        UserError: the model changes its logits after the output projection.
     """
     given = dict(inputs)
     with _passing_through(output_head(model)) as seen:
@@ -31,7 +34,7 @@ def run_headless(model: nn.Module, inputs: Mapping[str, Any], **options: Any) ->
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that projects hidden states to logits: an `nn.Linear`, tied or not."""
+    """Return the `nn.Linear` that projects hidden states to logits; UserError if it is no such."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         raise UserError(
@@ -43,11 +46,11 @@ def output_head(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Let `head` return what it is given, and note that down."""
+    """Make `head` return its input in the block; yield the list of its inputs."""
     seen: list[Tensor] = []
 
     def forward(states: Tensor) -> Tensor:
-        # FSDP2 hangs its hooks on what the model returns, and warns of views: they can lose them.
+        # FSDP2 puts its hooks on what the model returns; a view can lose them.
         seen.append(states.clone() if states._is_view() else states)
         return seen[-1]
 

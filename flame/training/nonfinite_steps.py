@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient norm is not finite: counted, and too many in a row end the job."""
+"""Counting the steps whose loss or gradient norm is not finite; too many in a row end the job."""
 
 import logging
 from collections.abc import Callable
@@ -11,12 +11,12 @@ log = logging.getLogger(__name__)
 
 
 class NonfiniteSteps:
-    """Counts the steps that made no update.
+    """Counts steps that are not finite, and so made no update.
 
     Args:
-        limit: so many in a row are an error (`training.max_nonfinite_steps`).
-        checkpoints: the run's checkpoint folder, to name the last step from before them.
-        settle: waits until no step is being written into it.
+        limit: this many in a row are an error (`training.max_nonfinite_steps`).
+        checkpoints: the run's checkpoint folder; the error names the last step before them.
+        settle: called before the error, waits until no checkpoint is being written.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class NonfiniteSteps:
         self.in_a_row = 0
 
     def count(self, step: int, finite: bool) -> None:
-        """Note how step `step` went.
+        """Count step `step`, which was `finite` or not.
 
         Raises:
-            UserError: it is the last of `limit` in a row that were not finite.
+            UserError: it is the `limit`-th in a row that is not finite.
         """
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if finite:

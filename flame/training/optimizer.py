@@ -1,4 +1,4 @@
-"""AdamW for sharded models: no decay where the model asks for none, replicated tensors apart."""
+"""Adam and AdamW for sharded models, and clipping of their gradients."""
 
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
@@ -22,8 +22,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 class GroupedOptimizers(OptimizersContainer):
     """torchtitan's optimizer container over parameter groups.
 
-    A group has one weight decay and one kind of tensor, since fused and foreach kernels take
-    DTensors or plain tensors and not both.
+    A group has one weight decay and one kind of tensor, since fused and foreach kernels cannot take
+    DTensors and plain tensors together.
     """
 
     def __init__(
@@ -33,20 +33,20 @@ class GroupedOptimizers(OptimizersContainer):
         self.model_parts = [model]
         self.optimizers = [cls(groups, **options)]
         self._post_init([p for group in groups for p in group["params"]], options)
-        # What a group has of its own: as given, not as a checkpoint remembers it.
-        self._own = [{**options, "weight_decay": group["weight_decay"]} for group in groups]
+        # The recipe's hyper-parameters, applied again after a checkpoint is loaded.
+        self._given = [{**options, "weight_decay": group["weight_decay"]} for group in groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the moments of a checkpoint; the numbers of the recipe hold."""
+        """Load a checkpoint's moments, but keep the recipe's hyper-parameters."""
         super().load_state_dict(state_dict)
-        for group, own in zip(self.optimizers[0].param_groups, self._own, strict=True):
-            group.update(own)
+        for group, given in zip(self.optimizers[0].param_groups, self._given, strict=True):
+            group.update(given)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters grouped by weight decay and by kind of tensor.
+    """Group the trainable parameters by weight decay and by kind of tensor.
 
-    No decay where the model asks for none (`model.no_weight_decay_names`, set when it was built).
+    The names in `model.no_weight_decay_names`, if it has any, get no decay.
     """
     exempt: set[str] = getattr(model, "no_weight_decay_names", set())
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
@@ -60,7 +60,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizers(model_parts: list[nn.Module], config: Any, *_: Any) -> GroupedOptimizers:
-    """The optimizer of recipe section `[optimizer]` for the one model part."""
+    """Build the optimizer of recipe section `[optimizer]` for the only model part.
+
+    Raises:
+        UserError: the optimizer is unknown, or `early_step_in_backward` is set.
+    """
     if config.name not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {config.name!r}: choose from {', '.join(OPTIMIZERS)}")
     if config.early_step_in_backward:
@@ -80,7 +84,7 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, *_: Any) -> Grou
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a global 2-norm of at most `max_norm`; return the norm before.
 
-    Takes sharded and replicated parameters together: a replicated gradient is the same on every
+    Sharded and replicated parameters are taken together. A replicated gradient is the same on every
     rank and counts once.
     """
     with_gradient = [p for p in parameters if p.grad is not None]

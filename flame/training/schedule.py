@@ -1,16 +1,16 @@
-"""Learning-rate schedules: warm-up, then cosine or linear decay, or stable and then decay (WSD).
+"""Learning-rate schedules: warm-up, then decay at once, or a stable phase and then decay (WSD).
 
-The curve is torchtitan's. With W warm-up steps, N in all and D of decay, step s (from 0) trains at
-`lr` times
+The curve is torchtitan's. With W steps of warm-up, N in all and D of decay, step s (from 0) trains
+at `lr` times
 
     (s + 1) / W                    s < W
     1                              W ≤ s ≤ N − D
     m + (1 − m) f((s − N + D) / D)   N − D < s < N;   f(p) = 1 − p, 1 − sqrt(p), (1 + cos πp) / 2
 
-with m `lr_scheduler.min_lr_factor`. D is N − W without `lr_scheduler.decay_ratio`, and
-round(N · decay_ratio) with it: WSD (arXiv 2404.06395). N is `training.steps`, or
-`lr_scheduler.total_steps` for a run that stops before its schedule does. A warm-up longer than N is
-cut to N. The factor never quite reaches m, since step N would.
+with m `lr_scheduler.min_lr_factor`. D is N − W, or with `lr_scheduler.decay_ratio`
+round(N · decay_ratio), which makes WSD (arXiv 2404.06395). N is `training.steps`, or
+`lr_scheduler.total_steps` for a run that stops before its schedule ends. A warm-up longer than N is
+cut to N. The factor never quite reaches m: step N would, but N − 1 is the last.
 """
 
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
@@ -26,19 +26,20 @@ DECAYS = ("linear", "sqrt", "cosine")
 
 
 class Schedules(LRSchedulersContainer):
-    """torchtitan's container, whose rates follow the recipe and the step alone.
+    """torchtitan's container with rates that follow the recipe and the step only.
 
-    torchtitan restores the peak rate and the last rate of the run that was saved, so that a new
-    `optimizer.lr` is not obeyed and a new `training.steps` only after one step.
+    torchtitan restores the saved run's peak and last rate, so a new `optimizer.lr` would have no
+    effect and a new `training.steps` only after one step.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step; call `apply` before the next one."""
         for scheduler in self.schedulers:
             scheduler.last_epoch = state_dict["last_epoch"]
             scheduler._step_count = state_dict["last_epoch"] + 1
 
     def apply(self) -> None:
-        """Give the optimizers the rate of the step that comes next."""
+        """Set the optimizers to the rate of the next step."""
         for scheduler in self.schedulers:
             rates = [
                 base * factor(scheduler.last_epoch)
@@ -50,18 +51,13 @@ class Schedules(LRSchedulersContainer):
 
 
 def build_schedules(optimizers: Any, config: Any, training_steps: int) -> Schedules:
-    """The schedule of recipe section `[lr_scheduler]` for all parameter groups."""
+    """Build the schedule of recipe section `[lr_scheduler]` for all parameter groups."""
     titan = build_lr_schedulers(optimizers, config, training_steps)
     return Schedules(optimizers, titan.schedulers[0].lr_lambdas[0])
 
 
 def check_schedule(config: Any, training_steps: int) -> None:
-    """Raise `UserError` for values that make no schedule.
-
-    Args:
-        config: the recipe's `[lr_scheduler]`.
-        training_steps: the recipe's `training.steps`.
-    """
+    """Raise UserError if recipe section `[lr_scheduler]` makes no schedule for so many steps."""
     if config.warmup_steps < 0:
         raise UserError(f"lr_scheduler.warmup_steps is {config.warmup_steps}: at least 0")
     if config.decay_type not in DECAYS:
@@ -77,7 +73,7 @@ def check_schedule(config: Any, training_steps: int) -> None:
             f"lr_scheduler.decay_ratio is {config.decay_ratio}: {decay} steps of decay after "
             f"{warmup} of warm-up are more than {total}, lower one of them"
         )
-    # Past its end the curve would rise again (cosine) or fall below 0 (linear).
+    # Past its end the cosine curve would rise again, and the linear one fall below 0.
     if config.total_steps is not None and config.total_steps < training_steps:
         raise UserError(
             f"lr_scheduler.total_steps is {config.total_steps}, and training.steps "

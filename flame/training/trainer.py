@@ -90,10 +90,7 @@ class Trainer(TitanTrainer):
         return torch.stack(parts) / global_valid_tokens
 
     def train_step(self, data_iterator: Any) -> None:
-        """Train on `global_batch_size` sequences; without an update if a loss is not finite.
-
-        The gradient's norm counts too.
-        """
+        """Train on `global_batch_size` sequences; update only if losses and norm are finite."""
         training = self.job_config.training
         self.optimizers.zero_grad()
         seed_step(self.job_config.debug.seed or 0, self.step)
@@ -116,7 +113,7 @@ class Trainer(TitanTrainer):
             self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
 
     def train(self) -> None:
-        """Train to `training.steps`, the end of the data or a signal; save the last step. Collective.
+        """Train to `training.steps`, the data's end or a signal; save the last step. Collective.
 
         Raises:
             SystemExit: a signal ended training; the status is 128 + its number, as in a shell.

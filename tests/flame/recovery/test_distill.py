@@ -208,7 +208,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
 
 
 def test_a_run_remembers_its_teacher(teacher: Path, two_ranks: Path, tmp_path: Path) -> None:
-    from flame.recovery.distill import TEACHER_FILE, record_teacher
+    from flame.recovery.recorded_models import TEACHER_FILE, record_teacher
 
     record_teacher(str(teacher), tmp_path, tmp_path)
     record_teacher(str(teacher), tmp_path, tmp_path)
