@@ -1,8 +1,8 @@
 """Weight-decomposed adapters (DoRA, arXiv 2402.09353) that are correct in bf16 and when sharded.
 
-The effective weight is `m · (W + s B A) / ‖W + s B A‖` with norms of rows, constants in the backward
-pass (section 4.3). peft keeps `m` and the norm in the compute dtype, where bf16 rounds `m / norm`
-to 1/256. Here both are fp32 (`flame.model.full_precision_parameters`).
+The effective weight is `m · (W + s B A) / ‖W + s B A‖` with norms of rows, constants in the
+backward pass (section 4.3). peft keeps `m` and the norm in the compute dtype, where bf16 rounds
+`m / norm` to 1/256. Here both are fp32 (`flame.model.full_precision_parameters`).
 """
 
 from typing import Any
