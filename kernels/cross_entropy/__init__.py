@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from kernels.gated_delta_rule.chunk import wide_dtype
+
 __all__ = ["cross_entropy_bwd", "cross_entropy_fwd", "fused_linear_cross_entropy_bwd"]
 
 
@@ -78,6 +80,6 @@ def fused_linear_cross_entropy_bwd(
 
 
 def _transformed(logits: Tensor, scale: float, cap: float | None) -> Tensor:
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = logits.to(wide_dtype(logits))
     z = z if scale == 1 else z * scale
     return z if cap is None else cap * torch.tanh(z / cap)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.chunk import delta_rule
+from kernels.gated_delta_rule.chunk import Options, delta_rule
 from kernels.gated_delta_rule.recurrent import recurrent_delta_rule
 
 __all__ = ["chunk_delta_rule", "fused_recurrent_delta_rule"]
@@ -33,20 +33,9 @@ def chunk_delta_rule(
     """
     if "head_first" in kwargs:
         raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
-    return delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        None,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=False,
-        cu_seqlens=cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
-        chunk_size=kwargs.get("chunk_size"),
-    )
+    bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    options = Options(scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, bounds)
+    return delta_rule(q, k, v, beta, None, options, kwargs.get("chunk_size"))
 
 
 def fused_recurrent_delta_rule(
@@ -66,16 +55,5 @@ def fused_recurrent_delta_rule(
     """
     if beta is None:
         beta = torch.ones_like(v[..., 0])
-    return recurrent_delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        None,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=False,
-        cu_seqlens=cu_seqlens,
-    )
+    options = Options(scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    return recurrent_delta_rule(q, k, v, beta, None, options)

@@ -1,7 +1,7 @@
 """Gated DeltaProduct (arXiv 2502.10297): several delta-rule steps a token, one decay, one output.
 
-A token with n keys is n tokens of the gated delta rule, of which the first decays and the last is
-read. So the sequence is spread to n times its length and runs on that core.
+A token with n keys is n tokens of the gated delta rule: the first decays, the last is read. So the
+sequence is spread to n times its length and runs on that core.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.chunk import delta_rule
+from kernels.gated_delta_rule.chunk import Options, delta_rule
 
 __all__ = ["chunk_gated_delta_product"]
 
@@ -42,24 +42,15 @@ def chunk_gated_delta_product(
     n = num_householder
     _check(q, k, v, beta, g, n)
     bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-    o, state = delta_rule(
-        _spread(q, n, n - 1),
-        k,
-        v,
-        beta,
-        None if g is None else _spread(g, n, 0),
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=False,
-        cu_seqlens=None if bounds is None else bounds * n,
-    )
+    flags = (output_final_state, use_qk_l2norm_in_kernel)
+    options = Options(scale, initial_state, *flags, None if bounds is None else bounds * n)
+    decays = None if g is None else _spread(g, n, 0)
+    o, state = delta_rule(_spread(q, n, n - 1), k, v, beta, decays, options)
     return o[:, n - 1 :: n].contiguous(), state
 
 
 def _spread(x: Float[Tensor, "B T ..."], n: int, place: int) -> Float[Tensor, "B nT ..."]:
-    """Put each token at `place` of n, zeros at the others."""
+    """Replace each token by n, itself at `place` and zeros at the others."""
     if n == 1:
         return x
     zeros = torch.zeros_like(x)

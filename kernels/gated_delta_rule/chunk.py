@@ -1,11 +1,11 @@
 """The (gated) delta rule on tokens: flags and layouts around `chunked_delta_rule`.
 
-B rows of T tokens, Hk key heads and H value heads, K and V the head dimensions of keys and values,
-N documents.
+B rows of T tokens, N documents, Hk key heads of width K, H value heads of width V.
 """
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +26,23 @@ CHUNK_SIZES = (16, 32, 64)
 L2_EPS = 1e-6
 
 ChunkedRule = Callable[..., tuple[Tensor, Tensor]]
-"""q, k, v, beta, log-decays and initial states in chunks, and the layout's `alive`, to outputs and
-final states, as `chunked_delta_rule`."""
+"""A delta rule on chunks, with the arguments and results of `chunked_delta_rule`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of fla's operators chooses besides q, k, v, beta and g."""
+
+    scale: float | None
+    """Factor of q; None means `K ** -0.5`."""
+    initial_state: Tensor | None
+    output_final_state: bool
+    normalize: bool
+    """Whether q and k are L2-normalized."""
+    cu_seqlens: Tensor | None
+    """Boundaries of documents packed in one row; None if each row is a document."""
+    state_v_first: bool = False
+    """Whether states are `[N, H, V, K]` and not `[N, H, K, V]`."""
 
 
 def chunk_gated_delta_rule(
@@ -64,20 +79,10 @@ def chunk_gated_delta_rule(
     beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     if kwargs.get("use_gate_in_kernel", False):
         g = log_decay(g, kwargs.get("A_log"), kwargs.get("dt_bias"))
-    return delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
-        chunk_size=kwargs.get("chunk_size"),
-    )
+    bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    flags = (output_final_state, use_qk_l2norm_in_kernel)
+    options = Options(scale, initial_state, *flags, bounds, state_v_first)
+    return delta_rule(q, k, v, beta, g, options, kwargs.get("chunk_size"))
 
 
 def delta_rule(
@@ -86,54 +91,60 @@ def delta_rule(
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
     g: Float[Tensor, "B T H *K"] | None,
-    *,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    normalize: bool,
-    state_v_first: bool,
-    cu_seqlens: Tensor | None,
+    options: Options,
     chunk_size: int | None = None,
     rule: ChunkedRule = chunked_delta_rule,
 ) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
-    """Run the delta rule on ready `beta` and log-decay `g` (None: no decay).
+    """Return outputs and final states (None unless asked for): the core of all operators.
 
-    The common core of all operators; see `chunk_gated_delta_rule`. `rule` is what runs on chunks:
-    another one where each key channel has a decay of its own.
+    Args:
+        beta: factors of the update, after any sigmoid.
+        g: log-decays, or None for no decay.
+        chunk_size: tokens a chunk; None chooses one by the documents' lengths.
+        rule: what runs on chunks; KDA gives one with a decay per key channel.
+
+    Raises:
+        ValueError: shapes, document boundaries or chunk size do not fit.
     """
-    lengths = document_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    _check(q, k, v, initial_state, len(lengths), chunk_size)
+    lengths = document_lengths(q.shape[0], q.shape[1], options.cu_seqlens)
+    _check(q, k, v, options.initial_state, len(lengths), chunk_size)
     layout = chunk_layout(lengths, chunk_size or _chunk_size(lengths), q.device)
-    dtype = compute_dtype(q)
-    if normalize:
+    dtype = wide_dtype(q)
+    if options.normalize:
         q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = k.shape[-1] ** -0.5 if options.scale is None else options.scale
     groups = v.shape[2] // k.shape[2]
     parts = [to_chunks(x.to(dtype), layout) for x in (q * scale, k, v, beta)]
     gates = None if g is None else _mask(to_chunks(g, layout), layout)
     queries, keys = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in parts[:2])
-    initial = _initial_state(initial_state, layout, parts[2], keys, state_v_first)
+    initial = _initial_state(options, layout, parts[2], keys)
     rate = _mask(parts[3], layout)
     out, final = rule(queries, keys, parts[2], rate, gates, initial, layout.alive)
     o = from_chunks(out, layout, v.shape).to(v.dtype)
-    return o, _final_state(final, layout, state_v_first) if output_final_state else None
+    if not options.output_final_state:
+        return o, None
+    final = final.index_select(0, layout.rank)
+    return o, final.transpose(-1, -2).contiguous() if options.state_v_first else final
 
 
 def gate_beta(beta: Tensor, sigmoid: bool, allow_neg_eigval: bool) -> Tensor:
-    """Return beta after the sigmoid and the doubling that the flags ask for."""
+    """Apply a sigmoid to beta, and double it, if the flags ask for it.
+
+    Doubling without the sigmoid raises ValueError.
+    """
     if allow_neg_eigval and not sigmoid:
         raise ValueError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
     if not sigmoid:
         return beta
-    beta = beta.to(compute_dtype(beta)).sigmoid()
+    beta = beta.to(wide_dtype(beta)).sigmoid()
     return 2 * beta if allow_neg_eigval else beta
 
 
 def log_decay(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
-    """Return `-exp(A_log) softplus(g + dt_bias)`, shape of `g` `[B, T, H]`."""
+    """Return `-exp(A_log) softplus(g + dt_bias)` in the shape of `g`, `[B, T, H]`."""
     if A_log is None:
         raise ValueError("use_gate_in_kernel=True needs A_log")
-    dtype = compute_dtype(g)
+    dtype = wide_dtype(g)
     g = g.to(dtype) if dt_bias is None else g.to(dtype) + dt_bias.to(dtype)
     return -A_log.to(dtype).exp() * F.softplus(g)
 
@@ -143,8 +154,8 @@ def l2_normalize(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: float64 for float64, else float32."""
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -161,21 +172,21 @@ def _mask(x: Float[Tensor, "chunks H C *K"], layout: ChunkLayout) -> Tensor:
 
 
 def _initial_state(
-    state: Tensor | None, layout: ChunkLayout, v: Tensor, k: Tensor, state_v_first: bool
+    options: Options, layout: ChunkLayout, v: Tensor, k: Tensor
 ) -> Float[Tensor, "N H K V"]:
+    state = options.initial_state
     if state is None:
         return v.new_zeros(len(layout.order), v.shape[1], k.shape[-1], v.shape[-1])
-    state = state.transpose(-1, -2) if state_v_first else state
+    state = state.transpose(-1, -2) if options.state_v_first else state
     return state.to(v.dtype).index_select(0, layout.order)
 
 
-def _final_state(final: Tensor, layout: ChunkLayout, state_v_first: bool) -> Tensor:
-    final = final.index_select(0, layout.rank)
-    return final.transpose(-1, -2).contiguous() if state_v_first else final
-
-
 def state_layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
-    """Return whether states are value first, by the flag or its old name; refuse head_first."""
+    """Return the flag `state_v_first`, which `kwargs` may give by its old name, with a warning.
+
+    Raises:
+        ValueError: both names are given, or the removed `head_first`.
+    """
     if "head_first" in kwargs:
         raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
     if "transposestate_layout" not in kwargs:

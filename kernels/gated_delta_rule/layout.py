@@ -1,9 +1,9 @@
-"""Where the tokens of documents of any length lie once they are cut into chunks.
+"""Cutting documents of any length into chunks.
 
-Every document is cut into chunks of `size` tokens, the last one padded. The chunks are stored
-level by level: first the first chunk of every document, then the second chunk of those that have
-one, and so on, documents in decreasing order of length. So the chunk-to-chunk recurrence advances
-all documents at once, and each of its steps reads one contiguous block.
+Every document is cut into chunks of `size` tokens, the last one padded. The chunks are stored level
+by level: the first chunk of every document, then the second chunk of those that have one, and so
+on, longest documents first. So a step of the recurrence from chunk to chunk advances all documents
+and reads one contiguous block. A slot is a place for a token in a chunk.
 """
 
 from collections.abc import Sequence
@@ -29,26 +29,26 @@ class ChunkLayout:
     rank: Int64[Tensor, " N"]
     """The place of each document in `order`."""
     source: Int64[Tensor, " S"]
-    """For each slot of each chunk the token that lies there; padding repeats a token."""
+    """The token in each slot; padding repeats a token."""
     slot: Int64[Tensor, " T"]
-    """For each token the slot in which it lies."""
+    """The slot of each token."""
     filled: Bool[Tensor, " S"]
-    """False where a slot is padding."""
+    """Whether each slot holds a token, and not padding."""
     padded: bool
     """Whether any slot is padding."""
     identity: bool
-    """Whether the chunks lie as the tokens do, with no padding."""
+    """Whether slots and tokens have the same order and there is no padding."""
 
     @property
     def chunks(self) -> int:
         return sum(self.alive)
 
 
-# the cache outlives a caller's inference mode, whose tensors autograd would refuse later
+# The cache outlives a caller's inference mode, whose tensors autograd would refuse later.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def chunk_layout(lengths: tuple[int, ...], size: int, device: torch.device) -> ChunkLayout:
-    """Return the layout of consecutive documents of these `lengths` in tokens (0 is allowed)."""
+    """Return the layout of consecutive documents of `lengths` tokens each; 0 is allowed."""
     total = torch.tensor(lengths, dtype=torch.int64)
     counts = (total + size - 1) // size
     order = torch.argsort(counts, descending=True, stable=True)
@@ -82,8 +82,11 @@ def document_lengths(
 ) -> tuple[int, ...]:
     """Return the lengths of the documents of a `[batch, tokens]` input.
 
-    `cu_seqlens` are the N+1 boundaries of the documents packed in one row, None where each row is
-    one document. Raises ValueError where they do not cover the row.
+    Args:
+        cu_seqlens: the N+1 boundaries of documents packed in one row; None if each row is one.
+
+    Raises:
+        ValueError: the boundaries do not rise from 0 to `tokens`, or there are several rows.
     """
     if cu_seqlens is None:
         return (tokens,) * batch
@@ -101,7 +104,7 @@ def document_lengths(
 
 
 class _ToChunks(torch.autograd.Function):
-    """Gather tokens into slots; backward gathers too, because padding has no gradient."""
+    """Gathers tokens into slots; backward gathers too, because padding has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, layout: ChunkLayout) -> Tensor:
@@ -114,7 +117,7 @@ class _ToChunks(torch.autograd.Function):
 
 
 class _FromChunks(torch.autograd.Function):
-    """Gather slots back into tokens; the gradient of padding is zero."""
+    """Gathers slots back into tokens; the gradient of padding is zero."""
 
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: ChunkLayout) -> Tensor:
@@ -131,8 +134,8 @@ class _FromChunks(torch.autograd.Function):
 def to_chunks(tokens: Tensor, layout: ChunkLayout) -> Tensor:
     """Return `[B, T, H, ...]` tokens as contiguous `[chunks, H, size, ...]`.
 
-    Padded slots repeat a token; their gradient is taken to be zero, so the caller must make
-    what it computes from them zero (a delta rule does with beta = 0).
+    Padded slots repeat a token and give it no gradient, so the caller must make sure that nothing
+    depends on them (in a delta rule beta = 0 does).
     """
     flat = tokens.flatten(0, 1)
     slots = flat if layout.identity else _ToChunks.apply(flat, layout)
@@ -140,7 +143,7 @@ def to_chunks(tokens: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def from_chunks(slots: Tensor, layout: ChunkLayout, shape: Sequence[int]) -> Tensor:
-    """Return `[chunks, H, size, D]` as tokens of `shape` `[B, T, H, D]`."""
+    """Return the tokens in `[chunks, H, size, D]` as a tensor of `shape` `[B, T, H, D]`."""
     flat = slots.transpose(1, 2).flatten(0, 1)
     tokens = flat if layout.identity else _FromChunks.apply(flat, layout)
     return tokens.reshape(*shape)

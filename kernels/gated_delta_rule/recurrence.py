@@ -3,9 +3,9 @@
     V_new[c] = U[c] - W[c] S[c]
     S[c+1]   = gamma[c] S[c] + Kd[c]^T V_new[c]
 
-Two products per step forward and two backward; everything else is batched over all chunks. The
-tensors are `[chunks, H, ...]` and the chunks in the order of a `ChunkLayout`, whose `alive` counts
-the documents that a step advances.
+A step is two products forward and two backward. Tensors are `[chunks, H, ...]` with the chunks in
+the order of a `ChunkLayout`, whose `alive` counts the documents that each step advances. Kd are the
+keys times their decay to the end of the chunk (`k_end`), gamma the decay over the chunk.
 """
 
 import torch
@@ -21,9 +21,9 @@ def carry_states(
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
 ) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
-    """Return the corrected values, the state before each chunk, and the final states.
+    """Return V_new, the state before each chunk, and the final states.
 
-    `initial` and the final states are in the layout's order of documents. Without `gamma`
+    `initial` and the final states are in the layout's order of documents. `gamma` None means that
     nothing decays.
     """
     states = initial.new_empty(u.shape[0], *initial.shape[1:])
@@ -52,7 +52,8 @@ def carry_gradients(
 ) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
     """Return the gradients of `u`, of the state after each chunk, and of the initial states.
 
-    `dv_new` and `dstates` are what the outputs give; they are overwritten.
+    `dv_new` and `dstates` are the outputs' gradients of V_new and of the states before each chunk;
+    both are overwritten.
     """
     dafter = torch.empty_like(dstates)
     dstate, start = dfinal.clone(), dstates.shape[0]

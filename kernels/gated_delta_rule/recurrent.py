@@ -8,17 +8,18 @@ from torch import Tensor
 
 from kernels.gated_delta_rule.chunk import (
     ChunkedRule,
-    compute_dtype,
+    Options,
     delta_rule,
     gate_beta,
     l2_normalize,
     log_decay,
     state_layout,
+    wide_dtype,
 )
 from kernels.gated_delta_rule.wy import chunked_delta_rule
 
 MAX_STEPS = 4
-"""Up to this many tokens a document, the steps of a delta product among them, run one by one."""
+"""Documents of at most this many tokens (DeltaProduct's steps counted) are run token by token."""
 
 
 def fused_recurrent_gated_delta_rule(
@@ -56,70 +57,41 @@ def fused_recurrent_gated_delta_rule(
         if g is None:
             raise ValueError("use_gate_in_kernel=True needs g, the gate's input")
         g = log_decay(g, A_log, dt_bias)
-    return recurrent_delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-    )
+    flags = (output_final_state, use_qk_l2norm_in_kernel)
+    options = Options(scale, initial_state, *flags, cu_seqlens, state_v_first)
+    return recurrent_delta_rule(q, k, v, beta, g, options)
 
 
 def recurrent_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    *,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    normalize: bool,
-    state_v_first: bool,
-    cu_seqlens: Tensor | None,
+    q: Float[Tensor, "B T Hk K"],
+    k: Float[Tensor, "B T Hk K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H *K"] | None,
+    options: Options,
     rule: ChunkedRule = chunked_delta_rule,
-) -> tuple[Tensor, Tensor | None]:
-    """Run token by token where every document has the same few tokens, else the chunked form."""
-    steps = _equal_length(q, cu_seqlens)
+) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
+    """`delta_rule`, token by token if all documents have the same `MAX_STEPS` tokens or fewer."""
+    steps = _equal_length(q, options.cu_seqlens)
     if not 1 <= steps <= MAX_STEPS:
-        return delta_rule(
-            q,
-            k,
-            v,
-            beta,
-            g,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            normalize=normalize,
-            state_v_first=state_v_first,
-            cu_seqlens=cu_seqlens,
-            rule=rule,
-        )
+        return delta_rule(q, k, v, beta, g, options, rule=rule)
 
     def unbound(x: Tensor) -> tuple[Tensor, ...]:
         return x.reshape(-1, steps, *x.shape[2:]).unbind(1)
 
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = k.shape[-1] ** -0.5 if options.scale is None else options.scale
     inputs = (q, k, v, beta) if g is None else (q, k, v, beta, g)
-    state, outs = initial_state, []
+    state, outs = options.initial_state, []
     for query, key, value, rate, *decay in zip(*map(unbound, inputs), strict=True):
         token = (query, key, value, rate, decay[0] if decay else None)
-        out, state = _step(*token, scale, state, normalize, state_v_first)
+        out, state = _step(*token, scale, state, options.normalize, options.state_v_first)
         outs.append(out)
     o = torch.stack(outs, 1).view(v.shape).to(v.dtype)
-    return o, state if output_final_state else None
+    return o, state if options.output_final_state else None
 
 
 def _equal_length(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Return the number of tokens of every document, 0 where they differ or do not fit."""
+    """Return the number of tokens of every document; 0 if they differ or do not fill the row."""
     if cu_seqlens is None:
         return q.shape[1]
     bounds = cu_seqlens.tolist()
@@ -139,7 +111,7 @@ def _step(
     normalize: bool,
     state_v_first: bool,
 ) -> tuple[Float[Tensor, "N H V"], Tensor]:
-    dtype, groups = compute_dtype(q), v.shape[1] // k.shape[1]
+    dtype, groups = wide_dtype(q), v.shape[1] // k.shape[1]
     pair = torch.stack([q, k]).to(dtype)
     pair = l2_normalize(pair) if normalize else pair
     pair = pair.repeat_interleave(groups, 2) if groups > 1 else pair

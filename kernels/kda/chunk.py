@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.chunk import delta_rule, gate_beta, state_layout
+from kernels.gated_delta_rule.chunk import Options, delta_rule, gate_beta, state_layout
 from kernels.gated_delta_rule.recurrent import recurrent_delta_rule
 from kernels.kda.gate import kda_log_decay
 from kernels.kda.wy import chunked_kda
@@ -59,21 +59,11 @@ def chunk_kda(
     if use_gate_in_kernel:
         g = kda_log_decay(g, kwargs.get("A_log"), kwargs.get("dt_bias"), lower_bound)
     _check_shapes(q, v, g, beta)
-    return delta_rule(
-        q,
-        k,
-        v,
-        gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
-        g,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=state_layout(state_v_first, kwargs),
-        cu_seqlens=cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu,
-        chunk_size=kwargs.get("chunk_size"),
-        rule=chunked_kda,
-    )
+    beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    flags = (output_final_state, use_qk_l2norm_in_kernel)
+    options = Options(scale, initial_state, *flags, bounds, state_layout(state_v_first, kwargs))
+    return delta_rule(q, k, v, beta, g, options, kwargs.get("chunk_size"), chunked_kda)
 
 
 def fused_recurrent_kda(
@@ -105,20 +95,10 @@ def fused_recurrent_kda(
     if use_gate_in_kernel:
         g = kda_log_decay(g, A_log, dt_bias, lower_bound)
     _check_shapes(q, v, g, beta)
-    return recurrent_delta_rule(
-        q,
-        k,
-        v,
-        gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
-        g,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=use_qk_l2norm_in_kernel,
-        state_v_first=state_layout(state_v_first, kwargs),
-        cu_seqlens=cu_seqlens,
-        rule=chunked_kda,
-    )
+    beta = gate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    flags = (output_final_state, use_qk_l2norm_in_kernel)
+    options = Options(scale, initial_state, *flags, cu_seqlens, state_layout(state_v_first, kwargs))
+    return recurrent_delta_rule(q, k, v, beta, g, options, chunked_kda)
 
 
 def _refuse(**given: Any) -> None:

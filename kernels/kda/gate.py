@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kernels.gated_delta_rule.chunk import wide_dtype
+
 
 def fused_kda_gate(
     g: Float[Tensor, "... H K"],
@@ -27,10 +29,10 @@ def kda_log_decay(
     dt_bias: Tensor | None,
     lower_bound: float | None,
 ) -> Float[Tensor, "... H K"]:
-    """The log-decays of `fused_kda_gate` in float32, in float64 for float64 input."""
+    """Return the log-decays of `fused_kda_gate`, in float32, or in float64 for float64 input."""
     if A_log is None and lower_bound is None:
         raise ValueError("the gate needs A_log unless lower_bound is set")
-    dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(g)
     x = g.to(dtype)
     if dt_bias is not None:
         x = x + dt_bias.to(dtype).view(g.shape[-2:])

@@ -1,18 +1,10 @@
-"""Decayed products of all pairs of tokens of a chunk, where every channel decays on its own.
+"""Decayed products of all pairs of tokens of a chunk, with a decay per key channel.
 
     P_ij = sum over channels c of x_i[c] k_j[c] exp(G_i[c] - G_j[c]),  j < i
 
-With one decay a head the exponential leaves the sum, and P is a product of matrices times a matrix
-of decays. Here it does not, and the quotient `exp(G_i) / exp(G_j)` overflows. So the pairs are cut
-like a binary tree: two neighbouring blocks of b tokens, for b = 1, 2, 4, ... C/2, give the square
-of pairs (right token, left token), with the boundary between the blocks as the point of reference:
-
-    exp(G_i - G_j) = exp(G_i - G_boundary) exp(G_boundary - G_j),  both exponents at most 0.
-
-Nothing overflows, and what underflows is a product that is zero to the precision of its dtype. The
-squares of all levels are all pairs with j < i, each once, so no mask is needed. The exponents are
-sums of log-decays of one sign, made from those of the level below by one addition: no differences
-of large sums, hence no float64, and the backward adds up the same way.
+The pairs are cut like a binary tree, so that no exponential overflows and no float64 is needed:
+`kernels/README.md` ("A decay per key channel") says how. A level of the tree has pairs of
+neighbouring blocks, each block of b = 1, 2, 4, ... C/2 tokens, C being the tokens of a chunk.
 """
 
 from collections.abc import Iterator
@@ -24,12 +16,12 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """The decays of one level of the tree, for the left and right block of every pair."""
+    """Decays inside the left and the right block of every pair of one level."""
 
     to_end: Float[Tensor, "chunks H pairs b K"]
-    """Of a left token: from it (its own decay not included) to the end of its block."""
+    """From each token of the left block, its own decay not included, to the end of the block."""
     from_start: Float[Tensor, "chunks H pairs b K"]
-    """Of a right token: from the start of its block to it, its own decay included."""
+    """From the start of the right block to each of its tokens, the token's own decay included."""
 
     @property
     def size(self) -> int:
@@ -38,28 +30,30 @@ class Level(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """All decays of a chunk."""
+    """All decays inside each chunk."""
 
     start: Float[Tensor, "chunks H C K"]
     """From the start of the chunk to each token, the token's own decay included."""
     end: Float[Tensor, "chunks H C K"]
     """From each token to the end of the chunk."""
     levels: tuple[Level, ...]
-    """Of growing block size."""
+    """The levels of the tree, smallest blocks first."""
 
 
 class PairGradients(NamedTuple):
-    """What the gradients of both products give their factors; `dk` is split by its place."""
+    """Gradients of the factors of both products."""
 
     dq: Float[Tensor, "chunks H C K"]
     dk_right: Float[Tensor, "chunks H C K"]
+    """Of k as the later token i."""
     dk_left: Float[Tensor, "chunks H C K"]
+    """Of k as the earlier token j."""
     dlevels: tuple[Level, ...]
     """Gradients of the logarithms of the decays of each level."""
 
 
 def decays(g: Float[Tensor, "chunks H C K"]) -> Decays:
-    """The decays between tokens, from log-decays `g` <= 0 of tokens; C is a power of two."""
+    """Return the decays between tokens, from log-decays `g` <= 0 of tokens; C is a power of two."""
     to_end, from_start, levels = torch.zeros_like(g), g.clone(), []
     for size in _sizes(g.shape[-2]):
         left, right = _halves(to_end, size)[0], _halves(from_start, size)[1]
@@ -73,7 +67,7 @@ def decays_backward(
     dend: Float[Tensor, "chunks H C K"],
     dlevels: tuple[Level, ...],
 ) -> Float[Tensor, "chunks H C K"]:
-    """The gradient of `g` from those of the logarithms of all decays; overwrites its arguments."""
+    """Return the gradient of `g`, given those of the logarithms of all decays; overwrites them."""
     dto_end, dfrom_start = dend, dstart
     for dlevel in reversed(dlevels):
         _double_backward(dto_end, dfrom_start, dlevel.size)
@@ -87,7 +81,7 @@ def pair_products(
     k: Float[Tensor, "chunks H C K"],
     levels: tuple[Level, ...],
 ) -> tuple[Float[Tensor, "chunks H C C"], Float[Tensor, "chunks H C C"]]:
-    """Return the products of q with k for j <= i, and of k with k for j < i, zero elsewhere."""
+    """Return the products of q_i and k_j for j <= i, and of k_i and k_j for j < i, else zero."""
     with_q = torch.diag_embed((q * k).sum(-1))
     with_k = torch.zeros_like(with_q)
     for level in levels:
@@ -104,9 +98,9 @@ def pair_products_backward(
     dwith_q: Float[Tensor, "chunks H C C"],
     dwith_k: Float[Tensor, "chunks H C C"],
 ) -> PairGradients:
-    """The gradients of `pair_products`, without what the diagonal of `dwith_q` gives q and k.
+    """Return the gradients of `pair_products`, without the share of the diagonal of `dwith_q`.
 
-    The diagonal has no decay, so its share must stay out of the products that give dg.
+    The diagonal has no decay, so it must not enter the gradients of the decays.
     """
     dq, dk_right, dk_left = (torch.zeros_like(x) for x in (q, k, k))
     dlevels = []

@@ -1,12 +1,7 @@
-"""The delta rule with a decay per key channel, all chunks of all documents at once.
+"""The delta rule with a decay per key channel, for all chunks of all documents at once.
 
-The WY form of `kernels.gated_delta_rule.wy` with the decays inside the products, `*` by channel:
-
-    A = strict_lower(beta (K K)_decayed)    T = (I + A)^-1    [U, W] = T [beta V, beta e^G * K]
-    O = (e^G * Q) S + (Q K)_decayed V_new   V_new, S from the recurrence, S' = e^G_C * S + ...
-
-`pairs.py` has the decayed products and their gradients. The backward is written by hand, and the
-gradient of each decay's logarithm is the gradient of the decay times the decay.
+It is the WY form of `kernels.gated_delta_rule.wy` with decays by channel inside the products, which
+come from `pairs.py`. `kernels/README.md` derives both. The backward is written by hand.
 """
 
 from typing import Any
@@ -29,9 +24,12 @@ def chunked_kda(
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
 ) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "N H K V"]]:
-    """Return the outputs and the final states; `q` is scaled already.
+    """Return the outputs and the final states; once differentiable.
 
-    Log-decays `g` are at most 0 and in the dtype of q. Once differentiable.
+    Args:
+        q: scaled already.
+        g: log-decays, at most 0.
+        alive: how many of the N documents have an i-th chunk, for each i (`ChunkLayout`).
     """
     return _ChunkedKda.apply(q, k, v, beta, g.to(q.dtype), initial, alive)
 
@@ -78,7 +76,7 @@ class _ChunkedKda(torch.autograd.Function):
         )
         dright = inverse.mT @ torch.cat([du, (du @ states.mT).neg_()], -1)
         dv_rate, dk_rate = dright.split([v.shape[-1], k.shape[-1]], -1)
-        # the gradient of the system, negated, strictly lower
+        # Minus the gradient of the system, of which only the strict lower triangle counts.
         dsystem = (dright @ solved.mT).tril_(-1).neg_()
         dscores = dout @ v_new.mT
         found = pairs.pair_products_backward(q, k, levels, dscores, dsystem * rate)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kernels.gated_delta_rule.chunk import wide_dtype
+
 __all__ = [
     "l2norm_bwd",
     "l2norm_fwd",
@@ -143,7 +145,7 @@ def l2norm_bwd(
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(wide_dtype(x))
 
 
 def _add_residual(

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from kernels.gated_delta_rule.chunk import wide_dtype
+
 __all__ = ["causal_conv1d_bwd", "causal_conv1d_fwd", "causal_conv1d_states", "causal_conv1d_update"]
 
 _SILU = ("silu", "swish")
@@ -77,7 +79,7 @@ def causal_conv1d_bwd(
     flat = dy.reshape(-1, weight.shape[0]).to(padded.dtype)
     if activation in _SILU:
         flat = torch.ops.aten.silu_backward(flat, _convolve(padded, weight, bias, stream))
-    # the gradient's stream ends with W - 1 zero rows: the reversed convolution runs over the end
+    # W - 1 zero rows end the gradient's stream, since the reversed convolution reads past its end.
     width = weight.shape[1]
     grad = flat.new_zeros(stream.rows + width - 1, flat.shape[1]).index_copy_(0, stream.token, flat)
     dpadded, dweight = _transposed(grad, padded, weight)
@@ -85,7 +87,7 @@ def causal_conv1d_bwd(
         _add_state_gradient(dpadded, dht, stream)
     dx = dpadded.index_select(0, stream.token).view(shape).to(x.dtype)
     db = None if bias is None else flat.sum(0).to(bias.dtype)
-    dh0 = None if initial_state is None else _state_gradient(dpadded, dht, initial_state, stream)
+    dh0 = None if initial_state is None else _state_gradient(dpadded, initial_state, stream)
     return dx, dweight.to(weight.dtype), db, dy if residual is not None else None, dh0
 
 
@@ -154,8 +156,7 @@ def _transposed(
 def _fill(
     x: Float[Tensor, "B T D"], initial_state: Tensor | None, stream: _Stream
 ) -> Float[Tensor, "rows D"]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _place(x.to(dtype), initial_state, stream)
+    return _place(x.to(wide_dtype(x)), initial_state, stream)
 
 
 def _place(x: Tensor, initial_state: Tensor | None, stream: _Stream) -> Float[Tensor, "rows D"]:
@@ -172,7 +173,7 @@ def _place(x: Tensor, initial_state: Tensor | None, stream: _Stream) -> Float[Te
 
 
 def _state_gradient(
-    dpadded: Tensor, dht: Tensor | None, initial_state: Tensor, stream: _Stream
+    dpadded: Tensor, initial_state: Tensor, stream: _Stream
 ) -> Float[Tensor, "N D W"]:
     dh0 = torch.zeros_like(initial_state)
     width = stream.before.shape[1]
