@@ -1,7 +1,7 @@
 """Causal language models of transformers and fla, built on the meta device and sharded by FSDP2.
 
-The module that is trained, calibrated and evaluated is the Hugging Face model itself, so parameter
-names are those of its published checkpoints.
+The Hugging Face model itself is trained, calibrated and evaluated, so parameters have the names of
+its published checkpoints.
 """
 
 import warnings
@@ -21,7 +21,11 @@ from flame.process.distributed import rank
 
 
 def stock_config(config: dict[str, Any]) -> Any:
-    """The configuration object of transformers or fla for a `config.json` given as a dict."""
+    """Return the configuration object for the contents of a `config.json`.
+
+    Raises:
+        UserError: the family is missing or unknown, or its class refuses the config.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     import flame.register  # noqa: F401
@@ -41,10 +45,13 @@ def stock_config(config: dict[str, Any]) -> Any:
 
 
 def meta_model(config: dict[str, Any]) -> nn.Module:
-    """The stock causal language model of `config`, fp32, all tensors on the meta device.
+    """Build the causal language model of `config` in fp32 on the meta device.
 
-    What the constructor put into buffers (rotary frequencies, which no checkpoint holds) is kept on
-    the CPU as `model.initial_buffers`, for `restore_after_to_empty`.
+    Buffers (rotary frequencies), which no checkpoint holds, are kept on the CPU as
+    `model.initial_buffers` for `restore_after_to_empty`.
+
+    Raises:
+        UserError: the config is refused, or the model cannot be built on the meta device.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -59,10 +66,11 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
     except (ValueError, AssertionError, RuntimeError) as error:
-        # Some constructors compute their initial values, which the meta device has none of.
+        # Some constructors compute with initial values, which the meta device does not have.
         raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
     model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.no_weight_decay_names = no_weight_decay(model)
+    decayless = {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    model.no_weight_decay_names = decayless
     model.to("meta")
     model.tie_weights()
     return model
@@ -70,7 +78,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def restore_after_to_empty(model: nn.Module) -> None:
-    """Put back what `to_empty` destroys: shared parameters and the constructor's buffers."""
+    """Restore what `to_empty` destroys in a `meta_model`: tied parameters and buffers."""
     model.tie_weights()  # type: ignore[operator]
     buffers = dict(model.named_buffers())
     for name, value in model.initial_buffers.items():
@@ -78,23 +86,18 @@ def restore_after_to_empty(model: nn.Module) -> None:
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks in order: what it asks not to be split."""
+    """Return the model's blocks in order: the modules of its `_no_split_modules` classes."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [
         module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names
     ]
 
 
-def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that the model marks with `_no_weight_decay`."""
-    return {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
-
-
 def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that compute in fp32 whatever the policy: `A_log`, `dt_bias`, DoRA's magnitudes.
+    """Return the parameters that always compute in fp32: `A_log`, `dt_bias`, DoRA's magnitudes.
 
-    FSDP2 casts whole groups, so these stay out of it: replicated, never cast, their gradients
-    summed over the ranks by `sum_replicated_gradients`.
+    FSDP2 casts whole groups, so they stay outside it: replicated, never cast, their gradients
+    summed by `sum_replicated_gradients`.
     """
     return {
         name: parameter
@@ -109,11 +112,12 @@ def shard(
     param_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Wrap `model` by FSDP2, a group for each block and one for the rest; return it.
+    """Wrap `model` by FSDP2, with a group for each block and one for the rest; return it.
+
+    Gradients are summed over the ranks, not averaged, as the loss is divided by the global tokens.
 
     Args:
-        mesh: one dimension (FSDP) or two (replicas × shards, HSDP). Size 1 is allowed, so that one
-            process runs the same code path as many.
+        mesh: one dimension (FSDP) or two (replicas × shards, HSDP), of any size, 1 included.
         param_dtype: compute dtype; parameters, gradients and reductions stay fp32.
     """
     replicated = set(full_precision_parameters(model).values())
@@ -125,20 +129,18 @@ def shard(
     for layer in layers(model):
         fully_shard(layer, **options, reshard_after_forward=reshard_after_forward)
     fully_shard(model, **options)
-    _sum_gradients(model)
-    return model
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """Sum gradients over ranks instead of averaging: the loss is divided by the global tokens."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def sum_replicated_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Make every backward pass sum the gradients that FSDP2 does not reduce over `group`."""
+    """Make backward passes sum, over `group`, the gradients that FSDP2 does not reduce.
+
+    They are those of the parameters that a sharded model keeps whole on every rank.
+    """
     if dist.get_world_size(group) == 1:
         return
 
@@ -147,29 +149,26 @@ def sum_replicated_gradients(model: nn.Module, group: dist.ProcessGroup | None =
         dist.all_reduce(gradient, group=group)
         return gradient
 
-    for parameter in replicated_parameters(model):
-        if parameter.requires_grad:
+    for parameter in model.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.register_hook(summed)
-
-
-def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a sharded model that FSDP2 leaves whole on every rank."""
-    return [p for p in model.parameters() if not isinstance(p, DTensor)]
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: dict[str, Any], seed: int) -> None:
-    """Fill a sharded `model` with the stock class's random initialisation. Collective.
+    """Fill a sharded `model` with its class's random initialisation. Collective.
 
     Rank 0 builds the model on its CPU and broadcasts one tensor at a time, so the values depend on
-    `seed` alone: not on the world size, nor on how the model is sharded.
+    `seed`, and not on the world size or the sharding.
     """
     tensors = dict(_stock_initialisation(config, seed)) if rank() == 0 else {}
     for name, target in named_tensors(model):
         full = torch.empty(target.shape, dtype=target.dtype)
         if rank() == 0:
             full.copy_(tensors.pop(name))
-        copy_from_rank_zero(target, full)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(full, src=0)
+        copy_full(target, full)
 
 
 def _stock_initialisation(config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -182,16 +181,9 @@ def _stock_initialisation(config: dict[str, Any], seed: int) -> Iterator[tuple[s
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, saved or not, each tensor once."""
+    """Yield the names and tensors of parameters and buffers, saved or not, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def copy_from_rank_zero(target: Tensor, full: Tensor) -> None:
-    """Copy rank 0's `full` tensor into `target`, a plain tensor or a DTensor. Collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(full, src=0)
-    copy_full(target, full)
 
 
 @torch.no_grad()

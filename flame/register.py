@@ -1,14 +1,14 @@
 """`import flame.register`: the one import that lets fla's models run anywhere.
 
-Importing has side effects, on purpose; they are idempotent:
+Importing it has these side effects, which do no more when repeated:
 
-- our `kernels` folder becomes part of the `kernels` namespace even where the Hugging Face package
-  of that name is installed, which as a regular package would hide it;
-- fla's operators get a CPU path (`kernels.fla_cpu`); tensors of an accelerator go on to fla's own
+- our `kernels` folder joins the package `kernels`, also if that is the Hugging Face package of that
+  name, which would hide ours;
+- fla's operators get a CPU path (`kernels.fla_cpu`); an accelerator's tensors still take fla's own
   kernels;
-- model classes of this project (`flame.models`) are registered with transformers' Auto classes.
+- this project's model classes (`flame.models`) are registered with transformers' Auto classes.
 
-It imports fla, which imports transformers, and nothing of torchtitan.
+It imports fla and transformers, and nothing of torchtitan.
 """
 
 import importlib
@@ -22,21 +22,21 @@ _KERNELS = str(Path(__file__).resolve().parent.parent / "kernels")
 
 
 def _join_kernels() -> None:
-    """Append our folder to the path of whatever package is called `kernels`."""
+    """Append our folder to the path of the package that is imported as `kernels`."""
     path = importlib.import_module("kernels").__path__
     if _KERNELS not in list(path):
         path.append(_KERNELS)
 
 
 def _import_fla() -> None:
-    """Import fla without its warning that it finds no GPU: `kernels.fla_cpu` is what follows."""
+    """Import fla without its warning that it finds no GPU, since we give it a CPU path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Triton is not supported on current platform")
         importlib.import_module("fla.models")
 
 
 def register() -> None:
-    """Do what importing this module does; calling it again changes nothing."""
+    """Do what importing this module does; UserError if the package triton is missing."""
     if importlib.util.find_spec("triton") is None:
         raise UserError("fla needs the package triton, also on a CPU: pip install triton")
     _join_kernels()

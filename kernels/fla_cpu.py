@@ -1,14 +1,13 @@
-"""Put the CPU operators under fla 0.6.0: the one place that changes fla.
+"""Putting the CPU operators under fla 0.6.0: the one place that changes fla.
 
-Three kinds of entry point:
+There are three kinds of entry point:
 
-- Where fla dispatches, the operators are registered in `fla.backends` with a verifier that accepts
-  CPU tensors only, so tensors of an accelerator go on to fla's own kernels.
-- The delta rule, the delta product and the recurrent operators do not dispatch in fla 0.6.0. They
-  get fla's own dispatcher here, and every fla module that holds the bare function gets the
-  dispatching one.
-- `FusedCrossEntropyLoss.forward` asserts an accelerator before it calls anything that dispatches:
-  for CPU tensors the same computation runs without the assertion.
+- Functions that fla dispatches: our operators are registered in `fla.backends` with a verifier that
+  accepts CPU tensors only, so an accelerator's tensors still take fla's own kernels.
+- The delta rule, the delta product and the recurrent operators, which fla 0.6.0 does not dispatch:
+  they are wrapped in fla's dispatcher, and every fla module that holds one gets the wrapped one.
+- `FusedCrossEntropyLoss.forward`, which asserts an accelerator before it dispatches anything: for
+  CPU tensors the same computation runs without the assertion.
 """
 
 import sys
@@ -32,20 +31,20 @@ from kernels import (
 
 
 class CpuBackend(BaseBackend):
-    """Plain PyTorch operators for CPU tensors, asked before every other backend."""
+    """The backend of our operators, which fla asks before every other one."""
 
     backend_type = "slimstate_cpu"
     priority = -1
 
 
 class GatedDeltaRuleCpuBackend(CpuBackend):
-    """The chunk operator only: fla asks this registry for other functions too."""
+    """Has only the chunk operator; for the other functions of this registry fla takes its own."""
 
     chunk_gated_delta_rule = staticmethod(gated_delta_rule.chunk_gated_delta_rule)
 
 
 class KdaCpuBackend(CpuBackend):
-    """The gate only: fla asks this registry for the parts of its own operator too."""
+    """Has only the gate; for the other functions of this registry fla takes its own."""
 
     fused_kda_gate = staticmethod(kda.fused_kda_gate)
 
@@ -70,7 +69,7 @@ def _accepts_cpu(*args: Any, **kwargs: Any) -> tuple[bool, str | None]:
 
 
 def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
-    """Return the entry points that fla dispatches, each with our operator."""
+    """Return pairs of a function that fla dispatches and our operator for it."""
     from fla.modules.activations import ops as fla_activations
     from fla.modules.causal_conv1d import ops as fla_conv
     from fla.modules.fused_cross_entropy import ops as fla_loss
@@ -97,7 +96,7 @@ def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
 
 
 def _undispatched() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Return the operators that fla calls directly, each with ours."""
+    """Return pairs of an operator that fla calls directly and ours for it."""
     from fla.ops import delta_rule as fla_delta
     from fla.ops import gated_delta_product as fla_product
     from fla.ops import gated_delta_rule as fla_gated
@@ -124,7 +123,7 @@ def _dispatching(
 
 
 def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Rebind `old` to `new` in every fla module that holds it under any name."""
+    """Rebind every name in fla's modules that is bound to `old` to `new`."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "fla" and module is not None:
             for attribute, value in list(vars(module).items()):
@@ -147,18 +146,11 @@ def _allow_cpu_loss() -> None:
 def _cpu_loss(module: Any, logits: Tensor, target: Tensor) -> Any:
     from fla.modules.fused_cross_entropy.ops import cross_entropy_loss
 
-    options = {
-        name: getattr(module, name)
-        for name in (
-            "label_smoothing",
-            "logit_scale",
-            "lse_square_scale",
-            "logit_softcapping",
-            "ignore_index",
-            "inplace_backward",
-            "process_group",
-        )
-    }
+    names = (
+        "label_smoothing logit_scale lse_square_scale logit_softcapping ignore_index "
+        "inplace_backward process_group"
+    )
+    options = {name: getattr(module, name) for name in names.split()}
     losses = cross_entropy_loss(logits, target, **options)
     if module.reduction != "none":
         losses = [loss.sum() for loss in losses]

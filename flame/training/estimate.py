@@ -1,10 +1,10 @@
-"""GPU memory that a training job will take, from shapes alone: no GPU, no weights, no data.
+"""Estimating a training job's GPU memory from shapes, without a GPU, weights or data.
 
-Parameters, gradients, moments and the teacher's weights are counted: FSDP2 cuts every parameter
-along its first dimension into as many equal pieces as there are shards, the last ones shorter, and
-the first rank holds the longest. What exists for part of a step only, gathered weights, logits and
-activations, is estimated: activations at two numbers for each output of a linear layer and four
-for each number in a block's input, which fused kernels undercut and plain ones exceed.
+Parameters, gradients, moments and the teacher's weights are counted exactly: FSDP2 cuts every
+parameter along its first dimension into one piece per shard, and the first rank's is the longest.
+Gathered weights, logits and activations, which exist during part of a step, are estimated. For
+activations that is two numbers for each output of a linear layer and four for each number in a
+block's input; fused kernels need less and plain ones more.
 """
 
 import math
@@ -18,14 +18,14 @@ from flame.model import count_parameters, full_precision_parameters, layers, met
 from flame.training.losses import LOGITS_AT_A_TIME
 
 FLOAT = 4
-"""Bytes of an fp32 number: weights, gradients and moments are kept so."""
+"""Bytes of an fp32 number, the dtype of weights, gradients and moments."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LOGIT_COPIES = 3
-"""Tensors as large as a chunk's logits that exist at once; of a teacher as many again."""
+"""Tensors of the size of a chunk's logits that exist at once; a teacher adds as many."""
 
 PER_OUTPUT, PER_INPUT = 2, 4
-"""Numbers kept for the backward pass, of each linear output and each number in a block's input."""
+"""Numbers kept for the backward per linear output, and per number in a block's input."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,11 @@ class Part:
     name: str
     bytes: int
     counted: bool
-    """Exact, rather than estimated."""
+    """Whether `bytes` is exact and not an estimate."""
 
 
 def estimate(job: Any, world_size: int) -> list[Part]:
-    """Memory of one GPU, the first rank's, when `job` trains on `world_size` of them.
-
-    Args:
-        job: a checked `flame.config.JobConfig`.
-    """
+    """Return the parts of the first rank's GPU memory when `job` trains on `world_size` GPUs."""
     import flame.register  # noqa: F401
     from flame.training.train_spec import CausalLMArgs, build_model
 
@@ -65,12 +61,13 @@ def estimate(job: Any, world_size: int) -> list[Part]:
 
 
 def estimate_table(job: Any, nproc: int, nnodes: int) -> str:
-    """The estimate as text for a terminal, under a line that names the mesh and the batch."""
+    """Return the estimate for `nnodes` × `nproc` GPUs as text, with its mesh and batch named."""
     world_size, training = nproc * nnodes, job.training
     replicas = job.parallelism.data_parallel_replicate_degree
     parts = estimate(job, world_size)
     total = sum(part.bytes for part in parts)
-    lines = [f"{part.name:<20}{_gib(part.bytes)}  {_kind(part)}" for part in parts]
+    how = {True: "counted", False: "estimated"}
+    lines = [f"{part.name:<20}{_gib(part.bytes)}  {how[part.counted]}" for part in parts]
     return "\n".join(
         [
             f"Memory of one GPU of {world_size} ({nnodes} x {nproc}), {replicas} x "
@@ -85,21 +82,21 @@ def estimate_table(job: Any, nproc: int, nnodes: int) -> str:
 
 
 def shard_numel(model: nn.Module, parameters: Iterable[Tensor], shards: int) -> int:
-    """Numbers that the first rank holds of `parameters`, which are some of `model`'s."""
+    """Count the numbers that the first rank holds of `parameters`, which belong to `model`."""
     whole = {id(p) for p in full_precision_parameters(model).values()}
     return sum(
-        p.numel() if id(p) in whole else math.ceil(p.shape[0] / shards) * _row(p)
+        p.numel() if id(p) in whole else math.ceil(p.shape[0] / shards) * (p.numel() // p.shape[0])
         for p in parameters
     )
 
 
 def moment_bytes(model: nn.Module, trained: list[nn.Parameter], shards: int) -> int:
-    """AdamW's two moments in fp32, and a count of steps for each parameter."""
+    """Return the bytes of AdamW's two fp32 moments and its step count for each parameter."""
     return FLOAT * (2 * shard_numel(model, trained, shards) + len(trained))
 
 
 def gathered_numel(model: nn.Module) -> int:
-    """Weights that are whole at once: the root's group, the largest block and the next one."""
+    """Count the weights gathered at once: the root group and the two largest blocks."""
     blocks = sorted((count_parameters(block.parameters()) for block in layers(model)), reverse=True)
     return count_parameters(model.parameters()) - sum(blocks) + sum(blocks[:2])
 
@@ -118,7 +115,7 @@ def _teacher(job: Any, shards: int, compute: int) -> list[Part]:
 
 
 def _logits(job: Any, model: nn.Module) -> int:
-    """Logits of a chunk in fp32, and the sum of the output projection's gradient."""
+    """Return the bytes of a chunk's fp32 logits and of the output projection's fp32 gradient."""
     vocabulary, width = model.get_output_embeddings().weight.shape  # type: ignore[operator]
     tokens = job.training.local_batch_size * job.training.seq_len
     chunk = job.distill.chunk_tokens or max(1, LOGITS_AT_A_TIME // vocabulary)
@@ -127,7 +124,7 @@ def _logits(job: Any, model: nn.Module) -> int:
 
 
 def _activations(job: Any, model: nn.Module) -> int:
-    """Numbers that one micro-batch keeps for its backward pass."""
+    """Count the numbers that one micro-batch keeps for its backward pass."""
     tokens, width = job.training.local_batch_size * job.training.seq_len, model.config.hidden_size
     every = {"none": 0, "full": 1}.get(job.activation_checkpoint.mode)
     if every is None:
@@ -139,18 +136,10 @@ def _activations(job: Any, model: nn.Module) -> int:
 
 
 def _kept(block: nn.Module, width: int) -> int:
-    """Numbers a token that a block keeps for its backward pass."""
+    """Count the numbers per token that a block keeps for its backward pass."""
     outputs = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
     return PER_OUTPUT * outputs + PER_INPUT * width
 
 
-def _row(parameter: Tensor) -> int:
-    return parameter.numel() // parameter.shape[0]
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:9.3f}"
-
-
-def _kind(part: Part) -> str:
-    return "counted" if part.counted else "estimated"

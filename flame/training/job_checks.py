@@ -1,7 +1,6 @@
-"""What can be wrong with a training job, checked before its first worker starts."""
+"""Checking a training job before its first worker starts."""
 
 import math
-import shutil
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from flame.errors import UserError
 from flame.process.atomic_output import check_output
 
 BYTES_PER_PARAMETER = 12
-"""fp32 weight and two fp32 moments in a checkpoint."""
+"""An fp32 weight and two fp32 moments in a checkpoint."""
 
 ASYNC_MODES = ("disabled", "async")
 
@@ -38,7 +37,7 @@ IGNORED = (
     "experimental.custom_import",
     "experimental.custom_args_module",
 )
-"""torchtitan's options that this trainer does not look at: set to something, they are refused."""
+"""torchtitan's options that this trainer ignores; changing one is an error."""
 
 INSTEAD = {
     "training.dataset": "name the text in data.dataset",
@@ -59,11 +58,10 @@ UNSUPPORTED_DEGREES = (
 
 
 def check_job(job: Any, world_size: int) -> None:
-    """Raise `UserError` for the first thing that would fail later.
+    """Raise UserError for the first thing that would make `job` fail on `world_size` processes.
 
     Args:
         job: a `flame.config.JobConfig`.
-        world_size: processes that will train.
     """
     check_size(job, world_size)
     check_numbers(job)
@@ -74,7 +72,7 @@ def check_job(job: Any, world_size: int) -> None:
 
 
 def check_size(job: Any, world_size: int) -> None:
-    """Raise `UserError` if `world_size` processes cannot share the model and the batch."""
+    """Raise UserError if `world_size` processes cannot share the model and the batch."""
     _check_parallelism(job.parallelism, world_size)
     _check_batch(job, world_size)
 
@@ -98,7 +96,7 @@ def _check_parallelism(parallelism: Any, world_size: int) -> None:
 
 
 def check_numbers(job: Any) -> None:
-    """Raise `UserError` for a number of the recipe that makes no sense by itself."""
+    """Raise UserError for a value of the recipe that is wrong whatever the rest says."""
     from flame.training.schedule import check_schedule
 
     positive = {
@@ -186,9 +184,9 @@ def _check_folder(job: Any) -> None:
 
 
 def _may_hold_run(folder: Path, checkpoints: Path) -> bool:
-    """Whether `folder` is a run to go on with, or has nothing in it but logs of a scheduler.
+    """Whether `folder` is a run, or holds nothing but a scheduler's logs and hidden files.
 
-    Hidden files are of no account: a job that was killed as it began may have left some.
+    A job that was killed as it began may have left hidden files.
     """
     if not folder.exists() or checkpoints.is_dir() or (folder / RECIPE_FILE).is_file():
         return True
@@ -197,6 +195,7 @@ def _may_hold_run(folder: Path, checkpoints: Path) -> bool:
 
 
 def _check_model_and_data(job: Any, world_size: int) -> None:
+    from flame.checkpoint.convert import check_space
     from flame.data.loader_checks import check_enough
     from flame.data.sources import build_documents
     from flame.data.tokenizer import check_vocabulary
@@ -209,22 +208,9 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     check_vocabulary(tokenizer, vocabulary_size(config))
     model = meta_model(config)
     check_recovery(job, model, config)
-    parameters = count_parameters(model.parameters())
-    _check_space(job, parameters)
+    checkpoints = Path(job.job.dump_folder).absolute() / job.checkpoint.folder
+    check_space(checkpoints, BYTES_PER_PARAMETER * count_parameters(model.parameters()))
     documents = build_documents(job.data, job.data.split)
     check_enough(
         documents, tokenizer, job.data, job.training.seq_len, job.training.global_batch_size
     )
-
-
-def _check_space(job: Any, parameters: int) -> None:
-    folder = Path(job.job.dump_folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    needed = BYTES_PER_PARAMETER * parameters
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free, and one checkpoint of {parameters:,} "
-            f"parameters takes {needed / 2**30:.1f} GiB"
-        )

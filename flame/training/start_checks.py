@@ -1,6 +1,6 @@
-"""What a training job starts from, examined before it writes anything.
+"""Checking the weights that a training job starts from, before it writes anything.
 
-The ranks share the reading, and what one of them finds is raised on all.
+The ranks share the reading; an error that one of them finds is raised on all.
 """
 
 import logging
@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def check_start(job: Any) -> None:
-    """Refuse weights that are damaged, not finite or of another model. Collective.
+    """Check the step to resume, `model.init` and `distill.teacher`. Collective.
 
     Raises:
-        UserError: on every rank, naming the file or tensor.
+        UserError: on every rank, naming a file or tensor that is damaged, not finite or of another
+            model.
     """
     peers = Peers()
     step = _undamaged_step(job, peers)
@@ -46,7 +47,10 @@ def check_start(job: Any) -> None:
 
 
 def _undamaged_step(job: Any, peers: Peers) -> Path | None:
-    """The step that the job goes on from, its hashes checked; with `fallback` the last such one."""
+    """Return the step that the job resumes, its hashes checked; None if it has none.
+
+    With `checkpoint.fallback` a damaged step is set aside and the one before it is tried.
+    """
     while True:
         step = peers.from_first(peers.agree(lambda: _resumed_step(job) if rank() == 0 else None))
         if step is None:
@@ -60,7 +64,7 @@ def _undamaged_step(job: Any, peers: Peers) -> Path | None:
 
 
 def _give_up_step(job: Any, step: Path, before: str | None, error: str, peers: Peers) -> None:
-    """Set a damaged step aside if the job may fall back on `before`, else raise what was found."""
+    """Set a damaged step aside if the job may fall back to `before`; else raise `error`."""
     if before is None or job.checkpoint.load_step != -1:
         raise UserError(error)
     if not job.checkpoint.fallback:
@@ -78,7 +82,7 @@ def _whole_step_before(step: Path) -> str | None:
 
 
 def _resumed_step(job: Any) -> Path | None:
-    """The step that the job goes on from, if there is one."""
+    """Return the step that the job resumes, `checkpoint.load_step` or the latest, if any."""
     folder, asked = Path(job.job.dump_folder) / job.checkpoint.folder, job.checkpoint.load_step
     if asked == -1:
         latest = latest_whole_step(folder)
@@ -88,7 +92,7 @@ def _resumed_step(job: Any) -> Path | None:
         raise UserError(f"checkpoint.load_step is {asked}, but {step} is no whole step")
     latest = latest_whole_step(folder) or asked
     if latest > asked:
-        # Its steps would be purged as the older ones, and a later start would take that one.
+        # New steps would be older than `latest`: they would be purged, and `latest` resumed.
         raise UserError(
             f"checkpoint.load_step is {asked}, and step-{latest} lies after it: move that away, or "
             "leave load_step out to go on from there"
@@ -97,7 +101,7 @@ def _resumed_step(job: Any) -> Path | None:
 
 
 def _check_entries(step: Path) -> None:
-    """Read the entries that are no tensors: one that is more than plain data is refused."""
+    """Read the entries that are no tensors; the reader refuses all but plain data."""
     DcpSource(step, everything=True, check="never").values()
 
 

@@ -52,12 +52,12 @@ NAME = "causal_lm"
 
 @dataclass
 class CausalLMArgs(BaseModelArgs):
-    """The model's `config.json` and what of the job its construction needs."""
+    """What builds the model: its `config.json` and the job."""
 
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Not a field: torchtitan logs the fields.
+        # The job is not a field, since torchtitan logs all fields.
         self.job: Any = None
 
     def update_from_config(self, job_config: Any, **_: Any) -> None:
@@ -65,7 +65,7 @@ class CausalLMArgs(BaseModelArgs):
         self.job = job_config
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and floating-point operations a token: 6 for each weight of a product."""
+        """Return the parameters, and the floating-point operations a token: 6 a weight used."""
         embedding = model.get_input_embeddings().weight.numel()
         total = count_parameters(model.parameters())
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -73,7 +73,11 @@ class CausalLMArgs(BaseModelArgs):
 
 
 def model_config(job: Any) -> dict[str, Any]:
-    """The `config.json` to train: the run folder's own, `model.init`'s or `model.config`."""
+    """Return the `config.json` to train: the run folder's, `model.init`'s or `model.config`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     own = Path(job.job.dump_folder) / CONFIG_FILE
     if own.is_file():
         return read_config(own)
@@ -90,7 +94,7 @@ def model_config(job: Any) -> dict[str, Any]:
 
 
 def hub_config(name: str) -> dict[str, Any]:
-    """The `config.json` of a hub model, from the cache or the network."""
+    """Return the `config.json` of hub model `name`; UserError if neither cache nor hub has it."""
     from huggingface_hub import hf_hub_download
 
     problem = hub_problem()
@@ -105,7 +109,7 @@ def hub_config(name: str) -> dict[str, Any]:
 
 
 def build_model(args: CausalLMArgs) -> nn.Module:
-    """The model on the meta device, adapters on, with `init_weights` to fill it once it is real."""
+    """Build the model on the meta device, with adapters; its `init_weights` fills it later."""
     model = meta_model(args.config)
     if args.job.lora.rank > 0:
         inject(model, args.job.lora)
@@ -117,7 +121,7 @@ def build_model(args: CausalLMArgs) -> nn.Module:
 
 
 def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None) -> None:
-    """Fill a sharded, materialised model: from `model.init`, or at random by the seed."""
+    """Fill a sharded, materialised model from `model.init`, or randomly by `debug.seed`."""
     job = args.job
     seed = job.debug.seed if job.debug.seed is not None else 0
     restore_after_to_empty(model)
@@ -132,7 +136,7 @@ def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None
 
 
 def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
-    """Apply activation checkpointing, torch.compile (CUDA) and FSDP2 or HSDP, in this order."""
+    """Apply activation checkpointing, torch.compile (only on CUDA) and FSDP2 or HSDP, in turn."""
     apply_activation_checkpointing(model, job.activation_checkpoint)
     if job.compile.enable and "model" in job.compile.components:
         compile_layers(model, job.compile.backend)
@@ -146,7 +150,7 @@ def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
 
 
 def data_mesh(parallel_dims: Any) -> DeviceMesh:
-    """All ranks as shards, or replicas × shards (HSDP). A mesh of one rank is a mesh too."""
+    """Return the mesh of all ranks: shards (FSDP2), or replicas × shards (HSDP)."""
     replicas, shards = parallel_dims.dp_replicate, parallel_dims.dp_shard
     if replicas == 1:
         return init_device_mesh(device_type(), (shards,), mesh_dim_names=("fsdp",))
@@ -162,11 +166,11 @@ def training_dtype(job: Any) -> torch.dtype:
 
 
 def apply_activation_checkpointing(model: nn.Module, config: Any) -> None:
-    """Recompute every layer (`full`) or every n-th (`selective`) in the backward pass."""
+    """Make every layer (mode `full`) or every n-th (`selective`) recompute in the backward pass."""
     if config.mode == "none":
         return
     every = 1 if config.mode == "full" else int(config.selective_ac_option)
-    # The layers' own checkpointing (transformers' GradientCheckpointingLayer) renames nothing.
+    # transformers' own checkpointing, unlike torchtitan's, renames no parameter.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -202,7 +206,11 @@ def all_agree(ready: bool) -> bool:
 
 
 def tokenizer_of(job: Any) -> Any:
-    """The run folder's own tokenizer, `data.tokenizer`, that of `model.init`, or MQAR's own."""
+    """Load the first tokenizer of: the run folder's, `data.tokenizer`, `model.init`'s, MQAR's.
+
+    Raises:
+        UserError: there is none.
+    """
     own = Path(job.job.dump_folder)
     if _has_tokenizer(own):
         return load_tokenizer(str(own))
@@ -218,7 +226,7 @@ def tokenizer_of(job: Any) -> Any:
 
 
 def _has_tokenizer(run: Path) -> bool:
-    """Whether a run folder has a tokenizer of its own, and not what a killed start left of one."""
+    """Whether a run folder has a whole tokenizer, and not part of one from a killed start."""
     started, complete = (run / RECIPE_FILE).is_file(), (run / TOKENIZER_CONFIG).is_file()
     return complete or ((run / "tokenizer.json").is_file() and not started)
 

@@ -1,7 +1,7 @@
-"""Cross entropy over a vocabulary, forward and backward, signatures as in fla 0.6.0.
+"""Cross entropy over a vocabulary, forward and backward, with the signatures of fla 0.6.0.
 
-N tokens, V words. Loss and log-sum-exp are float32, or float64 for float64 logits. A logit z is
-first scaled, then capped to `cap tanh(z / cap)`. The whole vocabulary is on one rank.
+N tokens, V words, all on one rank. Loss and log-sum-exp are float32, or float64 for float64 logits.
+A logit z is first scaled, then capped to `cap tanh(z / cap)`.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ def cross_entropy_fwd(
     ignore_index: int = -100,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Return loss, z-loss and log-sum-exp `[N]`, the number of classes and the first one.
+    """Return loss, z-loss and log-sum-exp, `[N]` each, the number of classes, and the first class.
 
-    Ignored targets have loss 0. Raises NotImplementedError for a vocabulary spread over ranks.
+    Ignored targets have loss 0. A vocabulary spread over ranks raises NotImplementedError.
     """
     if process_group is not None and torch.distributed.get_world_size(process_group) > 1:
         raise NotImplementedError("a vocabulary spread over ranks has no CPU path")
@@ -56,7 +56,7 @@ def cross_entropy_bwd(
     class_start_idx: int = 0,
     inplace_backward: bool = False,
 ) -> Float[Tensor, "N V"]:
-    """Return the gradient of the logits, written over them with `inplace_backward`."""
+    """Return the gradient of the logits; `inplace_backward` writes it over them."""
     z = _transformed(logits, logit_scale, logit_softcapping)
     factor = dloss.to(z.dtype).masked_fill(target == ignore_index, 0).unsqueeze(-1)
     spread = factor * (1 + 2 * lse_square_scale * lse).unsqueeze(-1)
@@ -75,7 +75,7 @@ def cross_entropy_bwd(
 def fused_linear_cross_entropy_bwd(
     do: Tensor, dx: Tensor, dw: Tensor | None, db: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients that the forward prepared, times that of the loss."""
+    """Return the gradients that the forward computed (dx, dw, db), each times the loss's `do`."""
     return dx * do, None if dw is None else dw * do, None if db is None else db * do
 
 

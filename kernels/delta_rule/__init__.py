@@ -49,9 +49,9 @@ def fused_recurrent_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | None]:
-    """Return outputs and final states: one step for one token, else the chunked form.
+    """Return what `chunk_delta_rule` returns, computed token by token for short documents.
 
-    Arguments as in `chunk_delta_rule`; without `beta` it is 1.
+    Arguments are those of `chunk_delta_rule`; `beta` None means 1.
     """
     if beta is None:
         beta = torch.ones_like(v[..., 0])

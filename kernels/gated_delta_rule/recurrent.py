@@ -45,7 +45,7 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
     """Return outputs and final states; the signature is that of fla 0.6.0's operator.
 
-    Arguments as in `chunk_gated_delta_rule`. Decays per channel (`gk`, `gv`) and a beta per
+    Arguments are those of `chunk_gated_delta_rule`. Decays per channel (`gk`, `gv`) and a beta per
     value channel raise NotImplementedError.
     """
     if gk is not None or gv is not None or (beta is not None and beta.ndim == v.ndim):

@@ -40,8 +40,8 @@ def chunk_kda(
 ) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
     """Return outputs and final states; the signature is that of fla 0.6.0's operator.
 
-    `g` are log-decays per key channel of each value head, or with `use_gate_in_kernel=True` the
-    input of the gate, whose `A_log` `[H]` and `dt_bias` `[H * K]` come by keyword (see
+    `g` has a log-decay for each key channel of each value head, or with `use_gate_in_kernel=True`
+    the gate's input; the gate's `A_log` `[H]` and `dt_bias` `[H * K]` come by keyword (see
     `kernels.kda.gate`). `beta` is a logit with `use_beta_sigmoid_in_kernel`, doubled after the
     sigmoid with `allow_neg_eigval`. States are `[N, H, K, V]` or, with `state_v_first`,
     `[N, H, V, K]`. `scale` is `K ** -0.5` unless given. `safe_gate` and `disable_recompute` choose
@@ -86,9 +86,9 @@ def fused_recurrent_kda(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H V"], Tensor | None]:
-    """Return outputs and final states: one step for one token, else the chunked form.
+    """Return what `chunk_kda` returns, computed token by token for short documents.
 
-    Arguments as in `chunk_kda`. A beta per value channel raises NotImplementedError.
+    Arguments are those of `chunk_kda`. A beta per value channel raises NotImplementedError.
     """
     if beta.ndim == v.ndim:
         raise NotImplementedError("the CPU path has one beta a head, not one per value channel")

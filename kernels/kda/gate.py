@@ -17,8 +17,9 @@ def fused_kda_gate(
 ) -> Float[Tensor, "... H K"]:
     """Return log-decays; the signature is that of fla 0.6.0's function.
 
-    `-exp(A_log) softplus(g + dt_bias)`, or with `lower_bound`, in which case `A_log` may be left
-    out, `lower_bound sigmoid(exp(A_log) (g + dt_bias))`. Raises ValueError if both are None.
+    They are `-exp(A_log) softplus(g + dt_bias)`, or with `lower_bound`
+    `lower_bound sigmoid(exp(A_log) (g + dt_bias))`, where `A_log` None stands for 0. ValueError is
+    raised if `A_log` and `lower_bound` are both None.
     """
     return kda_log_decay(g, A_log, dt_bias, lower_bound).to(output_dtype)
 

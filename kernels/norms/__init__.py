@@ -1,7 +1,7 @@
 """Layer norm, RMS norm, both with a gate, and the L2 norm, forward and backward.
 
-The functions have the signatures of fla 0.6.0's kernels: rows `[N, D]` in, statistics `[N]` kept
-for the backward. Statistics are float32, or float64 for float64 rows.
+The functions have the signatures of fla 0.6.0's kernels. They take rows `[N, D]` and return
+statistics `[N]` for the backward, in float32, or in float64 for float64 rows.
 """
 
 from typing import Any
@@ -37,7 +37,8 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the output, mean (None for RMS), 1/std and the sum of x and residual.
 
-    With groups row i has the i-th part, modulo `num_groups`, of `weight` and `bias` `[groups * D]`.
+    With `num_groups`, `weight` and `bias` are `[num_groups * D]` and row i takes part i modulo
+    `num_groups` of them.
     """
     kept, wide = _add_residual(x, residual, residual_dtype)
     mean, rstd = _statistics(wide, eps, is_rms_norm)
@@ -59,7 +60,7 @@ def layer_norm_bwd(
     recompute_output: bool = False,
     num_groups: int = 1,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias, residual, and the output where asked for."""
+    """Return the gradients of x, weight, bias, residual; with `recompute_output` also the output."""
     assert rstd is not None
     wide = _wide(x)
     normal = _normalized(wide, mean, rstd)
@@ -109,7 +110,7 @@ def layer_norm_gated_bwd(
     x_dtype: torch.dtype | None = None,
     recompute_output: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, gate, weight, bias, residual, and the output where asked for."""
+    """Return the gradients of x, gate, weight, bias, residual; if asked for, also the output."""
     assert rstd is not None
     gate = _wide(g)
     opened = _gate(gate, activation)
@@ -126,7 +127,7 @@ def layer_norm_gated_bwd(
 def l2norm_fwd(
     x: Float[Tensor, "... D"], eps: float = 1e-6, output_dtype: torch.dtype | None = None
 ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "..."]]:
-    """Return `x / sqrt(|x|^2 + eps)` and the factor that x was multiplied with."""
+    """Return `x / sqrt(|x|^2 + eps)` and the factor that multiplied x."""
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().sum(-1) + eps)
     return (wide * rstd.unsqueeze(-1)).to(output_dtype or x.dtype), rstd
@@ -138,7 +139,7 @@ def l2norm_bwd(
     dy: Float[Tensor, "... D"],
     eps: float = 1e-6,
 ) -> Float[Tensor, "... D"]:
-    """Return the gradient of x from the output and the factor that the forward gave."""
+    """Return the gradient of x, given the forward's output `y` and factor `rstd`."""
     wide, grad = _wide(y), dy.to(rstd.dtype)
     along = (grad * wide).sum(-1, keepdim=True)
     return ((grad - along * wide) * rstd.unsqueeze(-1)).to(y.dtype)
@@ -151,7 +152,7 @@ def _wide(x: Tensor) -> Tensor:
 def _add_residual(
     x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the stored sum of x and residual, and what the norm is taken of."""
+    """Return the sum of x and residual in the dtype to store, and in the dtype to compute in."""
     wide = _wide(x) if residual is None else _wide(x) + residual
     dtype = residual_dtype if residual is None else residual.dtype
     stored = dtype is not None and (residual is not None or dtype != x.dtype)
@@ -177,7 +178,7 @@ def _norm_gradient(dnormal: Tensor, normal: Tensor, rstd: Tensor, is_rms_norm: b
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int = 1) -> Tensor:
-    """Return x times weight plus bias in the dtype of x; always a tensor of its own."""
+    """Return x times weight plus bias in the dtype of x, as a new tensor."""
     rows = x.view(-1, groups, x.shape[-1])
     y = rows.clone() if weight is None else rows * weight.to(x.dtype).view(groups, -1)
     return (y if bias is None else y + bias.to(x.dtype).view(groups, -1)).view_as(x)

@@ -1,11 +1,11 @@
 """Depthwise causal convolution of width W (4 in practice) as W shifted products.
 
-Packed documents, rows of a batch and cached states are one case: the tokens are copied into one
-stream in which W - 1 rows stand before every document, zeros or the end of its cached state. The
-convolution then runs over the whole stream without a mask.
+Packed documents, rows of a batch and cached states are one case: tokens are copied into one stream
+with W - 1 rows before every document, which hold zeros or the end of its cached state. Then the
+convolution runs over the whole stream without a mask.
 
-The functions have the signatures of fla 0.6.0's kernels; D channels, N documents, and states
-`[N, D, W]` that hold the last W inputs, oldest first.
+The functions have the signatures of fla 0.6.0's kernels. There are D channels and N documents;
+states `[N, D, W]` hold the last W inputs, oldest first.
 """
 
 from functools import lru_cache
@@ -27,8 +27,11 @@ class _Stream(NamedTuple):
     """Where tokens and states lie in the padded stream."""
 
     token: Int64[Tensor, " tokens"]
+    """The row of each token."""
     before: Int64[Tensor, "N W-1"]
+    """The rows before each document."""
     rows: int
+    """Rows of the stream."""
     last: Int64[Tensor, "N W-1"]
     """The last W - 1 rows of each document, states included."""
 
@@ -45,7 +48,7 @@ def causal_conv1d_fwd(
     cu_seqlens_cpu: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
-    """Return the outputs and, where asked for, the final states."""
+    """Return the outputs, and the final states if `output_final_state`, else None."""
     shape, x = x.shape, _channels_last(x, weight)
     stream = _layout(x, weight, cu_seqlens)
     y = _convolve(_fill(x, initial_state, stream), weight, bias, stream)
@@ -97,7 +100,7 @@ def causal_conv1d_states(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Float[Tensor, "N D W"]:
-    """Return the last `state_len` inputs of each document, older ones from its initial state."""
+    """Return the last `state_len` inputs of each document; its initial state precedes its tokens."""
     x = x.unsqueeze(0) if x.ndim == 2 else x
     stream = _stream(_lengths(x, cu_seqlens), state_len + 1, x.device)
     padded = _place(x, initial_state, stream)
@@ -201,7 +204,7 @@ def _layout(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Stream:
     return _stream(_lengths(x, cu_seqlens), weight.shape[1], x.device)
 
 
-# the cache outlives a caller's inference mode, whose tensors autograd would refuse later
+# The cache outlives a caller's inference mode, whose tensors autograd would refuse later.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _stream(lengths: tuple[int, ...], width: int, device: torch.device) -> _Stream:
