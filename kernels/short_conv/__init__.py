@@ -100,7 +100,7 @@ def causal_conv1d_states(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Float[Tensor, "N D W"]:
-    """Return the last `state_len` inputs of each document; its initial state precedes its tokens."""
+    """Return the last `state_len` inputs of each document, initial state included."""
     x = x.unsqueeze(0) if x.ndim == 2 else x
     stream = _stream(_lengths(x, cu_seqlens), state_len + 1, x.device)
     padded = _place(x, initial_state, stream)
