@@ -60,7 +60,7 @@ def layer_norm_bwd(
     recompute_output: bool = False,
     num_groups: int = 1,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias, residual; with `recompute_output` also the output."""
+    """Return the gradients of x, weight, bias, residual, and the output if it is recomputed."""
     assert rstd is not None
     wide = _wide(x)
     normal = _normalized(wide, mean, rstd)
