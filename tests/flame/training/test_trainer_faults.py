@@ -306,10 +306,10 @@ def test_requests_are_noted_and_handlers_come_back(beat: Callable[..., None]) ->
 def test_a_second_ctrl_c_ends_at_once(
     beat: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flame.process import stopping
+    from flame.process import stop_signals
 
-    monkeypatch.setattr(stopping, "ONE_KEYSTROKE", 0.05)
-    with pytest.raises(KeyboardInterrupt), stopping.StopSignals() as signals:
+    monkeypatch.setattr(stop_signals, "ONE_KEYSTROKE", 0.05)
+    with pytest.raises(KeyboardInterrupt), stop_signals.StopSignals() as signals:
         beat(signal.SIGINT)
         beat(signal.SIGINT)
         assert signals.received == signal.SIGINT
@@ -321,15 +321,15 @@ def test_only_the_second_ctrl_c_reaches_the_outer_wakeup(
     beat: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher's thread, which ends a process that hangs, must not see a request."""
-    from flame.process import stopping
+    from flame.process import stop_signals
 
-    monkeypatch.setattr(stopping, "ONE_KEYSTROKE", 0.05)
+    monkeypatch.setattr(stop_signals, "ONE_KEYSTROKE", 0.05)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     os.set_blocking(reading, False)
     before = signal.set_wakeup_fd(writing)
     try:
-        with pytest.raises(KeyboardInterrupt), stopping.StopSignals():
+        with pytest.raises(KeyboardInterrupt), stop_signals.StopSignals():
             beat(signal.SIGINT)
             time.sleep(0.2)
             with pytest.raises(BlockingIOError):
