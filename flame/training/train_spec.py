@@ -151,11 +151,10 @@ def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
 
 def data_mesh(parallel_dims: Any) -> DeviceMesh:
     """Return the mesh of all ranks: shards (FSDP2), or replicas × shards (HSDP)."""
-    replicas, shards = parallel_dims.dp_replicate, parallel_dims.dp_shard
-    if replicas == 1:
-        return init_device_mesh(device_type(), (shards,), mesh_dim_names=("fsdp",))
-    names = ("dp_replicate", "fsdp")
-    return init_device_mesh(device_type(), (replicas, shards), mesh_dim_names=names)
+    sizes = {"dp_replicate": parallel_dims.dp_replicate, "fsdp": parallel_dims.dp_shard}
+    if sizes["dp_replicate"] == 1:
+        del sizes["dp_replicate"]
+    return init_device_mesh(device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def training_dtype(job: Any) -> torch.dtype:
@@ -196,13 +195,8 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: A
         local_batch_size=training.local_batch_size,
         rank=dp_rank,
         world_size=dp_world_size,
-        agree=bool if data.repeat or dp_world_size == 1 else all_agree,
+        agree=bool if data.repeat else lambda ready: all(gather_objects(ready)),
     )
-
-
-def all_agree(ready: bool) -> bool:
-    """Whether all ranks are ready. Collective."""
-    return all(gather_objects(ready))
 
 
 def tokenizer_of(job: Any) -> Any:
