@@ -139,7 +139,7 @@ def work(model: str, plan: str, out: str) -> None:
     from flame.checkpoint.convert import complete_config
     from flame.checkpoint.reference import resolve
     from pruning import apply  # noqa: F401  (imports what apply needs)
-    from pruning.transform import transform  # noqa: F401  (imports what apply needs)
+    from pruning.transform import write  # noqa: F401  (imports what apply needs)
 
     complete_config(resolve(model).config)  # imports the model's class
     options = apply.STAGE.parse([model, plan, out])

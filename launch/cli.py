@@ -29,6 +29,7 @@ class Command:
 
 
 COMMANDS = {
+    "tokenizer": Command("flame.tokenizer", "train a byte-level BPE tokenizer on text"),
     "train": Command("flame.train", "pretrain, continue or recover a model, as a recipe says"),
     "calibrate": Command("pruning.calibrate", "sum a model's statistics over training data"),
     "plan": Command("pruning.plan", "choose the channels to keep"),

@@ -19,22 +19,25 @@ from flame.options import option
 from flame.stage import Stage
 from flame.storage.json_file import read_object, read_object_if_any, write_object
 from launch.cli import COMMANDS
-from launch.reporting.envelope import command_line, enveloped, write_result
+from launch.reporting.demo_summary import (
+    DECODING_FILE,
+    MODELS,
+    PERPLEXITY_FILE,
+    SUMMARY_FILE,
+    print_summary,
+    write_summary,
+)
+from launch.reporting.envelope import command_line
 
 RECIPES = Path(__file__).parent / "recipes"
-SUMMARY_FILE = "summary.json"
-PERPLEXITY_FILE = "perplexity.json"
-DECODING_FILE = "decoding.json"
 REPORT_FILE = "report.html"
 TIMES_FILE = "seconds.json"
 VOCABULARY = 4096
+ALONE = ("tokenizer", "bench", "report")
+"""Commands that one process runs, while the others wait."""
 
 TITLE = "slimstate demo: half the key channels of a small GatedDeltaNet"
 
-MODELS = ("dense", "dense_continued", "pruned", "random", "recovered")
-"""Rows of the summary, and the folders of their models."""
-
-SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 DECODING = (
     "--measure", "decode", "--batch-sizes", "8", "--decode-length", "48", "--prompt-length", "16",
 )  # fmt: skip
@@ -79,7 +82,7 @@ def run(options: Options) -> None:
 
     if _is_finished(options):
         if int(os.environ.get("RANK", "0")) == 0:
-            _print_summary(options.out)
+            print_summary(options.out)
         return
     import flame.register  # noqa: F401
 
@@ -87,189 +90,117 @@ def run(options: Options) -> None:
         if rank() == 0:
             _prepare_folder(options)
         barrier()
-        Demo(options).run()
+        _run_steps(options)
 
 
-class Demo:
-    """The steps of one demo folder, in order."""
+@dataclass(frozen=True)
+class Call:
+    """One command line of a user, and how to know that it has been run."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.out = options.out
-        self.seconds: dict[str, float] = _read_times(options.out)
-        self.commands: list[str] = []
+    name: str
+    words: tuple[Any, ...]
+    done: Callable[[], bool] = lambda: False
+
+    @property
+    def line(self) -> str:
+        return shlex.join(["slimstate", self.name, *map(str, self.words)])
 
     def run(self) -> None:
-        """Run all steps. Collective."""
-        from flame.process.distributed import rank
+        """Run the command in this process group unless it has been run. Collective."""
+        from flame.process.distributed import from_rank_zero, rank
 
-        self._step("tokenizer", self._tokenizer)
-        self._step("pretrain", self._pretrain)
-        self._step("calibrate", self._calibrate)
-        self._step("prune", self._prune)
-        self._step("recover", lambda: self._recover("recovered", "pruned"))
-        self._step("continue_dense", lambda: self._recover("dense_continued", "dense"))
-        self._step("export", self._export)
-        self._step("evaluate", self._evaluate)
-        self._step("compare", self._compare)
-        self._step("analyze", self._analyze)
-        self._step("decode", self._decode)
-        self._step("bench", self._bench)
-        if rank() == 0:
-            self._write_summary()
-        self._command_alone("report", [self.out, "--title", TITLE, "--overwrite"])
-        if rank() == 0:
-            _print_summary(self.out)
-
-    def _step(self, name: str, action: Callable[[], None]) -> None:
-        from flame.process.distributed import barrier, rank
-
-        if rank() == 0:
-            print(f"== {name}", flush=True)
-        begin = time.perf_counter()
-        action()
-        barrier()
-        # A step that was skipped keeps the time of the run that did it.
-        self.seconds[name] = max(time.perf_counter() - begin, self.seconds.get(name, 0.0))
-        if rank() == 0:
-            write_object(self.out / TIMES_FILE, self.seconds)
-
-    def _tokenizer(self) -> None:
-        from flame.data.corpus import stdlib_texts
-        from flame.data.tokenizer import train_tokenizer
-        from flame.process.distributed import rank
-
-        if rank() == 0 and not (self.out / "tokenizer" / "tokenizer.json").is_file():
-            train_tokenizer(stdlib_texts("train"), VOCABULARY, self.out / "tokenizer")
-
-    def _pretrain(self) -> None:
-        out = self.out / "dense"
-        self._train("demo_pretrain.toml", out, self.options.steps, [
-            "--model.config", str(RECIPES / "demo_config.json"),
-            "--data.tokenizer", str(self.out / "tokenizer"),
-        ])  # fmt: skip
-
-    def _recover(self, name: str, base: str) -> None:
-        recipe, steps = "demo_recover.toml", self.options.recovery_steps
-        self._train(recipe, self.out / name, steps, ["--model.init", str(self.out / base)])
-
-    def _train(self, recipe: str, out: Path, steps: int, more: list[str]) -> None:
-        command = [
-            "--config", str(RECIPES / recipe), "--job.dump_folder", str(out),
-            "--training.steps", str(steps), "--debug.seed", str(self.options.seed), *more,
-        ]  # fmt: skip
-        self._command("train", command, done=_is_trained(out, steps))
-
-    def _calibrate(self) -> None:
-        command = [self.out / "dense", self.out / "statistics", "--methods", "drrqr"]
-        command += ["--sequences", self.options.sequences, "--seed", self.options.seed]
-        done = (self.out / "statistics").is_dir()
-        self._command("calibrate", command, done)
-
-    def _prune(self) -> None:
-        for name, method in (("pruned", "drrqr"), ("random", "random")):
-            command = [self.out / "dense", self.out / name, "--method", method]
-            command += ["--ratio", self.options.ratio, "--seed", self.options.seed]
-            if method == "drrqr":
-                command += ["--stats", self.out / "statistics"]
-            self._command("prune", command, done=(self.out / name).is_dir())
-
-    def _export(self) -> None:
-        command = [self.out / "recovered", self.out / "export", "--to", "hf"]
-        self._command("convert", command, done=(self.out / "export").is_dir())
-
-    def _command(self, name: str, arguments: list[Any], done: bool) -> None:
-        """Run one command of slimstate in this process group, unless it is `done`. Collective."""
-        from flame.process.distributed import from_rank_zero
-
-        stage, words = self._stage(name, arguments)
-        if not from_rank_zero(done):
+        stage = import_module(COMMANDS[self.name].module).STAGE
+        words = [str(word) for word in self.words]
+        if from_rank_zero(self.done()):
+            return
+        if self.name not in ALONE:
             stage.call(words)
-
-    def _command_alone(self, name: str, arguments: list[Any], done: bool = False) -> None:
-        """Run a command that takes one process, unless it is `done`, while the others wait."""
-        from flame.process.distributed import rank
-
-        stage, words = self._stage(name, arguments)
-        if rank() == 0 and not done:
+        elif rank() == 0:
             options = stage.parse(words)
             stage.check(options, 1)
             stage.run(options)
 
-    def _stage(self, name: str, arguments: list[Any]) -> tuple[Stage, list[str]]:
-        words = [str(argument) for argument in arguments]
-        self.commands.append(shlex.join(["slimstate", name, *words]))
-        return import_module(COMMANDS[name].module).STAGE, words
 
-    def _evaluate(self) -> None:
-        """Held-out perplexity of every model."""
-        command = ["--perplexity", "--max-sequences", self.options.heldout]
-        file = self.out / PERPLEXITY_FILE
-        self._command("eval", [*self._models(MODELS), *command, "--json", file], done=False)
+def steps_of(options: Options) -> dict[str, list[Call]]:
+    """The command lines of the demo, by the step that they belong to, in order."""
+    out, seed = options.out, ("--seed", options.seed)
+    folders = {name: out / name for name in MODELS}
+    dense, continued, pruned, random, recovered = folders.values()
+    tokenizer, stats, export = out / "tokenizer", out / "statistics", out / "export"
+    perplexity, fidelity = out / PERPLEXITY_FILE, out / "fidelity.json"
+    decoding, bench = out / DECODING_FILE, out / "bench.json"
 
-    def _compare(self) -> None:
-        """How closely the pruned models follow the dense one, on a part of the held-out text."""
-        file = self.out / "fidelity.json"
-        rows = min(self.options.heldout, COMPARED)
-        command = ["--against", self.out / "dense", "--max-sequences", rows, "--json", file]
-        self._command("eval", [*self._models(MODELS[2:]), *command], file.is_file())
+    def once(output: Path, name: str, *words: Any) -> Call:
+        return Call(name, words, output.exists)
 
-    def _analyze(self) -> None:
-        command = [self.out / "recovered", self.out / "analysis", "--against", self.out / "dense"]
-        done = (self.out / "analysis").is_dir()
-        self._command("analyze", [*command, *ANALYSIS], done)
+    def train(recipe: str, folder: Path, steps: int, *more: Any) -> Call:
+        where = ("--config", RECIPES / recipe, "--job.dump_folder", folder)
+        what = ("--training.steps", steps, "--debug.seed", options.seed, *more)
+        return Call("train", where + what, lambda: _is_trained(folder, steps))
 
-    def _decode(self) -> None:
-        """How fast every model decodes."""
-        file = self.out / DECODING_FILE
-        command = [*DECODING, "--seed", self.options.seed, "--json", file]
-        self._command_alone("bench", [*self._models(MODELS), *command], file.is_file())
+    begin = ("--model.config", RECIPES / "demo_config.json", "--data.tokenizer", tokenizer)
+    more = "demo_recover.toml", options.recovery_steps, "--model.init"
+    prune = ("--ratio", options.ratio, *seed, "--method")
+    calibrate = ("--methods", "drrqr", "--sequences", options.sequences, *seed)
+    heldout = ("--perplexity", "--max-sequences", options.heldout)
+    against = ("--against", dense)
+    compared = (*against, "--max-sequences", min(options.heldout, COMPARED))
+    return {
+        "tokenizer": [once(tokenizer, "tokenizer", tokenizer, "--size", VOCABULARY)],
+        "pretrain": [train("demo_pretrain.toml", dense, options.steps, *begin)],
+        "calibrate": [once(stats, "calibrate", dense, stats, *calibrate)],
+        "prune": [
+            once(pruned, "prune", dense, pruned, *prune, "drrqr", "--stats", stats),
+            once(random, "prune", dense, random, *prune, "random"),
+        ],
+        "recover": [train(more[0], recovered, more[1], more[2], pruned)],
+        "continue_dense": [train(more[0], continued, more[1], more[2], dense)],
+        "export": [once(export, "convert", recovered, export, "--to", "hf")],
+        # Not skipped here: `eval` itself measures only what its file lacks.
+        "evaluate": [Call("eval", (*folders.values(), *heldout, "--json", perplexity))],
+        "compare": [
+            once(fidelity, "eval", pruned, random, recovered, *compared, "--json", fidelity)
+        ],
+        "analyze": [
+            once(out / "analysis", "analyze", recovered, out / "analysis", *against, *ANALYSIS)
+        ],
+        "decode": [
+            once(decoding, "bench", *folders.values(), *DECODING, *seed, "--json", decoding)
+        ],
+        "bench": [once(bench, "bench", recovered, *against, *BENCH, "--json", bench)],
+    }
 
-    def _bench(self) -> None:
-        """Size and speed of the recovered model beside the dense one."""
-        file = self.out / "bench.json"
-        command = [self.out / "recovered", "--against", self.out / "dense", *BENCH, "--json", file]
-        self._command_alone("bench", command, file.is_file())
 
-    def _models(self, names: tuple[str, ...]) -> list[Path]:
-        return [self.out / name for name in names]
+def _run_steps(options: Options) -> None:
+    """Run all steps, write the summary, and let `report` make the page. Collective."""
+    from flame.process.distributed import barrier, rank
 
-    def _write_summary(self) -> None:
-        from flame.process.distributed import world_size
-
-        measured = read_object(self.out / PERPLEXITY_FILE)["models"]
-        rows = {
-            name: {key: measured[str(self.out / name)][key] for key in SCORES} for name in MODELS
-        }
-        (speed,) = (
-            m for m in read_object(self.out / DECODING_FILE)["measures"] if m["name"] == "decode"
-        )
-        for name, row in rows.items():
-            row["decode_tokens_per_second"] = speed["values"][name]["median"]
-        self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
-        content = {
-            **rows,
-            "world_size": world_size(),
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-            "commands": self.commands,
-            "seed": self.options.seed,
-            "options": _plain_options(self.options),
-        }
-        summary = enveloped("demo", command_line("demo", self.options), content)
-        write_result(self.out / SUMMARY_FILE, summary)
+    seconds = read_object_if_any(options.out / TIMES_FILE)
+    steps = steps_of(options)
+    report = Call("report", (options.out, "--title", TITLE, "--overwrite"))
+    for name, calls in steps.items():
+        if rank() == 0:
+            print(f"== {name}", flush=True)
+        begin = time.perf_counter()
+        for call in calls:
+            call.run()
+        barrier()
+        # A step that was skipped keeps the time of the run that did it.
+        seconds[name] = max(time.perf_counter() - begin, seconds.get(name, 0.0))
+        if rank() == 0:
+            write_object(options.out / TIMES_FILE, seconds)
+    if rank() == 0:
+        lines = [call.line for call in [*sum(steps.values(), []), report]]
+        facts = {"seed": options.seed, "options": _plain_options(options)}
+        write_summary(options.out, command_line("demo", options), seconds, lines, facts)
+    report.run()
+    if rank() == 0:
+        print_summary(options.out)
 
 
 def _is_finished(options: Options) -> bool:
     files = (options.out / SUMMARY_FILE, options.out / REPORT_FILE)
     return not options.overwrite and all(file.is_file() for file in files)
-
-
-def _print_summary(folder: Path) -> None:
-    from launch.reporting.tables import summary_table
-
-    summary = read_object(folder / SUMMARY_FILE)
-    print(summary_table({name: summary[name] for name in MODELS}).text())
-    print(f"\n{folder / REPORT_FILE} shows it; {folder / SUMMARY_FILE} has the numbers")
 
 
 def _check_same_demo(options: Options) -> None:
@@ -294,10 +225,6 @@ def _prepare_folder(options: Options) -> None:
 
 def _plain_options(options: Options) -> dict[str, Any]:
     return {k: v for k, v in asdict(options).items() if k not in ("out", "overwrite")}
-
-
-def _read_times(folder: Path) -> dict[str, float]:
-    return read_object_if_any(folder / TIMES_FILE)
 
 
 def _is_trained(folder: Path, steps: int) -> bool:

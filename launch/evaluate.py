@@ -15,15 +15,8 @@ from flame.options import argument, group, option
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
 from launch.evaluation.heldout_text import check_text, heldout_text
-from launch.evaluation.measures import (
-    Measures,
-    check_family,
-    check_length,
-    check_tokenizer,
-    evaluate_models,
-    expanded,
-    loaded_tasks,
-)
+from launch.evaluation.measures import Measures, evaluate_models, loaded_tasks
+from launch.evaluation.model_checks import check_family, check_length, check_tokenizer, expanded
 from launch.evaluation.results_file import ResultsFile
 from launch.lm.tasks import check_tasks, headline
 from launch.reporting.envelope import command_line

@@ -19,7 +19,7 @@ from flame.process.atomic_output import check_output
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
-from launch.evaluation.measures import check_family
+from launch.evaluation.model_checks import check_family
 from launch.reporting.envelope import command_line, enveloped, write_result
 
 PAIRS = (4, 8, 16)

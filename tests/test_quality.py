@@ -29,7 +29,7 @@ MATHEMATICS = (
 """Modules of pruning that import torch and nothing built on it."""
 
 STAGES = {
-    "flame": {"train", "convert"},
+    "flame": {"tokenizer", "train", "convert"},
     "pruning": {"calibrate", "plan", "apply", "prune"},
     "launch": {"cli", "evaluate", "recall", "analyze", "bench", "sweep", "report", "demo"},
 }

@@ -17,10 +17,19 @@ OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 """Words in a file's name that say it is not training data."""
 
 
-def looks_local(name: str) -> bool:
-    """Return whether `name` cannot be a hub name."""
+def local_path(name: str) -> Path | None:
+    """Return the file or folder of a data set, or None where `name` can be a hub name.
+
+    Raises:
+        UserError: `name` is a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
     suffixes = tuple(suffix for group in FORMATS.values() for suffix in group)
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(suffixes)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(suffixes):
+        raise UserError(f"data {name} does not exist: give a file, a folder or a hub name")
+    return None
 
 
 def local_files(path: Path, split: str) -> tuple[str, list[Path]]:

@@ -1,6 +1,5 @@
 """Finding the documents that a recipe names: embedded, generated, in local files or on the hub."""
 
-from pathlib import Path
 from typing import Any
 
 from flame.data import corpus, mqar
@@ -15,7 +14,7 @@ from flame.data.documents import (
     reading,
 )
 from flame.data.hub import hub_problem
-from flame.data.local_files import base_split, local_files, looks_local
+from flame.data.local_files import base_split, local_files, local_path
 from flame.data.mixing import MixedDocuments, shares, source_configs
 from flame.errors import UserError, first_line
 
@@ -71,12 +70,8 @@ def _load(config: DataConfig, split: str) -> tuple[Any, str, str]:
         raise UserError(
             "no data: give data.dataset (a hub name, a local file or folder, or python-stdlib)"
         )
-    path, name = Path(config.dataset).expanduser(), f"{config.dataset} ({split})"
-    if not path.exists():
-        if looks_local(config.dataset):
-            raise UserError(
-                f"data {config.dataset} does not exist: give a file, a folder or a hub name"
-            )
+    path, name = local_path(config.dataset), f"{config.dataset} ({split})"
+    if path is None:
         return _load_hub(config, split, name), config.text_key, name
     loader, files = local_files(path, split)
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}

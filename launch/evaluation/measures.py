@@ -1,13 +1,12 @@
 """What `slimstate eval` measures on each of its models: perplexity, fidelity and tasks."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.options import group, option
 from flame.options.shared import DTYPE_HELP, DType
@@ -189,75 +188,3 @@ def _description(reference: ModelReference, network: "Network") -> Record:
 
 def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def check_tokenizer(reference: ModelReference, given: str) -> None:
-    """Refuse a model whose tokenizer is missing, or has tokens that the model does not.
-
-    Raises:
-        UserError: so it is, or the tokenizer has no end of text.
-    """
-    from flame.data.tokenizer import check_vocabulary, load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_name(reference, given))
-    check_vocabulary(tokenizer, vocabulary_size(reference.config))
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {reference.folder} has no end-of-text token, which tasks begin and "
-            "end on: give --tokenizer FOLDER"
-        )
-
-
-def check_family(config: dict[str, Any]) -> None:
-    """Raise UserError for a model family that transformers and fla do not know.
-
-    A family with an adapter passes without the seconds that importing fla takes.
-    """
-    from pruning.adapters import ADAPTERS
-
-    if config["model_type"] not in ADAPTERS:
-        from flame.model import stock_config
-
-        stock_config(config)
-
-
-def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
-    """Refuse to show a model with attention alone more tokens than it has positions for."""
-    from launch.evaluation.heldout_text import keeps_documents_apart
-    from pruning.adapters import ADAPTERS
-
-    positions = config.get("max_position_embeddings")
-    if max_length is None or not isinstance(positions, int) or max_length <= positions:
-        return
-    if config["model_type"] not in ADAPTERS and not keeps_documents_apart(dict(config)):
-        raise UserError(
-            f"--max-length {max_length} is beyond the {positions} positions of this "
-            f"{config['model_type']} model: give at most {positions}"
-        )
-
-
-def expanded(models: Sequence[str]) -> list[str]:
-    """Model names with patterns such as `'RUN/checkpoint/step-*'` resolved, steps in order.
-
-    Raises:
-        UserError: a pattern matches no folder, or a model is named twice.
-    """
-    names: list[str] = []
-    for model in models:
-        names += _matches(model) if set(model) & set("*?[") else [model]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"model {name} is named twice")
-    return names
-
-
-def _matches(pattern: str) -> list[str]:
-    import glob
-    import re
-
-    if Path(pattern).exists():
-        return [pattern]
-    found = [path for path in glob.glob(str(Path(pattern).expanduser())) if Path(path).is_dir()]
-    if not found:
-        raise UserError(f"no model at {pattern}: no folder matches")
-    return sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)] or [0])

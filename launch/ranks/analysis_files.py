@@ -21,7 +21,7 @@ RANKS = ("stable_rank", "threshold_rank", "entropy_rank")
 """The definitions of rank by which heads are grouped; utilisation orders them as stable rank."""
 
 EARLY = 128
-"""Tokens after which paper B compares heads with those at the end (arXiv 2602.02195)."""
+"""Tokens after which arXiv 2602.02195 compares heads with those at the end."""
 
 
 def write_analysis(

@@ -1,6 +1,5 @@
 """Speed of cached generation, token by token, as a user of the stock model would run it."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -9,37 +8,6 @@ from torch import Tensor, nn
 
 from flame.errors import UserError
 from launch.speed.timing import take_turns
-
-
-def decode_tokens_per_second(
-    model: nn.Module,
-    batch_size: int = 8,
-    length: int = 64,
-    prompt_length: int = 32,
-    seed: int = 0,
-    repeats: int = 5,
-) -> float:
-    """Tokens that greedy decoding of `model` yields a second: see `decode_speeds`."""
-    models = {"model": model}
-    return decode_speeds(models, batch_size, length, prompt_length, seed, repeats)["model"]
-
-
-def decode_speeds(
-    models: Mapping[str, nn.Module],
-    batch_size: int = 8,
-    length: int = 64,
-    prompt_length: int = 32,
-    seed: int = 0,
-    repeats: int = 5,
-) -> dict[str, float]:
-    """Tokens that greedy decoding yields a second, over the whole batch, for each model.
-
-    The median of `repeats` rounds: see `decode_seconds`. Batch and lengths belong beside the
-    figures.
-    """
-    seconds = decode_seconds(models, batch_size, length, prompt_length, seed, repeats)
-    tokens = batch_size * length
-    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
 
 
 def decode_seconds(

@@ -49,9 +49,9 @@ def test_overview_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command: choose from train, calibrate"),
+        ([], "no command: choose from tokenizer, train"),
         (["prnue"], "unknown command prnue: did you mean prune?"),
-        (["xyz"], "unknown command xyz: choose from train, calibrate"),
+        (["xyz"], "unknown command xyz: choose from tokenizer, train"),
         (["--nproc", "2"], "unknown command --nproc: choose from"),
         (
             ["toy", "--size", "3", "--color", "red"],

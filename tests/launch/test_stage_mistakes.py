@@ -21,6 +21,7 @@ RECIPE = str(ROOT / "launch/recipes/demo_pretrain.toml")
 HALF = ("--method", "l1", "--ratio", "0.5")
 
 MISSING: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("out", "--data", "./nowhere"),
     "train": ("--config", "nowhere.toml"),
     "calibrate": ("./nowhere", "out"),
     "plan": ("./nowhere", "out", *HALF),
@@ -38,6 +39,7 @@ MISSING: dict[str, tuple[str, ...]] = {
 """A command line that names what is not there. The demo reads nothing: it writes into a file."""
 
 WRONG_TYPE: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("--size", "many"),
     "train": ("--config", RECIPE, "--training.steps", "many"),
     "calibrate": ("--sequences", "many"),
     "plan": ("--seed", "many"),
@@ -60,7 +62,7 @@ CASES = [(name, kind) for name in cli.COMMANDS for kind in KINDS]
 FAST = {("plan", "unknown option"), ("eval", "wrong type"), ("prune", "missing file")}
 """Starts of torchrun that the fast part of the suite makes."""
 
-ALONE = ("bench", "report")
+ALONE = ("tokenizer", "bench", "report")
 """Stages of one process."""
 
 

@@ -17,6 +17,7 @@ from flame.data.tokenizer import (
     train_tokenizer,
 )
 from flame.errors import UserError
+from flame.tokenizer import STAGE
 from tests.flame.text import random_texts, tiny_tokenizer, write_jsonl
 
 TEXTS = random_texts(30, seed=2)
@@ -46,6 +47,22 @@ def test_training_is_deterministic_and_every_text_comes_back(tmp_path: Path) -> 
     assert (loaded.eos_token, loaded.pad_token) == (END_OF_TEXT, END_OF_TEXT)
     for text in [*TEXTS, "\x00 unseen: ß 漢字 \r\n\t  "]:
         assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_the_stage_trains_on_the_texts_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer(TEXTS, 320, tmp_path / "direct")
+    data, out = str(write_jsonl(tmp_path / "texts.jsonl", TEXTS)), tmp_path / "out"
+    STAGE.main([str(out), "--size", "320", "--data", data])
+    assert capsys.readouterr().out == f"{out}: {len(load_tokenizer(str(out)))} tokens\n"
+    for file in (tmp_path / "direct").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(SystemExit):
+        STAGE.main([str(out), "--size", "320", "--data", data])
+    assert "--overwrite" in capsys.readouterr().err
+    STAGE.main([str(out), "--size", "300", "--data", data, "--max-documents", "3", "--overwrite"])
+    assert len(load_tokenizer(str(out))) <= 300
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from flame.errors import UserError
 from flame.model import stock_config
 from launch.speed import decoding
 from launch.speed.decoding import (
-    decode_speeds,
-    decode_tokens_per_second,
+    decode_seconds,
     random_prompt,
     timed_decoding,
 )
@@ -82,17 +81,18 @@ def test_speed_is_the_median_of_rounds_that_models_take_in_turn(
         return prompt, next(times[model])
 
     monkeypatch.setattr(decoding, "timed_decoding", timed)
-    speeds = decode_speeds({"one": one, "other": other}, 4, 10, repeats=3)
-    assert speeds == {"one": 4 * 10 / 2.0, "other": 4 * 10 / 4.0}
+    seconds = decode_seconds({"one": one, "other": other}, 4, 10, repeats=3)
+    assert seconds == {"one": [2.0, 50.0, 1.0], "other": [4.0, 4.0, 5.0]}
     assert turns == [one, other] * 4
 
 
 def test_speed_of_a_real_model_is_positive() -> None:
-    speed = decode_tokens_per_second(stock_model("gated_deltanet"), 2, 4, 4, repeats=2)
-    assert 0 < speed < float("inf")
+    models = {"model": stock_model("gated_deltanet")}
+    (times,) = decode_seconds(models, 2, 4, 4, repeats=2).values()
+    assert len(times) == 2 and all(0 < time < float("inf") for time in times)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "length", "prompt_length", "repeats"])
 def test_counts_below_one_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is 0"):
-        decode_tokens_per_second(nn.Linear(1, 1), **{name: 0})
+        decode_seconds({"model": nn.Linear(1, 1)}, **{name: 0})
