@@ -34,7 +34,7 @@ REPORT_FILE = "report.html"
 TIMES_FILE = "seconds.json"
 VOCABULARY = 4096
 ALONE = ("tokenizer", "bench", "report")
-"""Commands that one process runs, while the others wait."""
+"""Commands that rank 0 runs alone; the others go on to the end of the step."""
 
 TITLE = "slimstate demo: half the key channels of a small GatedDeltaNet"
 
@@ -106,7 +106,7 @@ class Call:
         return shlex.join(["slimstate", self.name, *map(str, self.words)])
 
     def run(self) -> None:
-        """Run the command in this process group unless it has been run. Collective."""
+        """Run the command in this process group unless it is done. Collective."""
         from flame.process.distributed import from_rank_zero, rank
 
         stage = import_module(COMMANDS[self.name].module).STAGE

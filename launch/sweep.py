@@ -96,7 +96,10 @@ def _measure(options: Options, work: Work, announcer: "_Announcer | None") -> No
 
 
 class _Announcer:
-    """Prints a line for each point that this process or another has measured."""
+    """Prints a line for each point of a sweep, once it is measured or failed, by any process.
+
+    Points that are measured before it is made are counted in one line at the start.
+    """
 
     def __init__(self, options: Options) -> None:
         self.folder, self.names = options.folder, options.names

@@ -64,11 +64,11 @@ class OpCall:
 
 
 def unroll_(call: OpCall, steps: int) -> None:
-    """Bring a delta product's call into the form of `OpCall`, whichever operator the layer took.
+    """Change a delta product's call in place to the form of `OpCall`: q a token, g a row of k.
 
-    The chunk operator takes q and g of tokens. The recurrent one takes them spread over the steps
-    of each token: q at the last, g at the first; its boundaries count steps. Without a gate the
-    decays are none, so that one operator fits both.
+    A token has `steps` rows of k, v and beta. The chunk operator takes q and g a token. The
+    recurrent one takes both a row, q in the last row of a token and g in the first, and its
+    `cu_seqlens` count rows; afterwards they count tokens. Without a gate g becomes zeros.
     """
     call.steps = steps
     if call.g is None:

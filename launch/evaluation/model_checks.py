@@ -40,7 +40,11 @@ def check_family(config: dict[str, Any]) -> None:
 
 
 def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
-    """Refuse to show a model with attention alone more tokens than it has positions for."""
+    """Raise UserError if `max_length` is beyond the positions of a stock attention model.
+
+    fla's and this project's models are not checked, nor is a config without
+    `max_position_embeddings` or a `max_length` of None.
+    """
     from pruning.adapters import ADAPTERS
 
     positions = config.get("max_position_embeddings")

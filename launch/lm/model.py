@@ -55,12 +55,13 @@ class SlimstateLM(TemplateLM):
         """Wrap a loaded model.
 
         Args:
-            max_length: tokens that the model is shown at once; None for what its config or, failing
-                that, its tokenizer says, as in lm-eval.
+            max_length: tokens that the model is shown at once; longer contexts are cut on the
+                left. None for what its config or, failing that, its tokenizer says, as in lm-eval.
+                It is not checked.
             batch: sequences a forward pass at most; long ones come in smaller batches.
 
         Raises:
-            UserError: the tokenizer marks no end of text, or the length cannot be used.
+            UserError: the tokenizer has no end-of-text token.
         """
         super().__init__()
         self.network = network

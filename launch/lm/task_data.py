@@ -51,7 +51,14 @@ WAY_OUT = (
 
 
 def _located(task: str, files: Any, folder: Path | None) -> Any:
-    """`data_files` with relative names found in the current folder, or else in `folder`."""
+    """`files` with every relative name resolved to a file here, or else in `folder`.
+
+    `files` is a name, or lists and mappings of names, and the result has the same form with
+    absolute paths. URLs and patterns with `*` stay as they are. `task` is for the message only.
+
+    Raises:
+        UserError: a file is in neither place.
+    """
     if isinstance(files, Mapping):
         return {split: _located(task, part, folder) for split, part in files.items()}
     if isinstance(files, list | tuple):

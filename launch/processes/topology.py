@@ -167,7 +167,11 @@ def _is_taken(host: str, port: int) -> bool:
 
 
 def _check_store(host: str, port: int) -> None:
-    """Raise UserError if something other than an earlier node of the job answers on the port."""
+    """Raise UserError unless a torchrun store answers on the port within STORE_SECONDS.
+
+    Such a store is taken for an earlier node of the job. A port without an answer is an error
+    too, so call this for a port that is taken.
+    """
     answers: list[bool] = []
     # The client's own timeout does not cover its first read, so a thread waits instead.
     worker = threading.Thread(target=lambda: answers.append(_is_store(host, port)), daemon=True)

@@ -57,7 +57,11 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
 
 
 def _rows(runs: Mapping[str, RunFolder], results: Results) -> dict[str, dict[str, Any]]:
-    """The table of models: sizes from the folders where no result has them."""
+    """The table of models, by name: each run's results, with what they lack from its folder.
+
+    The folder gives the bytes of the state and the number of parameters, and the benchmarks the
+    decoded tokens per second.
+    """
     from pruning.adapters import state_bytes
 
     rows = {}
@@ -87,7 +91,11 @@ def _parameters(run: RunFolder) -> int | None:
 
 
 def _decoded(results: Results, runs: Mapping[str, RunFolder]) -> dict[str, float]:
-    """Decoded tokens a second, of the one benchmark that most runs are in, at its largest batch."""
+    """The median tokens decoded per second of each run, by name; empty without such a benchmark.
+
+    It takes the benchmark of decoding that most of `runs` are in, at its largest batch, and notes
+    that batch size in `results.facts`.
+    """
     records = [r for r in results.bench if any(m["name"] == "decode" for m in r["measures"])]
     if not records:
         return {}

@@ -123,7 +123,10 @@ def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def scores_table(scores: Scores, models: Mapping[str, Any]) -> Table:
-    """One row a quantity, one column a model, in the order of `models`."""
+    """One row a quantity, one column a model that has a score.
+
+    Columns are in the order of `models`; models that are not in it follow by name.
+    """
     scored = {name for values in scores.values() for name in values}
     names = [*(name for name in models if name in scored), *sorted(scored - set(models))]
     columns = [Column("task", " ", align="left"), *(Column(n, label(n), ".4f") for n in names)]

@@ -163,7 +163,11 @@ def _point(word: _Word, ratio: str, own: bool, seed: int | None) -> Point:
 
 
 def _draws(word: _Word) -> bool:
-    """Whether the method chooses by a seed alone, which the word leaves open."""
+    """Whether the method chooses by a seed, needs no statistics, and the word gives it no seed.
+
+    Raises:
+        UserError: there is no such method.
+    """
     from pruning.methods import METHODS
 
     if word.method not in METHODS:

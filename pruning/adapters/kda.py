@@ -80,7 +80,11 @@ class Kda(HeadDimFamily):
 
 
 def _gate_axes(space: Space, sizes: MixerSizes) -> list[Axis]:
-    """The last projections of the decay and of the output gate, with their biases."""
+    """The axes of the gates' last projections in a key or head space of one layer.
+
+    Both kinds of space index the decay's (`f_proj.1.weight` and its bias, `dt_bias`). A head space
+    also indexes the output gate's (`g_proj.1`, weight and bias).
+    """
     group = sizes.value_heads // sizes.heads
     prefix = f"model.layers.{space.layer}.attn"
     if space.kind == "key":

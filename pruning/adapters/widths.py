@@ -60,7 +60,14 @@ def uniform_sizes(planned: Mapping[Kind, ByLayer]) -> dict[Kind, int] | None:
 
 
 def ragged_config(config: Config, planned: Mapping[Kind, ByLayer], depth: int) -> Config:
-    """The config of the slim class of `config`'s family, with `depth` layers."""
+    """The slim form of a stock config, with the planned widths of every layer; not checked yet.
+
+    Args:
+        config: the dense stock config.
+        planned: the kept channels of each head by layer, for each planned kind of space. Value
+            and head spaces have one number a layer, key spaces one a key head.
+        depth: layers of the model; those that `planned` lacks have no recurrent state.
+    """
     lists = {}
     for kind, rows in planned.items():
         of_layers = [rows.get(layer) for layer in range(depth)]

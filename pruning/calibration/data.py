@@ -48,7 +48,14 @@ class CalibrationData:
         return build_documents(self.config, self.config.split)
 
     def loader(self, rank: int, world_size: int) -> Any:
-        """The loader of one rank: a sequence a batch, so that no sum depends on the batch."""
+        """One rank's loader of its share of the sequences, one in each batch.
+
+        So no sum depends on a batch size.
+
+        Raises:
+            UserError: the data or the tokenizer is not there, `world_size` does not divide the
+                virtual shards, or a shard has no document.
+        """
         from flame.data.loader import PackedLoader
         from flame.data.tokenizer import load_tokenizer
 
@@ -64,7 +71,11 @@ class CalibrationData:
 
 
 def calibration_data(reference: ModelReference, options: DataOptions) -> CalibrationData:
-    """The data that `options` and, where they say nothing, the recipe of `reference` describe.
+    """The data that `options` describe, with the recipe of `reference` where they say nothing.
+
+    Another data set (`options.data`) drops the recipe's sources, subset, split and text column.
+    The tokenizer is that of `options`, else the model's own, else the recipe's. The seed and the
+    number of sequences are those of `options`.
 
     Raises:
         UserError: neither names data or a tokenizer, or the recipe cannot be read.

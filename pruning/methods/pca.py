@@ -41,7 +41,11 @@ class PCA:
     def select(
         self, space: Space, k: int, weights: Weights, statistics: Statistics
     ) -> Int64[Tensor, "H k"]:
-        """The first k components of each head."""
+        """The numbers 0 to k - 1 for each head: its first k components, by decreasing variance.
+
+        Raises:
+            ValueError: k is not from 1 to the head's width, or no calibration data were seen.
+        """
         check_count(k, space.head_dim, f"{space.noun} of {space.name}")
         self._moment(space, statistics)
         return torch.arange(k).repeat(space.num_heads, 1)

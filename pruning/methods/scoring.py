@@ -71,11 +71,12 @@ def summed_scores(
 
 
 def relative(scores: Float64[Tensor, "H d"]) -> Float64[Tensor, "H d"]:
-    """Scores over the mean of their head (of their layer, where the channels are a layer's).
+    """Scores divided by the mean of their row: a head, or a layer where the channels are a layer's.
 
-    So they can be compared between heads where the scores themselves cannot: the delta rule
-    normalises the q and k of a head, and the output norm what a head gives, so that the scale of
-    a head's weights or activations says nothing about another head's.
+    Scores are at least 0; a row of zeros stays zeros. So they can be compared between heads where
+    the scores themselves cannot: the delta rule normalises the q and k of a head, and the output
+    norm what a head gives, so that the scale of a head's weights or activations says nothing about
+    another head's.
     """
     mean = scores.mean(-1, keepdim=True)
     return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny)

@@ -30,7 +30,11 @@ class InputSquares(Statistic):
 
 @dataclass
 class KeySquares(Statistic):
-    """The squares of each key channel's q and k, at the delta-rule tap, summed over tokens."""
+    """The sum over tokens of q² + k² for each key channel, at the delta-rule tap.
+
+    q and k count alike, in one sum; they are taken after convolution and activation, before their
+    norm. `terms` counts the squares summed for each channel, two a token.
+    """
 
     source: ClassVar[Source] = Source.OP
 

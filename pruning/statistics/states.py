@@ -39,7 +39,11 @@ class StateSpectra(Statistic):
     """States summed for each head."""
 
     def update(self, seen: Float[Tensor, "n HV K V"]) -> None:
-        """Add some states of every value head; cost one SVD each."""
+        """Add n states of each value head to the sums of the key head that it belongs to.
+
+        The sums are the nuclear norm and the histogram; `states` grows by n · HV / d, with d key
+        heads. Every state takes one SVD.
+        """
         heads = len(self.nuclear_norm)
         values = singular_values(seen).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
         self.nuclear_norm += values.sum((1, 2))
