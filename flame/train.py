@@ -126,9 +126,12 @@ def merge(run_folder: Path) -> None:
 
 
 def prepare_run_folder(job: Any) -> None:
-    """Write the config, tokenizer and recipe of a run, and the base's reference of a LoRA run.
+    """Write the config, tokenizer and recipe of a run, and references to its base and teacher.
 
-    The files appear together: if this raises or is killed, the folder keeps those that it had.
+    Runs on rank 0. The base is recorded for a LoRA run, the teacher if the run distils. All files
+    are written before the first one is replaced, so an error while they are written leaves the
+    folder as it was and removes a new one. They are then renamed one by one, the recipe first and
+    the tokenizer's config last: a kill or error in between leaves new files beside old ones.
     """
     from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
     from flame.recipe import recipe_text

@@ -38,7 +38,11 @@ class CpuBackend(BaseBackend):
 
 
 class GatedDeltaRuleCpuBackend(CpuBackend):
-    """Has only the chunk operator; for the other functions of this registry fla takes its own."""
+    """Ours for `gated_delta_rule` in `fla.backends`: the chunk operator alone.
+
+    fla takes its own of the other functions that it dispatches under this name, which are steps of
+    its chunk operator. The recurrent operator is not among them: see `_undispatched`.
+    """
 
     chunk_gated_delta_rule = staticmethod(gated_delta_rule.chunk_gated_delta_rule)
 

@@ -41,8 +41,14 @@ def check_enough(
 ) -> None:
     """Raise `UserError` if one epoch is shorter than one global batch.
 
-    Documents are tokenised until there are enough. Virtual shards are counted one by one only if
-    the data does not repeat and is no stream, which would have to be opened once for each.
+    Each set of a mix must have the rows that it gives to the batch, and as many documents as there
+    are virtual shards (`check_shards`). Documents are tokenised until there are enough. Virtual
+    shards are counted one by one only if the data does not repeat and is no stream, which would
+    have to be opened once for each; otherwise the tokens of all shards are counted together.
+
+    Args:
+        seq_len: input tokens of a row.
+        global_batch_size: rows that all processes take in one step.
     """
     encoder = Encoder(tokenizer, config.add_eos)
     check_shards(documents, config.virtual_shards)

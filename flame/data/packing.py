@@ -51,7 +51,10 @@ class Row(NamedTuple):
 
 
 class Packer:
-    """Cuts documents into rows.
+    """Cuts documents into rows: `row(length)` takes the next one, `rest` what is left at the end.
+
+    Its attribute `cursor` is the position of the first token of the next row; a packer that is
+    made from there goes on with that row, of any length.
 
     Args:
         pieces: the documents' tokens from `cursor` on, each with the position where it begins.

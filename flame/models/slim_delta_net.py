@@ -36,8 +36,9 @@ class SlimDeltaNetConfig(DeltaNetConfig):
 class SlimDeltaNetMixer(DeltaRuleMixer):
     """fla's `DeltaNet` layer with a key width for each head.
 
-    It calls the operators by the names in fla's module, so that whoever replaces one there (a tap,
-    the CPU path) reaches this layer too.
+    It is made from the model's config, the layer's number and its `LayerWidths`; `forward` is that
+    of `DeltaRuleMixer`. It calls the operators by the names in fla's module, so that
+    whoever replaces one there (a tap, the CPU path) reaches this layer too.
     """
 
     def add_gates(self, config: Any) -> None:

@@ -90,7 +90,10 @@ def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """Make the folder `path` and its parents; if it is new, an error in the block removes it."""
+    """Make the folder `path` and its parents; an error in the block removes `path` if it is new.
+
+    It is removed with all that is in it; parents that were made stay.
+    """
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:

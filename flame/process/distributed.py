@@ -29,9 +29,10 @@ def device_type() -> str:
 
 
 def compute_dtype(name: str = "auto") -> torch.dtype:
-    """Return the torch dtype called `name`.
+    """Return the torch dtype called `name`, such as `bfloat16`; the name is not checked.
 
-    `auto` is float32 on a CPU and bfloat16 on CUDA, where fla's kernels take no float32.
+    `auto` is float32 on a CPU and bfloat16 on CUDA, where fla's kernels take no float32. A name
+    that torch does not have raises AttributeError.
     """
     if name == "auto":
         name = "float32" if device_type() == "cpu" else "bfloat16"

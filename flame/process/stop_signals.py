@@ -64,7 +64,11 @@ class _Patience:
         self._interrupted: float | None = None
 
     def ends_with(self, number: int) -> bool:
-        """Whether signal `number`, which arrived now, must take effect at once."""
+        """Whether signal `number`, which arrived now, must take effect at once.
+
+        Call it once for each signal: it notes when the first SIGINT came. SIGTERM and SIGINT
+        take effect at once only if that was more than `ONE_KEYSTROKE` ago; every other signal does.
+        """
         if number not in REQUESTS:
             return True
         now = time.monotonic()

@@ -9,7 +9,11 @@ from flame.errors import UserError
 
 
 def freeze_others(model: nn.Module, modules: Sequence[str]) -> None:
-    """Freeze the parameters whose name contains none of `modules`; an empty list freezes none."""
+    """Freeze the parameters whose name contains none of `modules` and unfreeze the others.
+
+    A parameter with several names is trained if one of them matches. An empty list changes nothing.
+    An entry that is in no parameter's name raises UserError.
+    """
     if not modules:
         return
     check_modules(model, modules)

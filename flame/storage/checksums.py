@@ -119,7 +119,10 @@ def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the recorded hash of each file of a step; raise `UserError` if there are none."""
+    """Return the recorded hash of each file of a step, by file name.
+
+    Raises `UserError` if `checksums.json` is missing, cannot be read or is malformed.
+    """
     path = folder / CHECKSUMS
     content = read_object(
         path,

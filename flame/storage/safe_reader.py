@@ -193,7 +193,11 @@ class SafeReader(FileSystemReader):
             ) from error
 
     def _checked_place(self, index: MetadataIndex) -> _StorageInfo:
-        """Return where an entry is stored, after checking its file if `check` says so."""
+        """Return where an entry is stored; with `check` `first`, compare its file's hash before.
+
+        A file is hashed only once. Raises `UserError` if the index lacks the entry, no hash is
+        recorded for its file, or the hash differs.
+        """
         place = self.storage_data.get(index)
         if place is None:
             raise UserError(f"{self._folder / METADATA} does not say where {index.fqn} is")

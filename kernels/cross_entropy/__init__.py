@@ -56,7 +56,12 @@ def cross_entropy_bwd(
     class_start_idx: int = 0,
     inplace_backward: bool = False,
 ) -> Float[Tensor, "N V"]:
-    """Return the gradient of the logits; `inplace_backward` writes it over them."""
+    """Return the gradient of the logits, zero for ignored targets, in the dtype of the logits.
+
+    `lse` is the forward's log-sum-exp and `dloss` the gradient of each token's loss.
+    `inplace_backward` writes the result over the logits. `total_classes` and `class_start_idx`
+    are not used: the vocabulary is on one rank.
+    """
     z = _transformed(logits, logit_scale, logit_softcapping)
     factor = dloss.to(z.dtype).masked_fill(target == ignore_index, 0).unsqueeze(-1)
     spread = factor * (1 + 2 * lse_square_scale * lse).unsqueeze(-1)

@@ -16,7 +16,11 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """Decays inside the left and the right block of every pair of one level."""
+    """Decays (factors, at most 1) inside the left and the right block of every pair of one level.
+
+    The decay from a token j in the left block to a token i in the right block of the same pair is
+    `to_end` of j times `from_start` of i. Backward, a level holds gradients of their logarithms.
+    """
 
     to_end: Float[Tensor, "chunks H pairs b K"]
     """From each token of the left block, its own decay not included, to the end of the block."""

@@ -37,6 +37,9 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the output, mean (None for RMS), 1/std and the sum of x and residual.
 
+    The output has `out_dtype`, or that of x. The sum has the residual's dtype; without a residual
+    it is x itself, or x in `residual_dtype` if that is given.
+
     With `num_groups`, `weight` and `bias` are `[num_groups * D]` and row i takes part i modulo
     `num_groups` of them.
     """
@@ -152,7 +155,11 @@ def _wide(x: Tensor) -> Tensor:
 def _add_residual(
     x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of x and residual in the dtype to store, and in the dtype to compute in."""
+    """Return the sum of x and residual in the dtype to store, and in the dtype to compute in.
+
+    The first is the residual's dtype. Without a residual the sum is x, stored as it is, or in
+    `residual_dtype` if that is given. The second is float32, or float64 for float64 input.
+    """
     wide = _wide(x) if residual is None else _wide(x) + residual
     dtype = residual_dtype if residual is None else residual.dtype
     stored = dtype is not None and (residual is not None or dtype != x.dtype)
