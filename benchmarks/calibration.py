@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flame.process.distributed import data_parallel_mesh, process_group
 from launch.drawing.table import Column, Table
 from pruning.adapters import adapter_for
-from pruning.calibration.collect import _run
+from pruning.calibration.collect import run_batch
 from pruning.calibration.feeding import Feed
 from pruning.calibration.gradients import WeightGradients
 from pruning.calibration.stats_file import zeros
@@ -124,7 +124,7 @@ def _pass(
     def run() -> None:
         with _ready(model, spaces, kinds) as gradients, feed.attached(model):
             feed.start(0)
-            _run(model, batch, gradients)
+            run_batch(model, batch, gradients)
             if gradients is not None:
                 gradients.add("")
 

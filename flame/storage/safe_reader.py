@@ -187,10 +187,8 @@ class SafeReader(FileSystemReader):
         try:
             yield
         except (*UNPICKLING_ERRORS, OSError) as error:
-            entries = some(sorted(set(names)), 3)
-            raise UserError(
-                f"cannot read {entries} of {self._folder}: {first_line(error)}"
-            ) from error
+            entries, why = some(sorted(set(names)), 3), first_line(error)
+            raise UserError(f"cannot read {entries} of {self._folder}: {why}") from error
 
     def _checked_place(self, index: MetadataIndex) -> _StorageInfo:
         """Return where an entry is stored; with `check` `first`, compare its file's hash before.
@@ -248,7 +246,5 @@ def _check_form(name: str, value: Any, saved: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise UserError(f"the checkpoint's {name} is a tensor, this run expects another value")
     if value.shape != saved.size:
-        raise UserError(
-            f"the checkpoint's {name} has shape {tuple(saved.size)}, this run expects "
-            f"{tuple(value.shape)}: it is of another model"
-        )
+        shapes = f"has shape {tuple(saved.size)}, this run expects {tuple(value.shape)}"
+        raise UserError(f"the checkpoint's {name} {shapes}: it is of another model")

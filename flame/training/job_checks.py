@@ -65,8 +65,8 @@ def check_job(job: Any, world_size: int) -> None:
     """
     check_size(job, world_size)
     check_numbers(job)
-    _check_ignored(job)
-    _check_checkpoint(job)
+    check_ignored(job)
+    check_checkpoint(job)
     _check_folder(job)
     _check_model_and_data(job, world_size)
 
@@ -141,7 +141,7 @@ def _check_batch(job: Any, world_size: int) -> None:
     check_order(job.data.virtual_shards, world_size, batch, local)
 
 
-def _check_ignored(job: Any) -> None:
+def check_ignored(job: Any) -> None:
     default = type(job)()
     for name in IGNORED:
         given = attrgetter(name)(job)
@@ -150,7 +150,7 @@ def _check_ignored(job: Any) -> None:
             raise UserError(f"{name} is {given!r}, and nothing here reads it: {instead}")
 
 
-def _check_checkpoint(job: Any) -> None:
+def check_checkpoint(job: Any) -> None:
     if job.checkpoint.async_mode not in ASYNC_MODES:
         raise UserError(
             f"checkpoint.async_mode is {job.checkpoint.async_mode!r}: choose from "

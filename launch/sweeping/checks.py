@@ -32,7 +32,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if a point, the text, calibration, recovery or the output cannot work."""
     options.check()
     reference = resolve(options.model)
-    _check_points(options, reference)
+    check_points(options, reference)
     options.folder.check(settings(options, reference), options.overwrite, reference.folder)
     if options.json is not None:
         check_file_output(options.json, overwrite=True, inside=reference.folder)
@@ -73,7 +73,7 @@ def settings(options: Options, reference: ModelReference) -> dict[str, Any]:
     }
 
 
-def _check_points(options: Options, reference: ModelReference) -> None:
+def check_points(options: Options, reference: ModelReference) -> None:
     """Raise UserError for a point that cannot be planned, and for two that are the same model."""
     seen: dict[Any, str] = {}
     for point in options.points:

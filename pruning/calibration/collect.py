@@ -136,7 +136,7 @@ class _Collector:
         """Run one sequence on every rank; in the last round some ranks have none."""
         batch = self.peers.agree(lambda: self._next(batches) if turn.counts else None)
         self.feed.start(turn.item if turn.counts else None)
-        _run(self.model, batch, self.gradients)
+        run_batch(self.model, batch, self.gradients)
         self.tokens += batch[1].numel() if batch is not None else 0
         first, self.done = self.done, min(self.done + world_size(), self.data.sequences)
         self.peers.agree(lambda: self._take(first))
@@ -220,7 +220,7 @@ class _Collector:
                 self.collected[space][kind].load_state_dict(statistic.state_dict())
 
 
-def _run(
+def run_batch(
     model: nn.Module,
     batch: tuple[dict[str, Tensor], Tensor] | None,
     gradients: WeightGradients | None,

@@ -1,4 +1,4 @@
-"""What the fault tests share: a warm nursery, inputs, and what undisturbed jobs leave."""
+"""What the fault tests share: a warm server, inputs, and what undisturbed jobs leave."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flame.checkpoint.steps import verify_step
 from flame.storage.checksums import read_checksums
-from tests.faults.moments import Moment, Work
-from tests.faults.nursery import Job, Nursery, Outcome
+from tests.faults.fork_server import ForkServer, Job, Outcome
+from tests.faults.kill_points import Moment, Work
 from tests.faults.tasks import TASKS, make_inputs, run_task
 
 
@@ -15,7 +15,7 @@ class Bench:
     """Runs tasks in places below `folder`, on inputs that are made once."""
 
     def __init__(self, folder: Path) -> None:
-        self.nursery, self.folder = Nursery(), folder
+        self.server, self.folder = ForkServer(), folder
         self.inputs = folder / "inputs"
         self.inputs.mkdir()
         self._work: dict[str, tuple[Work, ...]] = {}
@@ -40,12 +40,12 @@ class Bench:
             if prepare is not None:
                 prepare(self.inputs, place)
         arguments, size = (task, self.inputs, place), TASKS[task].world_size
-        return self.nursery.run(
+        return self.server.run(
             Job(run_task, arguments, size, place, moment, self._work.get(task, ()))
         )
 
     def _make(self, make: Callable[[Path], None]) -> None:
-        outcome = self.nursery.run(Job(make, (self.inputs,), 1, self.folder / "making"))
+        outcome = self.server.run(Job(make, (self.inputs,), 1, self.folder / "making"))
         assert outcome.statuses == (0,), outcome.words
 
 

@@ -1,4 +1,4 @@
-"""One nursery for all fault tests: its imports take longer than most of them."""
+"""One server for all fault tests: its imports take longer than most of them."""
 
 from collections.abc import Iterator
 
@@ -11,4 +11,4 @@ from tests.faults.bench import Bench
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made = Bench(tmp_path_factory.mktemp("faults"))
     yield made
-    made.nursery.close()
+    made.server.close()

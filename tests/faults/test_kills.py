@@ -24,7 +24,7 @@ from flame.checkpoint.steps import (
     whole_steps,
 )
 from tests.faults.bench import Bench, digests
-from tests.faults.moments import draw
+from tests.faults.kill_points import draw
 from tests.faults.tasks import STEPS, TASKS
 
 ROUNDS = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.bench import Bench, digests
-from tests.faults.moments import Moment, Work
-from tests.faults.nursery import Job
+from tests.faults.fork_server import Job
+from tests.faults.kill_points import Moment, Work
 from tests.faults.tasks import RECIPE
 
 
@@ -37,10 +37,10 @@ def test_an_output_killed_while_it_is_replaced(
         out.mkdir(parents=True)
         (out / "a").write_text("old")
         moment, work = Moment("files", number / 100, 0, whole=True), (Work(100, 0, 0),)
-        outcome = bench.nursery.run(Job(replace, (out, can_swap), 1, place, moment, work))
+        outcome = bench.server.run(Job(replace, (out, can_swap), 1, place, moment, work))
         if can_swap:
             assert contents(out) in ({"a": "old"}, {"a": "new", "b": "new"})
-        again = bench.nursery.run(Job(replace, (out, can_swap), 1, place))
+        again = bench.server.run(Job(replace, (out, can_swap), 1, place))
         assert again.statuses == (0,), again.words
         assert contents(out) == {"a": "new", "b": "new"} and os.listdir(out.parent) == ["out"]
         if outcome.statuses == (0,):
@@ -59,15 +59,15 @@ def prepare(inputs: Path, run: Path) -> None:
 def test_a_run_folder_killed_while_it_is_made(bench: Bench, tmp_path: Path) -> None:
     whole = tmp_path / "whole" / "work" / "run"
     job = Job(prepare, (bench.inputs, whole), 1, tmp_path / "whole")
-    (work,) = bench.nursery.run(job).work
+    (work,) = bench.server.run(job).work
     assert work is not None and 10 < work.files < 99
     for number in range(work.files):
         place = tmp_path / str(number)
         run = place / "work" / "run"
         moment = Moment("files", number / work.files + 1e-6, 0, whole=True)
         job = Job(prepare, (bench.inputs, run), 1, place, moment, (work,))
-        assert bench.nursery.run(job).statuses == (-signal.SIGKILL,)
-        again = bench.nursery.run(Job(prepare, (bench.inputs, run), 1, place))
+        assert bench.server.run(job).statuses == (-signal.SIGKILL,)
+        again = bench.server.run(Job(prepare, (bench.inputs, run), 1, place))
         assert again.statuses == (0,), again.words
         assert digests(run) == digests(whole)
 

@@ -14,11 +14,11 @@ import torch
 
 from flame.checkpoint.steps import latest_whole_step
 from tests.faults.bench import Bench, digests
-from tests.faults.nursery import Job
+from tests.faults.fork_server import Job
 from tests.faults.tasks import RECIPE
 from tests.faults.test_kills import losses
 from tests.flame.jobs import make_job, train_job
-from tests.launch.processes.test_nodes import ROOT, WAIT, _children, _environment
+from tests.launch.processes.test_nodes import ROOT, WAIT, children_of, environment_of
 
 STEPS = 12
 OPTIONS: dict[str, Any] = {
@@ -33,7 +33,7 @@ def test_processes_started_again_do_not_wait_for_the_dead(bench: Bench, tmp_path
     """torchrun keeps its store, and in it the addresses of those who were there before."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for start in range(3):
-        outcome = bench.nursery.run(Job(meet, (store.port, start), 2, tmp_path / str(start)))
+        outcome = bench.server.run(Job(meet, (store.port, start), 2, tmp_path / str(start)))
         assert outcome.statuses == (0, 0), outcome.words
 
 
@@ -52,7 +52,7 @@ def meet(port: int, start: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_started_again(bench: Bench, tmp_path: Path, rank: int) -> None:
     assets, run, whole = bench.inputs / "assets", tmp_path / "run", tmp_path / "whole"
-    undisturbed = bench.nursery.run(Job(train, (assets, whole), 2, tmp_path / "place"))
+    undisturbed = bench.server.run(Job(train, (assets, whole), 2, tmp_path / "place"))
     assert undisturbed.statuses == (0, 0), undisturbed.words
     job = start(assets, run)
     try:
@@ -89,5 +89,5 @@ def start(assets: Path, run: Path) -> subprocess.Popen[str]:
 
 
 def worker(job: subprocess.Popen[str], rank: int) -> int:
-    ranks = {_environment(process).get("RANK"): process for process in _children(job.pid)}
+    ranks = {environment_of(process).get("RANK"): process for process in children_of(job.pid)}
     return ranks[str(rank)]

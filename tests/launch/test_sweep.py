@@ -20,7 +20,7 @@ from flame.errors import UserError
 from flame.options import words
 from launch import sweep
 from launch.drawing.sweep_chart import log_ticks
-from launch.sweeping.checks import _check_points
+from launch.sweeping.checks import check_points
 from launch.sweeping.folder import SweepFolder
 from launch.sweeping.page import page, write_files
 from launch.sweeping.points import points
@@ -176,10 +176,10 @@ def test_ratios_of_heads_of_all_layers_may_agree_in_each_layer(root: Path) -> No
     words = ["--methods", "random@head", "--ratios", "0.2,0.4", "--allocate", "model"]
     options = sweep.STAGE.parse([str(root / "dense"), "out", *words])
     reference = resolve(root / "dense")
-    _check_points(options, reference)
+    check_points(options, reference)
     uniform = sweep.STAGE.parse([str(root / "dense"), "out", *words[:4]])
     with pytest.raises(UserError, match="keep as many channels and are the same model"):
-        _check_points(uniform, reference)
+        check_points(uniform, reference)
 
 
 def test_places_that_are_taken_are_refused(root: Path, tmp_path: Path) -> None:

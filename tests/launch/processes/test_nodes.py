@@ -109,7 +109,7 @@ def test_a_stopped_process_is_named_within_the_timeout(assets: Path, tmp_path: P
     node = _start(words)
     try:
         _wait_until(lambda: any(tmp_path.glob("run/checkpoint/step-5")))
-        (worker,) = [pid for pid in _children(node.pid) if _environment(pid).get("RANK") == "1"]
+        (worker,) = [pid for pid in children_of(node.pid) if environment_of(pid).get("RANK") == "1"]
         os.kill(worker, signal.SIGSTOP)
         out, err = node.communicate(timeout=600)
     finally:
@@ -213,10 +213,10 @@ def _listens(pid: int, port: int) -> bool:
     return any(link.removeprefix("socket:[").rstrip("]") in listening for link in links)
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _environment(pid: int) -> dict[str, str]:
+def environment_of(pid: int) -> dict[str, str]:
     pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)

@@ -151,7 +151,7 @@ def cut_short(home: Path, out: Path, sequences_before: int) -> None:
     from pruning.calibration import collect
 
     ran = 0
-    run = collect._run
+    run = collect.run_batch
 
     def dying(*arguments: Any) -> None:
         nonlocal ran
@@ -160,13 +160,13 @@ def cut_short(home: Path, out: Path, sequences_before: int) -> None:
             raise KeyboardInterrupt
         run(*arguments)
 
-    collect._run = dying
+    collect.run_batch = dying
     try:
         run_calibrate(home, "delta_net", out, "--save-every", "4", sequences=18)
     except KeyboardInterrupt:
         return
     finally:
-        collect._run = run
+        collect.run_batch = run
     raise AssertionError("it was not cut short")
 
 
@@ -205,7 +205,7 @@ def calibration_memory(home: Path, sequences: int) -> tuple[int, int, int]:
     from pruning.calibration import collect
 
     resident: list[int] = []
-    run = collect._run
+    run = collect.run_batch
 
     def watched(*arguments: Any) -> None:
         run(*arguments)
@@ -218,11 +218,11 @@ def calibration_memory(home: Path, sequences: int) -> tuple[int, int, int]:
     reference = resolve(home / "gated_deltanet")
     data = dataclasses.replace(calibration_data(reference, options), sequences=sequences)
     data = dataclasses.replace(data, config=dataclasses.replace(data.config, repeat=True))
-    collect._run = watched
+    collect.run_batch = watched
     try:
         collected, meta = collect.collect(reference, calibrate.kinds_of(("drrqr",)), data, "")
     finally:
-        collect._run = run
+        collect.run_batch = run
     assert meta.tokens == 128 * sequences == 128 * len(resident)
     statistics = [kind for of_space in collected.values() for kind in of_space.values()]
     sums = [total for statistic in statistics for total in statistic.state_dict().values()]

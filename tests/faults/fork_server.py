@@ -1,7 +1,7 @@
 """A process that has imported everything, and forks the jobs of the fault tests.
 
 A job starts in milliseconds instead of the ten seconds that its imports take. Nothing in the
-nursery runs on threads or has a process group, so a fork is as good as a fresh process.
+server runs on threads or has a process group, so a fork behaves like a fresh process.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from typing import Any
 
 from flame.errors import UserError
 from flame.process.environment import free_port
-from tests.faults.moments import Counter, Moment, Work, kill, processor_time
+from tests.faults.kill_points import Counter, Moment, Work, kill, processor_time
 
 WARM = (
     "datasets",
@@ -84,7 +84,7 @@ class Outcome:
     """What rank 0 wrote: under a launcher, what a person reads."""
 
 
-class Nursery:
+class ForkServer:
     """The warm process as the tests see it."""
 
     def __init__(self) -> None:
