@@ -71,7 +71,7 @@ def _main() -> None:
 
 
 def check_space(folder: Path | None, gigabytes: float) -> None:
-    """Refuse a folder that has no room."""
+    """Raise UserError if the folder is missing or has no room."""
     place = folder or Path(tempfile.gettempdir())
     if not place.is_dir():
         raise UserError(f"--folder {place} is no folder")

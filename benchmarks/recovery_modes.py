@@ -108,7 +108,7 @@ def rates(words: list[str]) -> dict[str, float]:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse a demo that is not there and numbers that are none."""
+    """Raise UserError if the demo is missing, or a count is below 1."""
     from flame.checkpoint.reference import resolve
 
     for name in ("dense", "pruned"):

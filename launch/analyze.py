@@ -1,8 +1,8 @@
 """Stage `analyze`: measure the rank of a model's recurrent states by layer, head and time.
 
 OUT gets `analysis.parquet`, `summary.json` and plots as SVG. A sequence is one stretch of text: the
-state is not reset between documents that are packed into it, so that a time is a number of tokens
-since the state was empty.
+state is not reset between the documents packed into it. A time is the number of tokens read since
+the state was empty.
 """
 
 from dataclasses import dataclass, replace
@@ -62,7 +62,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Raise UserError if a model, a text or the output cannot work."""
+    """Raise UserError if a model, a text, an option or the output cannot work."""
     from flame.checkpoint.reference import check_destination
     from pruning.states.analysis import linear_spaces
 
@@ -91,7 +91,10 @@ def run(options: Options) -> None:
 def _analyse(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> "list[Analysis]":
-    """Return the analyses of the model, of the other model, and of the model on the second text."""
+    """Return analyses of the model, of the other model, and of the model on the second text.
+
+    Those that were not asked for are left out.
+    """
     from pruning.state_rank import token_counts
     from pruning.states.analysis import analyse_states
 
@@ -108,6 +111,7 @@ def _write(
     texts: list[HeldoutText],
     analyses: "list[Analysis]",
 ) -> None:
+    """Write OUT, then print the table and a sentence about the two groups of heads."""
     from flame.process.atomic_output import replacing_folder
 
     given = [options.model, options.against]
@@ -166,7 +170,7 @@ def _sentence(groups: dict[str, Any], metric: str) -> str:
 def _facts(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> dict[str, Any]:
-    """Return what the summary says of the models, texts and settings."""
+    """Return what the summary says about the models, texts and settings."""
     first, *others = references
     return {
         "model_reference": str(first.weights),
@@ -209,7 +213,7 @@ def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor
 
 
 def _label(given: str, reference: "ModelReference") -> str:
-    """Return the run folder's name or, for a model of the hub, the last part of its name."""
+    """Return the name of the folder or, for a model of the hub, the last part of its name."""
     return reference.folder.name if Path(given).expanduser().exists() else Path(given).name
 
 

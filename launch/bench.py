@@ -137,15 +137,16 @@ def workload(options: Options, device_type: str) -> "Workload":
 
 
 def model_names(references: Sequence[str]) -> dict[str, str]:
-    """Return the references by short names: the last parts of their paths that tell them apart."""
+    """Return the references by name: the shortest ends of their paths that differ."""
     paths = [Path(reference) for reference in references]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(paths):
             return dict(zip(names, references, strict=True))
+    counts = [references[:place].count(name) for place, name in enumerate(references)]
     return {
-        f"{name} (again)" if name in references[:place] else name: name
-        for place, name in enumerate(references)
+        f"{name} (again{f' {count}' if count > 1 else ''})" if count else name: name
+        for name, count in zip(references, counts, strict=True)
     }
 
 
@@ -156,6 +157,7 @@ def _measures(
     parts: tuple[str, ...],
     ran: dict[str, Any],
 ) -> "Iterator[Measure]":
+    """Yield the sizes of caches and the measures in `parts`; put each model's kernels in `ran`."""
     import torch
 
     from flame.process.progress import progress
@@ -177,6 +179,7 @@ def _measures(
 
 
 def _measured(measure: "Measure", against: str | None) -> dict[str, Any]:
+    """Return a measure as the JSON file holds it, with its ratio to the model `against`."""
     values = {
         name: {
             "median": spread.median,

@@ -25,7 +25,7 @@ class Command:
     """One line of `slimstate --help`."""
 
     nproc: int = 1
-    """Processes without `--nproc`, if the machine has GPUs for them or none at all."""
+    """Processes to start without `--nproc`, if the machine has as many GPUs, or none."""
 
 
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""The page docs/commands.md: every command with its options, made from the stages' declarations.
+"""Make the page docs/commands.md: every command with the options that its stage declares.
 
 `python -m launch.commands_page > docs/commands.md` writes it anew.
 """
@@ -23,7 +23,7 @@ A mistake is one line on stderr, and the exit status is then not zero."""
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     contents = [
         f"- [`{name}`](#slimstate-{name}): {each.summary}" for name, each in COMMANDS.items()
     ]
@@ -54,7 +54,7 @@ def _usage(entry: Entry) -> str:
 
 
 def _tables(found: Iterable[Entry]) -> str:
-    """A table for each heading of the help."""
+    """Return a Markdown table for each heading of the help."""
     tables = []
     for title, group in groupby(found, key=lambda entry: entry.title):
         rows = [_row(entry) for entry in group]

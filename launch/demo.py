@@ -34,7 +34,7 @@ REPORT_FILE = "report.html"
 TIMES_FILE = "seconds.json"
 VOCABULARY = 4096
 ALONE = ("tokenizer", "bench", "report")
-"""Commands that rank 0 runs alone; the others go on to the end of the step."""
+"""Commands that rank 0 runs alone; the other ranks wait at the end of the step."""
 
 TITLE = "slimstate demo: half the key channels of a small GatedDeltaNet"
 
@@ -47,7 +47,7 @@ BENCH = (
 )  # fmt: skip
 ANALYSIS = ("--length", "512", "--sequences", "2")
 COMPARED = 16
-"""Held-out sequences of the comparison with the dense model, at most."""
+"""Most held-out sequences that are read to compare with the dense model."""
 
 VIRTUAL_SHARDS = 8
 
@@ -65,7 +65,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Refuse numbers that make no demo, and a folder that is somebody else's."""
+    """Raise UserError for an unfit number of processes, or an OUT that the demo cannot use."""
     from flame.process.atomic_output import check_output
 
     if VIRTUAL_SHARDS % world_size:
@@ -95,7 +95,7 @@ def run(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """One command line of a user, and how to know that it has been run."""
+    """One command line, and a test of whether it has been run."""
 
     name: str
     words: tuple[Any, ...]
@@ -122,7 +122,7 @@ class Call:
 
 
 def steps_of(options: Options) -> dict[str, list[Call]]:
-    """The command lines of the demo, by the step that they belong to, in order."""
+    """Return the command lines of the demo by their step, in order."""
     out, seed = options.out, ("--seed", options.seed)
     folders = {name: out / name for name in MODELS}
     dense, continued, pruned, random, recovered = folders.values()
@@ -204,7 +204,7 @@ def _is_finished(options: Options) -> bool:
 
 
 def _check_same_demo(options: Options) -> None:
-    """Refuse to go on in a folder that was begun with other options."""
+    """Raise UserError if OUT was begun with other options, or holds something else than a demo."""
     begun = options.out / "options.json"
     if options.overwrite or not begun.is_file():
         if options.out.is_dir() and any(options.out.iterdir()) and not begun.is_file():

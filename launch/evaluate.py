@@ -1,7 +1,7 @@
 """Stage `eval`: measure the perplexity of models, their scores in tasks, and their fidelity.
 
-It prints one table. With `--json` it keeps each model's record as soon as it is there, and a second
-call measures only what is missing.
+It prints one table. With `--json` it saves each model's record as soon as it is measured, and a
+second call measures only what is missing.
 """
 
 from collections.abc import Mapping

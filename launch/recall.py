@@ -24,7 +24,7 @@ from launch.reporting.envelope import command_line, enveloped, write_result
 
 PAIRS = (4, 8, 16)
 WORDS = 64
-"""Keys, and values, where the model's vocabulary does not say how many."""
+"""Least number of keys, and of values, where the tokenizer does not say how many there are."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def run(options: Options) -> None:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """Return the records of the models, as the JSON file holds them. Collective.
+    """Return a record for each model, in the order of the options. Collective.
 
     `mqar` has the accuracy of recalled values for each number of pairs, `needle` the accuracy for
-    each length and depth, and `query_noise` a record for each head.
+    each length and depth. With `--query-noise`, `query_noise` has a record for each head.
     """
     task = task_of(options, resolve(options.models[0]))
     return [_measured(name, task, options) for name in options.models]
@@ -129,7 +129,7 @@ def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
 def _query_noise(
     model: Any, reference: ModelReference, task: Mqar, encode: Any, options: Options
 ) -> list[dict[str, Any]]:
-    """Return the heads' records on one batch of the most pairs, the same on every rank."""
+    """Return a record for each head, on one batch of the most pairs, the same on all ranks."""
     import torch
 
     from launch.evaluation.query_noise import query_noise
@@ -146,7 +146,7 @@ def _query_noise(
 
 
 def task_of(options: Options, reference: ModelReference) -> Mqar:
-    """Return the task, with sizes from the options or else from the recipe of the model."""
+    """Return the task: sizes from the options, else from the model's recipe, else by default."""
     dataset = data_config(read_tables(reference.recipe)).dataset
     trained = parse_mqar(dataset) if is_mqar(dataset) else None
     sizes = encoder_of(options, reference).sizes
@@ -158,7 +158,7 @@ def task_of(options: Options, reference: ModelReference) -> Mqar:
 
 
 def encoder_of(options: Options, reference: ModelReference) -> Any:
-    """Return an encoder of words by the model's tokenizer; raise UserError if that does not fit."""
+    """Return an encoder of words by the tokenizer; raise UserError if that is missing or unfit."""
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
     from launch.evaluation.recall_score import WordEncoder
 
@@ -171,7 +171,7 @@ def encoder_of(options: Options, reference: ModelReference) -> Any:
 
 
 def _check_family(reference: ModelReference, options: Options) -> None:
-    """Raise UserError for an unknown family and, with `--query-noise`, for one without adapter."""
+    """Raise UserError for an unknown family or, with `--query-noise`, one without an adapter."""
     from pruning.adapters import ADAPTERS
 
     family = reference.config["model_type"]

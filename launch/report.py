@@ -38,7 +38,7 @@ class Options:
 
 
 def check(options: Options, world_size: int = 1) -> None:
-    """Raise UserError for folders without a run, an output that exists, or several processes."""
+    """Raise UserError for folders without a run, an unfit output, or several processes."""
     if world_size != 1:
         raise UserError(f"--nproc {world_size}: report only reads files, run it on 1 process")
     find_runs(options.runs)
@@ -49,7 +49,7 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Write the page, or print it."""
+    """Write the page, and print what the options ask for."""
     from launch.reporting.page import page
     from launch.reporting.tables import latex_tables
 

@@ -1,7 +1,7 @@
 """Stage `sweep`: prune a model by every method at every ratio, and measure all.
 
-All processes calibrate together, once; then each takes points from a list, one at a time. A second
-call measures what is missing.
+All processes calibrate together, once. Then each process takes one point at a time from a list. A
+second call measures only what is missing.
 """
 
 import os
@@ -34,7 +34,7 @@ def run(options: Options) -> None:
     """Measure all points and write the results. Collective for the calibration only.
 
     Raises:
-        UserError: points failed; the others have been measured and written.
+        UserError: calibration failed, or points did (on rank 0, after the others are written).
     """
     import flame.register  # noqa: F401
 
@@ -66,15 +66,15 @@ def run(options: Options) -> None:
 
 
 def _calibrate(options: Options) -> None:
-    """Write the sweep's statistics, or finish them; do nothing if they are there. Collective."""
-    # One process looks: a complaint of some alone would leave the others in the broadcast.
+    """Write or complete the statistics that the sweep needs and does not have yet. Collective."""
+    # Only rank 0 looks: if a few ranks raised, the others would hang in the broadcast.
     how = from_rank_zero(on_first(lambda: _how_to_calibrate(options)))
     if how is not None:
         calibrate.run(replace(calibration(options), **how))
 
 
 def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
-    """Return options of `slimstate calibrate` that suit the folder; None if it is complete."""
+    """Return the options to calibrate with in this folder; None if nothing is left to do."""
     if not options.needing:
         return None
     statistics = options.folder.statistics
@@ -96,9 +96,9 @@ def _measure(options: Options, work: Work, announcer: "_Announcer | None") -> No
 
 
 class _Announcer:
-    """Prints a line for each point of a sweep, once it is measured or failed, by any process.
+    """Prints a line for each point of a sweep once any process has measured it or failed.
 
-    Points that are measured before it is made are counted in one line at the start.
+    At the start, one line says how many points were measured before.
     """
 
     def __init__(self, options: Options) -> None:
@@ -108,14 +108,14 @@ class _Announcer:
             print(f"{len(self.said)} of {len(self.names)} points are measured", flush=True)
 
     def news(self) -> None:
-        """Print a line for each point that was measured since the last call."""
+        """Print a line for each point that was measured or has failed since the last call."""
         for name in self.names:
             if name not in self.said and self.folder.is_settled(name):
                 self.said.add(name)
                 print(f"[{len(self.said)}/{len(self.names)}] {self._line(name)}", flush=True)
 
     def wait(self) -> None:
-        """Wait until all processes have measured their last points, and print their lines."""
+        """Wait until all points are measured or have failed, and print their lines."""
         self.news()
         while len(self.said) < len(self.names):
             time.sleep(POLL_SECONDS)

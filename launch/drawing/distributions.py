@@ -17,10 +17,10 @@ LOW, HIGH = "dense", "pruned"
 def histogram(
     values: Sequence[float], bound: float, x_label: str, title: str, unit: str = "heads"
 ) -> str:
-    """An SVG of how often values occur; those above `bound` in another colour.
+    """Return an SVG of how often values occur, with those above `bound` in another colour.
 
-    A dashed line marks the bound unless it is NaN. No bin has values of both sides. Without values
-    the result is an empty string.
+    A dashed line marks the bound unless it is NaN. No bin has values from both sides of the bound.
+    Without values the result is an empty string.
     """
     if not values:
         return ""
@@ -43,7 +43,10 @@ def histogram(
 
 
 def bin_edges(values: Sequence[float], bound: float) -> list[float]:
-    """Edges of bins of one width over all values, shifted so that the bound is an edge."""
+    """Return edges of bins of equal width over all values, shifted so that the bound is an edge.
+
+    `values` must not be empty. Equal values get one bin; a NaN bound shifts nothing.
+    """
     low, high = min(values), max(values)
     if high <= low:
         return [low - 0.5, low + 0.5]
@@ -60,12 +63,12 @@ def pairs(
     title: str,
     roles: tuple[str, str] = ("dense", "pruned"),
 ) -> str:
-    """An SVG with a row for each entry: two dots, joined, on one axis that starts at 0.
+    """Return an SVG with a row for each entry: two joined dots on an axis that starts at 0.
 
     Args:
         rows: the two values by label; without any the result is an empty string.
-        names: what the first and the second value are of.
-        labels: what rows and values are.
+        names: the names of the first and of the second value, for the key.
+        labels: what the rows and the values are.
         title: what the picture shows, for readers that do not see it.
         roles: the colours of the first and the second value.
     """
@@ -101,13 +104,13 @@ def scatter(
     title: str,
     high: Sequence[bool] | None = None,
 ) -> str:
-    """An SVG of points over one scale for both axes, with the diagonal.
+    """Return an SVG of points with the same scale on both axes, and the diagonal.
 
     Args:
         points: x and y; without any the result is an empty string.
         labels: what x and y are.
         title: what the picture shows, for readers that do not see it.
-        high: which points are of the group of high rank.
+        high: whether each point is in the group of high rank; by default none is.
     """
     if not points:
         return ""
@@ -129,6 +132,7 @@ def scatter(
 
 
 def _key(figure: Any, names: tuple[str, str], roles: tuple[str, str]) -> None:
+    """Write the key above the axes: each name behind a dot of its colour."""
     y, x = 1 - 10 / (72 * figure.get_figheight()), LEFT
     for name, role in zip(map(shortened, names), roles, strict=True):
         figure.text(x / WIDTH, y, "●", color=colour(role), va="center", size=12)

@@ -25,7 +25,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54.0, 16.0, 12.0, 42.0
 """Margins around the axes, in points."""
 
 TITLE_LETTER = 7.9
-"""About the width of a letter of a file's title, in points."""
+"""Approximate width of a letter of a file's title, in points."""
 
 LIGHT = {
     "page": "#fff", "ink": "#1b1f24", "soft": "#59636e", "rule": "#e3e6ea", "gone": "#eceff2",
@@ -46,18 +46,18 @@ SERIES = ("pruned", "dense", "recovered", "other", "s4", "s5", "s6", "s7", "s8",
 
 ROLES = list(LIGHT)
 STAND_IN = "#fe01{:02x}"
-"""The colour that stands for the role of this number while matplotlib draws."""
+"""Colour that stands for a role while matplotlib draws, by its index in `ROLES`."""
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def colour(role: str) -> str:
-    """The colour of a role, for matplotlib; a name that is no role is drawn as `other`."""
+    """Return the colour of a role, for matplotlib; an unknown name has the colour of `other`."""
     return STAND_IN.format(ROLES.index(role if role in ROLES else "other"))
 
 
 def picture(title: str, paint: "Callable[[Figure], None]", height: float = HEIGHT) -> str:
-    """An inline `<svg>` of what `paint` draws on an empty figure.
+    """Return an inline `<svg>` of what `paint` draws on an empty figure.
 
     Args:
         title: what the picture shows, for readers that do not see it.
@@ -81,20 +81,20 @@ def picture(title: str, paint: "Callable[[Figure], None]", height: float = HEIGH
 def axes(
     figure: "Figure", right: float = RIGHT, bottom: float = BOTTOM, top: float = TOP
 ) -> "Axes":
-    """Axes that leave margins of so many points; `LEFT` at the left."""
+    """Add axes with these margins, in points, and `LEFT` at the left; return them."""
     height = figure.get_figheight() * 72
     size = ((WIDTH - LEFT - right) / WIDTH, (height - top - bottom) / height)
     return figure.add_axes((LEFT / WIDTH, bottom / height, *size))
 
 
 def set_ticks(axis: Any, ticks: Sequence[float]) -> None:
-    """Put these ticks, and no others, on an axis of matplotlib, written by `number`."""
+    """Put only these ticks on an axis of matplotlib, written by `number`."""
     axis.set_ticks(list(ticks), labels=[number(tick) for tick in ticks])
     axis.set_ticks([], minor=True)
 
 
 def number(value: float) -> str:
-    """A tick's number: a power of ten if it is below 0.01, thousands with a k from 10,000."""
+    """Return a tick's text: below 0.01 the nearest power of ten, from 10,000 thousands as k."""
     if 0 < value < 0.01:
         return "10" + str(round(math.log10(value))).translate(SUPERSCRIPT)
     text = f"{value / 1000:,.6g}k" if abs(value) >= 10_000 else f"{value:,.6g}"
@@ -102,7 +102,7 @@ def number(value: float) -> str:
 
 
 def svg_file(drawing: str, title: str) -> str:
-    """A picture as a file of its own: colours for light and dark, a background, and its title."""
+    """Return a `picture` as an SVG file with colours for light and dark, background and title."""
     svg = ElementTree.fromstring(drawing)
     width, height = (float(svg.get("viewBox", "").split()[side]) for side in (2, 3))
     lines = textwrap.wrap(title, int(width / TITLE_LETTER))
@@ -124,7 +124,7 @@ def svg_file(drawing: str, title: str) -> str:
 
 
 def variables(colours: dict[str, str]) -> str:
-    """CSS declarations of the roles' colours."""
+    """Return CSS declarations of the roles' colours."""
     return " ".join(f"--{role}: {value};" for role, value in colours.items())
 
 
@@ -145,7 +145,7 @@ def _style() -> dict[str, object]:
 
 
 def _inline(svg: str, title: str) -> str:
-    """matplotlib's file as part of a page: roles as variables, and no word that is not needed."""
+    """Return matplotlib's file as part of a page: roles as variables, nothing superfluous."""
     root = ElementTree.fromstring(svg)
     root.remove(root[0])  # matplotlib's style sheet, which would hold for the whole page
     used = set(re.findall(r'(?<=#)\w+(?=[")])', svg))

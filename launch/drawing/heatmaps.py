@@ -7,7 +7,7 @@ from typing import Any
 from launch.drawing.figure import BOTTOM, LEFT, WIDTH, axes, colour, picture
 
 NUMBERED_WIDTH, NUMBERED_HEIGHT = 20.0, 14.0
-"""Smallest cell, in points, that has its number written in it."""
+"""Width and height, in points, of the smallest cell that shows its number."""
 
 LEGEND_CELLS = 40
 
@@ -18,11 +18,11 @@ def heat_map(
     title: str,
     extent: tuple[float, float] | None = None,
 ) -> str:
-    """An SVG with a row for each entry of `rows` and a column for each of its values.
+    """Return an SVG with a row for each entry of `rows` and a column for each of its values.
 
     Args:
-        rows: values by the label of their row; one that is not finite has no colour.
-        labels: what rows and columns are.
+        rows: values by the label of their row, at least one; without a colour if not finite.
+        labels: what the rows and the columns are.
         title: what the picture shows, for readers that do not see it.
         extent: the values at the two ends of the colours; by default the smallest and the largest.
     """
@@ -52,17 +52,17 @@ def heat_map(
 
 
 def extent_of(rows: Mapping[str, Sequence[float]]) -> tuple[float, float]:
-    """The smallest and the largest finite value of `rows`."""
+    """Return the smallest and the largest finite value of `rows`; 0 and 1 if there is none."""
     values = [value for row in rows.values() for value in row if math.isfinite(value)]
     return (min(values), max(values)) if values else (0.0, 1.0)
 
 
 def channel_grid(kept: Sequence[Sequence[int]], head_dim: int, title: str) -> str:
-    """An SVG with a row a head and a column a channel; kept channels are filled.
+    """Return an SVG with a row for each head and a column for each channel, filled if kept.
 
     Args:
         kept: channels kept in each head, in increasing order.
-        head_dim: channels a head had before.
+        head_dim: channels that a head had before pruning.
         title: what the picture shows, for readers that do not see it.
     """
     heads = range(len(kept))
@@ -84,7 +84,7 @@ def channel_grid(kept: Sequence[Sequence[int]], head_dim: int, title: str) -> st
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive stretches of increasing `numbers` as (first, count)."""
+    """Return the stretches of consecutive integers in increasing `numbers` as (first, count)."""
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and number == sum(found[-1]):
@@ -95,7 +95,7 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def number_text(value: float, tight: bool = False) -> str:
-    """Two or three digits; where it is tight, two and no leading zero."""
+    """Return `value` in one to three digits; if `tight`, mostly two and no leading zero."""
     if tight and 0 < value < 0.995:
         return f"{value:.2f}"[1:]
     if tight and abs(value) < 9.95:
@@ -123,7 +123,7 @@ def _set_grid(
 
 
 def _boxes(boxes: Sequence[tuple[int, int, int]], gap: float, **look: Any) -> Any:
-    """One artist of boxes (row, first column, columns) that leave `gap` above and below."""
+    """Return one patch of boxes (row, first column, columns) with `gap` free above and below."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -147,7 +147,7 @@ def _write_numbers(ax: Any, mesh: Any, values: Any, cell: float) -> None:
 
 
 def _legend(figure: Any, low: float, high: float) -> None:
-    """Draw the colours with their two ends below the columns, as cells: a colorbar is an image."""
+    """Draw the scale of colours below the columns, as cells: a colorbar would be an image."""
     height = figure.get_figheight() * 72
     bar = figure.add_axes(((WIDTH - 172) / WIDTH, 9 / height, 120 / WIDTH, 10 / height))
     bar.pcolormesh([range(LEGEND_CELLS)], cmap="viridis", edgecolors="face", lw=0.5)

@@ -14,16 +14,16 @@ LABEL_GAP = 14.0
 """Least distance of two labels at the ends of lines, in points."""
 
 LETTER = 7.2
-"""About the width of a letter of a label, in points."""
+"""Approximate width of a letter of a label, in points."""
 
 MOST_LETTERS = 24
-"""Letters of a label that are shown."""
+"""Most letters of a label that are shown."""
 
 MOST_POINTS = 400
-"""Points of a line that are drawn; of more, every n-th is."""
+"""Points above which only every n-th point of a line is drawn."""
 
 SHADES = ("#2f86c1", "#9a6fb0", "#d4672a")
-"""From the first to the last of things in order; they can be told apart on light and dark."""
+"""Colours of things in order, first to last; they differ on light and on dark pages."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Line:
         return LinearSegmentedColormap.from_list("shades", SHADES)(self.shade)
 
     def points(self, values: Sequence[float] | None = None) -> list[tuple[float, float]]:
-        """Points with two finite numbers, about `MOST_POINTS` of them; y is `values` if given."""
+        """Return the finite points, thinned to about `MOST_POINTS`; y is `values` if given."""
         pairs = zip(self.x, self.y if values is None else values, strict=True)
         found = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
         every = math.ceil(len(found) / MOST_POINTS) or 1
@@ -67,7 +67,7 @@ def line_chart(
     log_x: bool = False,
     y_extent: tuple[float, float] | None = None,
 ) -> str:
-    """An SVG of `lines`, or an empty string where none has two points.
+    """Return an SVG of the lines that have two points; an empty string if none has.
 
     Args:
         lines: what to draw.
@@ -96,12 +96,12 @@ def line_chart(
 
 
 def room_for_labels(labels: Iterable[str]) -> float:
-    """Points to leave at the right for labels at the ends of lines."""
+    """Return the points to leave free at the right for `labels`, which must not be empty."""
     return max(24.0, 14 + LETTER * max(len(shortened(label)) for label in labels))
 
 
 def shortened(label: str) -> str:
-    """`label`, or its beginning and an ellipsis where it is longer than a picture has room for."""
+    """Return `label`, cut to `MOST_LETTERS` with an ellipsis at the end if it is longer."""
     return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
 
 
@@ -130,7 +130,7 @@ def end_labels(ax: "Axes", lines: Sequence[Line]) -> None:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`positions` moved as little as needed to be `gap` apart and, where they fit, inside."""
+    """Return `positions` moved to be `gap` apart and, if they fit, from `low` to `high`."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     moved = list(positions)
     for before, after in zip(order, order[1:], strict=False):
@@ -172,7 +172,7 @@ def _set_y(
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Some powers of ten from `low` to `high`, the largest among them."""
+    """Return some powers of ten from `low` to `high`, with the largest among them."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     every = max(1, (last - first) // 4)
     return [10.0**power for power in range(last, first - 1, -every)]

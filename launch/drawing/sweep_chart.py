@@ -13,7 +13,7 @@ from launch.drawing.figure import LEFT, SERIES, WIDTH, axes, colour, picture, se
 from launch.drawing.lines import Line, end_labels, room_for_labels
 
 MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
-"""Ticks in a decade, ever more of them."""
+"""Choices of ticks in a decade; the first that gives `FEWEST_TICKS` is used."""
 
 FEWEST_TICKS = 4
 NUMBER_WIDTH = 34
@@ -28,13 +28,13 @@ Row = Mapping[str, Any]
 def sweep_chart(
     rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
 ) -> str:
-    """An SVG of the rows of one kind of space, or an empty string where none was measured.
+    """Return an SVG of the rows of one kind of space; an empty string if none was measured.
 
     Args:
         rows: of `launch.sweeping.tables.collect_rows`.
         stage: `before` or `recovered`.
         dense: perplexity of the control, drawn as a dashed line.
-        colours: by method: the number of its colour; one without has that of random channels.
+        colours: the number of the colour of each method; a method without one is drawn as random.
         title: for readers that do not see it.
     """
     rows = [row for row in rows if _is_drawn(row, stage)]
@@ -62,7 +62,7 @@ def sweep_chart(
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Round numbers from `low` to `high`, about evenly spread over a logarithmic axis."""
+    """Return round numbers from `low` > 0 to `high`, spread about evenly on a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in MANTISSAS:
         marks = [m * 10.0**power for power in decades for m in mantissas]
@@ -81,6 +81,7 @@ def _is_drawn(row: Row, stage: str) -> bool:
 
 
 def _of(rows: Sequence[Row], method: str) -> list[Row]:
+    """Return the rows of a method, by the part of the state that was removed."""
     return sorted((r for r in rows if r["method"] == method), key=lambda r: r["removed"])
 
 
@@ -108,7 +109,7 @@ def _set_scales(
 
 
 def _apart(counts: Mapping[float, int], gap: float) -> tuple[float, ...]:
-    """Places of points that lie more than `gap` apart, those of many points before others."""
+    """Return places that lie more than `gap` apart; those with many points are chosen first."""
     found: list[float] = []
     for x in sorted(counts, key=lambda x: (-counts[x], x)):
         if all(abs(x - other) > gap for other in found):
@@ -117,6 +118,7 @@ def _apart(counts: Mapping[float, int], gap: float) -> tuple[float, ...]:
 
 
 def _bounds(row: Row, stage: str) -> tuple[float, float]:
+    """Return the ends of the band: one standard deviation below and above the perplexity."""
     value, deviation = row[stage], row.get(f"{stage}_spread") or 0.0
     # A deviation as large as the mean would leave a logarithmic axis.
     return max(value - deviation, value / 2), value + deviation

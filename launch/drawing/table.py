@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MISSING = "-"
-"""What a cell without a value reads, but in CSV, where it is empty."""
+"""The text of a cell without a value; in CSV such a cell is empty."""
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -30,7 +30,7 @@ LATEX = {
     "ε": r"$\epsilon$",
     "₁": "$_1$",
 }
-"""What LaTeX reads for characters that it takes for commands or does not have."""
+"""LaTeX for characters that would be commands or that its fonts lack."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Column:
     align: Literal["left", "right"] = "right"
 
     def cell(self, value: Any) -> str:
-        """`value` as a reader sees it, on one line."""
+        """Return `value` as a reader sees it, on one line."""
         if value is None:
             return MISSING
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -63,12 +63,12 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
 
     def lines(self) -> list[list[str]]:
-        """The headings, then the cells of each row, as a reader sees them."""
+        """Return the headings, then the cells of each row, as a reader sees them."""
         cells = [[column.cell(row.get(column.key)) for column in self.columns] for row in self.rows]
         return [[column.heading or column.key for column in self.columns], *cells]
 
     def text(self) -> str:
-        """Aligned columns under a rule, for a terminal."""
+        """Return aligned columns with a rule under the headings, for a terminal."""
         lines = self.lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
@@ -81,7 +81,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def csv(self) -> str:
-        """Keys as the header and values unrounded, with `\\n` line ends (else as RFC 4180)."""
+        """Return keys as header and unrounded values: RFC 4180, but with `\\n` line ends."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([column.key for column in self.columns])
@@ -89,9 +89,9 @@ class Table:
         return buffer.getvalue()
 
     def latex(self) -> str:
-        """A `tabular` in the style of the package booktabs, which the document must load.
+        """Return a `tabular` in the style of the package booktabs, which the document must load.
 
-        Text is escaped; the mathematical signs that our own headings use become mathematics.
+        Text is escaped; signs in `LATEX` that are mathematical become mathematics.
         """
         alignment = "".join(column.align[0] for column in self.columns)
         headings, *cells = map(_latex_line, self.lines())
@@ -114,6 +114,6 @@ def _latex_line(cells: Sequence[str]) -> str:
 
 
 def _latex_cell(cell: str) -> str:
-    r"""`cell` escaped; `[` and `*` at its start would be an argument of the `\\` before it."""
+    r"""Escape `cell`; brace a first `[` or `*`, which would belong to the `\\` before it."""
     text = "".join(LATEX.get(sign, sign) for sign in cell)
     return f"{{{text[0]}}}{text[1:]}" if text[:1] in ("[", "*") else text

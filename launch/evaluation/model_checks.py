@@ -13,7 +13,7 @@ def check_tokenizer(reference: ModelReference, given: str) -> None:
     """Refuse a model whose tokenizer is missing, or has tokens that the model does not.
 
     Raises:
-        UserError: so it is, or the tokenizer has no end of text.
+        UserError: either is the case, or the tokenizer has no end-of-text token.
     """
     from flame.data.tokenizer import check_vocabulary, load_tokenizer
 

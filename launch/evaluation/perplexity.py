@@ -190,7 +190,7 @@ def row_loss(
 
 
 def _check_finite(sums: Sums, reference: "ModelReference") -> None:
-    """Name what is wrong where a loss is not finite: a weight if there is one, else the logits."""
+    """Raise UserError if nothing was predicted, or a weight or the loss is not finite."""
     from flame.checkpoint.fingerprint import check_finite
 
     if sums.tokens == 0 or sums.bytes == 0:

@@ -56,7 +56,7 @@ class QueryNoise:
     """Squared relative error of the output over that of the query; geometric mean over queries."""
 
     random_queries: float
-    """The same for random queries and a state of so many equal singular values."""
+    """The same for random queries and a state of `stable_rank` equal singular values."""
 
     error_at_10_percent: float
     """Relative error of the output where the query's is 0.1."""
@@ -91,7 +91,7 @@ def query_noise(
 
     Args:
         asked: positions of the tokens whose queries are measured: those that recall something.
-        length: tokens of a document that its state is of.
+        length: tokens of each document after which its state is taken.
 
     Raises:
         KeyError: the family of `config` has no adapter.

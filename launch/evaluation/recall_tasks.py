@@ -59,6 +59,6 @@ def _sentences(length: int, random: np.random.RandomState) -> list[str]:
 
 
 def _sentence_start(hay: list[str], depth: int) -> int:
-    """The begin of a sentence, or the end, that is nearest to `depth` percent."""
+    """Return the start of a sentence, or the text's end, that is nearest to `depth` percent."""
     starts = [0, *(n + 1 for n, word in enumerate(hay) if word == ".")]
     return min(starts, key=lambda start: abs(start - depth / 100 * len(hay)))

@@ -1,4 +1,4 @@
-"""Results of an evaluation in a file, model by model, so that a call goes on where one was cut.
+"""Results of an evaluation in a file, model by model, so that a call resumes an interrupted one.
 
 A single model's record is the file's top level, as it always was; several are under `models`.
 """
@@ -39,7 +39,7 @@ class ResultsFile:
     records: dict[str, Record] = field(default_factory=dict)
 
     def check(self, inside: Sequence[Path] = ()) -> None:
-        """Read what the file holds; refuse one that is not from a call like this.
+        """Read what the file holds; raise UserError if it has other settings or cannot be written.
 
         Args:
             inside: folders that the file must not lie in (the models').

@@ -15,9 +15,9 @@ Scored = tuple[float, bool]
 
 
 def alike(requests: Sequence[Any]) -> list[list[int]]:
-    """Numbers of the requests in groups that share a context, longest first.
+    """Group the requests' positions by context, longest context first.
 
-    Requests without one (`""`) share nothing, so each is a group.
+    Requests with an empty context are grouped by their text instead.
     """
 
     def key(n: int) -> tuple[int, str]:
@@ -32,7 +32,7 @@ def alike(requests: Sequence[Any]) -> list[list[int]]:
 def batches(
     items: Iterable[Item], length: Callable[[Item], int], most: int, tokens: int
 ) -> Iterator[list[Item]]:
-    """`items` of similar length together, longest first.
+    """Yield batches of items of similar length, longest first.
 
     Args:
         length: tokens of an item.
@@ -56,7 +56,7 @@ def padded(rows: Sequence[Tokens], fill: int, left: bool) -> Tensor:
 
 
 def score(logits: Tensor, continuation: Sequence[int]) -> Scored:
-    """The score of `continuation` by the last of `logits` `[T, V]`, in fp32."""
+    """Score `continuation`, not empty, by the last rows of `logits` `[T, V]`, in fp32."""
     targets = torch.tensor(continuation, device=logits.device)
     log_probabilities = logits[-len(continuation) :].float().log_softmax(-1)
     chosen = log_probabilities.gather(-1, targets[:, None])

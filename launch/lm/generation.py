@@ -23,7 +23,7 @@ def generate(
 
     Args:
         model: a causal language model of transformers.
-        tokenizer: decodes what `stop` is looked for in.
+        tokenizer: decodes the tokens in which `stop` is searched.
         pad_token_id: what shorter prompts are padded with, on the left and under a mask.
         batch: the prompts.
         length: tokens to add at most.

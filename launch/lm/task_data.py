@@ -77,7 +77,7 @@ def _located(task: str, files: Any, folder: Path | None) -> Any:
 
 
 def _check_hub(task: str, path: str, name: str | None) -> None:
-    """Refuse a hub data set at once where there is no network; the hub's clients try for long."""
+    """Raise UserError at once if the hub cannot be reached; its own clients retry for long."""
     problem = hub_problem()
     if problem is not None and "HF_HUB_OFFLINE" not in problem:
         part = f" ({name})" if name else ""

@@ -174,7 +174,7 @@ def _record(lm: "SlimstateLM", found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settle_fewshot(task: Any, wanted: int | None) -> None:
-    """lm-eval's rule: a task whose file says 0 stays at 0, one that says nothing gets 0."""
+    """Set a task's examples to `wanted`; a file's 0 stays, and without either it is 0."""
     own = task.get_config("num_fewshot")
     if own is None or (wanted is not None and own != 0):
         task.set_config(key="num_fewshot", value=wanted or 0)
@@ -206,7 +206,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's commentary: what it logs below errors, prints, and shows bars of."""
+    """Silence lm-eval in the block: its logs below errors, its prints and progress bars."""
     import datasets
     from tqdm import tqdm
 

@@ -31,7 +31,7 @@ def stderr_file(reports: Path, rank: int) -> Path:
 def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
     """Return what to print on stderr for failed ranks; empty if rank 0 has printed it already.
 
-    The first of these that is there: a person's mistake, a signal from outside, the earliest
+    It is the first that exists of: a person's mistake, a signal from outside, the earliest
     traceback, an exit status.
 
     Args:

@@ -93,7 +93,7 @@ class Topology:
 
 
 def _node_numbers(text: str) -> tuple[int, int]:
-    """Return (0, N) for `N` and (MIN, MAX) for `MIN:MAX`; raise ValueError for another text."""
+    """Return (0, N) for `N` and (MIN, MAX) for `MIN:MAX`; raise ValueError otherwise."""
     least, colon, most = text.partition(":")
     for number in (least, most) if colon else (text,):
         if not number.isdecimal() or int(number) < 1:
@@ -198,7 +198,7 @@ def _is_store(host: str, port: int) -> bool:
 
 
 def device_count(nproc: int) -> int:
-    """Return the CUDA devices of this node; without any, `nproc`, as the CPU runs so many."""
+    """Return how many CUDA devices this node has; `nproc` if it has none, 1 if `nproc` is 1."""
     if nproc == 1:
         return 1
     import torch

@@ -131,7 +131,7 @@ def model_summary(analysis: "Analysis") -> dict[str, Any]:
 def layer_means(analysis: "Analysis") -> list[dict[str, Any]]:
     """Every metric after the last token over sequences and heads, a row for each layer.
 
-    The mean, but of `sigma_ratio`, which a single head can make infinite, the median.
+    It is the mean, or the median for `sigma_ratio`, which a single head can make infinite.
     """
     import torch
 
@@ -170,7 +170,7 @@ def groups_summary(analysis: "Analysis", rank: str) -> dict[str, Any]:
 def compared(analysis: "Analysis", other: "Analysis") -> dict[str, Any]:
     """How far two analyses agree after the last token, by every definition of rank.
 
-    None where they differ in layers or heads.
+    Values are None where the numbers of heads differ.
     """
     return {
         rank: agreement(_states(analysis, rank, -1), _states(other, rank, -1)) for rank in RANKS

@@ -12,14 +12,14 @@ from launch.reporting.sentences import LABELS
 
 
 def collect(paths: Sequence[Path], title: str = "") -> ReportData:
-    """Everything that the runs and the files beside them say.
+    """Return everything that the runs and the files beside them say.
 
     Args:
         paths: run folders, or folders of runs.
-        title: of the page; by default from the names of the runs.
+        title: title of the page; by default made from the names of the runs.
 
     Raises:
-        UserError: a path holds no run, or there is nothing to say about any.
+        UserError: a path holds no run, a file is damaged, or there is nothing to report.
     """
     runs = find_runs(paths)
     results = Collector(runs).read(places_beside(paths, runs))
@@ -75,7 +75,7 @@ def _rows(runs: Mapping[str, RunFolder], results: Results) -> dict[str, dict[str
 
 
 def _parameters(run: RunFolder) -> int | None:
-    """Parameters by the shapes in the checkpoint; a tied embedding counts once."""
+    """Count parameters by the checkpoint's shapes, tied embeddings once; None if unreadable."""
     import math
 
     from flame.checkpoint.reference import resolve
@@ -120,17 +120,18 @@ def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], li
 
 
 def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
-    """What the plan of `pruned` kept, or else of the first pruned model, and its method."""
+    """Return what the plan of `pruned`, or else the first plan, kept, and its method."""
     from pruning.planning.plan import planned_spaces
     from pruning.planning.plan_file import read_plan
 
     if not plans:
         return [], ""
-    plan = read_plan(plans.get("pruned", next(iter(plans.values()))))
+    path = plans.get("pruned", next(iter(plans.values())))
+    plan = read_plan(path)
     try:
         spaces = {space.name: space for space in planned_spaces(plan, plan.config_before)}
     except ValueError as error:
-        raise UserError(f"plan {plans}: {error}") from error
+        raise UserError(f"plan {path}: {error}") from error
     shown = [
         KeptChannels(space.layer, space.head_dim, _rows_of(plan.kept[name]), space.kind)
         for name, space in spaces.items()
@@ -143,7 +144,7 @@ def _rows_of(kept: Sequence[Any]) -> list[list[int]]:
 
 
 def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as a reader wants it: method, budget, widths, calibration."""
+    """Return the facts of a plan for a reader: method, budget, widths, calibration."""
     method, budget = plan.get("method", {}), plan.get("budget", {})
     options = method.get("options") or {}
     calibration = plan.get("calibration") or {}
@@ -171,7 +172,7 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _widths(spaces: Mapping[str, Any], kind: str) -> str | None:
-    """What the spaces of a kind keep; their names end in it."""
+    """Return how many channels or heads the spaces of a kind keep, e.g. `12 to 16`."""
     of_kind = [rows for name, rows in spaces.items() if name.endswith(f".{kind}")]
     return _range([len(row) for rows in of_kind for row in rows])
 
@@ -191,7 +192,7 @@ def _plan_versions(runs: Mapping[str, RunFolder]) -> dict[str, str]:
 
 
 def _places(runs: Mapping[str, RunFolder]) -> dict[str, str]:
-    """The folder of each row whose name is not its own."""
+    """Return the name of each run's folder if it differs from the name of its row."""
     return {
         f"folder, {LABELS.get(name, name)}": run.folder.name
         for name, run in runs.items()

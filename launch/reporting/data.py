@@ -9,7 +9,7 @@ from launch.ranks.spectra import Spectrum
 from launch.reporting.sentences import Row
 
 Scores = Mapping[str, Mapping[str, float | str | None]]
-"""By quantity, then by model."""
+"""Scores by quantity, then by model."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class KeptChannels:
 
     layer: int
     head_dim: int
-    """Channels a head, or heads a layer, had before."""
+    """Channels that a head had before pruning, or heads that a layer had."""
 
     kept: Sequence[Sequence[int]]
     """For each key head the kept channels, in increasing order; one row for the other kinds."""
@@ -85,7 +85,7 @@ class ReportData:
 
     kept: Sequence[KeptChannels] = ()
     method: str = "drrqr"
-    """The method that chose the kept channels of `pruned`."""
+    """The method that chose the kept channels; empty without a plan."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage; `total` is written, not drawn."""

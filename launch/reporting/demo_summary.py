@@ -20,7 +20,7 @@ SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 def write_summary(
     folder: Path, line: str, seconds: dict[str, float], commands: list[str], facts: dict[str, Any]
 ) -> None:
-    """Gather the figures of a demo's `folder` in its summary file. For one process.
+    """Write the figures of a demo's `folder` to its summary file. Run it on one process.
 
     Args:
         line: the command line of the demo.

@@ -20,24 +20,24 @@ FORMATS = {"eval": 1, "recall": 1, "bench": 1, "analyze": 1, "sweep": 1, "demo":
 
 
 def command_line(name: str, options: Any) -> str:
-    """The command line that gives a stage these options."""
+    """Return the command line that gives a stage these options."""
     return shlex.join(["slimstate", name, *words(options)])
 
 
 def enveloped(kind: str, command: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` in the envelope of a kind in `FORMATS`."""
+    """Return `content` in the envelope of a kind in `FORMATS`."""
     head = {"kind": kind, "format": FORMATS[kind], "command": command, "versions": versions()}
     return {**head, **content}
 
 
 def write_result(path: Path, result: Mapping[str, Any], overwrite: bool = True) -> None:
-    """Write a result to `path`, whole or not at all."""
+    """Write a result, whole or not at all; raise UserError if `path` must not be replaced."""
     with replacing_file(path, overwrite) as temporary:
         write_object(temporary, result, ensure_ascii=False)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The result in a file; None if the file holds none.
+    """Return the result in a file; None if the file cannot be read or holds none.
 
     Raises:
         UserError: a later version of this program wrote it.

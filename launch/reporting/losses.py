@@ -13,9 +13,9 @@ LOSS_TAG = "loss_metrics/global_avg_loss"
 
 
 def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
-    """Steps and mean training losses, in nats per token, of a run.
+    """Return the steps of a run and their mean training losses, in nats per token.
 
-    A resumed run has several files; where they overlap, the newest holds.
+    A resumed run has several files; where they overlap, the newest value counts.
 
     Raises:
         UserError: the run has no events with a loss.
@@ -36,7 +36,7 @@ def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
 
 
 def loss_chart(heading: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """An SVG of steps and losses by model: the running mean, and behind it each loss."""
+    """Return an SVG of losses by step: each model's running mean, with its losses behind."""
     lines = [
         Line(name, LABELS.get(name, name), steps, smoothed(losses, len(losses) // 20), faint=losses)
         for name, (steps, losses) in curves.items()
@@ -45,7 +45,7 @@ def loss_chart(heading: str, curves: Mapping[str, tuple[Sequence[float], Sequenc
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` neighbours on either side, NaN passed over.
+    """Return means over `reach` neighbours on either side, of finite values only.
 
     Windows shrink evenly at the start, where a loss is steep, and are cut off at the end.
     """

@@ -22,11 +22,11 @@ CHANGES = (
     ("Decoded tokens a second", "decode_tokens_per_second", lambda value: f"{value:,.0f}"),
     ("Parameters", "parameters", lambda value: f"{value:,.0f}"),
 )
-"""What stands at the head of the page: label, key of a row, and how a value is written."""
+"""Changes at the head of the page: label, key of a row, and how a value is written."""
 
 
 def write_report(path: Path, data: ReportData, overwrite: bool = False) -> Path:
-    """Write the page of `data` to `path`, whole or not at all; return `path`."""
+    """Write the page, whole or not at all; return `path`. Without `overwrite` it must be new."""
     text = page(data)
     with replacing_file(Path(path), overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -34,7 +34,7 @@ def write_report(path: Path, data: ReportData, overwrite: bool = False) -> Path:
 
 
 def page(data: ReportData) -> str:
-    """The HTML of a report."""
+    """Return the HTML of a report."""
     run = {"seed": data.seed, "processes": data.world_size}
     known = {name: value for name, value in run.items() if value is not None}
     return render(
@@ -56,7 +56,7 @@ def page(data: ReportData) -> str:
 
 
 def _changes(rows: Mapping[str, Row]) -> Iterator[tuple[str, str, str]]:
-    """The changes that matter, from the dense model to the recovered one: label, change, values."""
+    """Yield label, change and values of `CHANGES`, from the dense control to `recovered`."""
     control = sentences.control_of(rows)
     for label, key, write in CHANGES if control and "recovered" in rows else ():
         before = sentences.number(rows, str(control), key)

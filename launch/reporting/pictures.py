@@ -14,10 +14,10 @@ from launch.reporting.tables import label
 from launch.speed.bench_table import figure
 
 LOG_SCALE_FROM = 6.0
-"""Ratio of the largest perplexity to the smallest above which bars are logarithmic."""
+"""Bars are logarithmic if the largest perplexity over the smallest is above this."""
 
 SMALLEST_DRAWN = 1e-8
-"""Singular values, over the largest, below this are fp32 noise and drawn at it."""
+"""Smaller singular values, relative to the largest, are fp32 noise and drawn at this value."""
 
 MEASURES = {
     "prefill": "Reading prompts, tokens a second",
@@ -33,7 +33,7 @@ COUNTED = {"key": "channels a head", "value": "value channels", "head": "heads"}
 
 
 def perplexity_bars(data: ReportData) -> Bars | None:
-    """Perplexities of the models that have one, marked at the control's; None without any."""
+    """Return bars of the known perplexities, marked at the control's; None if none is known."""
     values = {name: perplexity(data.rows, name) for name in data.rows}
     known = {name: value for name, value in values.items() if value is not None}
     if not known:
@@ -48,13 +48,13 @@ def perplexity_bars(data: ReportData) -> Bars | None:
 
 
 def time_bars(data: ReportData) -> Bars:
-    """Seconds by stage, but for the total."""
+    """Return bars of the seconds of each stage; `total` has none."""
     stages = {n.replace("_", " "): value for n, value in data.seconds.items() if n != "total"}
     return Bars(stages, {name: f"{value:,.1f} s" for name, value in stages.items()}, "soft")
 
 
 def recall_panels(data: ReportData) -> Iterator[Panel]:
-    """Accuracy by what makes recall hard, a line a model."""
+    """Yield charts of accuracy against what makes recall hard, with a line for each model."""
     for recall in data.recall:
         lines = [
             Line(name, label(name), x, [100 * accuracy for accuracy in y])
@@ -69,7 +69,7 @@ def recall_panels(data: ReportData) -> Iterator[Panel]:
 
 
 def bench_panels(record: Mapping[str, Any]) -> Iterator[Panel]:
-    """Bars of a benchmark, a panel a measure and a block of bars a size."""
+    """Yield a panel for each of `MEASURES`, with a block of bars for each size."""
     for name, heading in MEASURES.items():
         found = [m for m in record["measures"] if m["name"] == name and m["values"]]
         if found:
@@ -88,7 +88,7 @@ def _bench_bars(measure: Mapping[str, Any]) -> Bars:
 
 
 def kept_panels(data: ReportData) -> dict[str, list[Panel]]:
-    """What the plan kept, a picture a layer, by kind of space."""
+    """Return pictures of what the plan kept, one for each layer, by kind of space."""
     found: dict[str, list[Panel]] = {kind: [] for kind in COUNTED}
     for layer in data.kept:
         counts = sorted({len(channels) for channels in layer.kept}) or [0]
@@ -100,7 +100,7 @@ def kept_panels(data: ReportData) -> dict[str, list[Panel]]:
 
 
 def spectrum_panels(data: ReportData) -> Iterator[Panel]:
-    """Singular values of the states, a panel a layer and a line a model."""
+    """Yield the singular values of the states: a panel for each layer, a line for each model."""
     for layer in sorted({s.layer for spectra in data.spectra.values() for s in spectra}):
         found = {n: s for n, spectra in data.spectra.items() for s in spectra if s.layer == layer}
         lines = []
@@ -120,12 +120,12 @@ def spectrum_panels(data: ReportData) -> Iterator[Panel]:
 
 
 def rank_panels(analysis: RankAnalysis) -> list[Panel]:
-    """The plots of an analysis of ranks."""
+    """Return the plots of an analysis of ranks."""
     return [Panel(plot.title, plot.picture) for plot in analysis.plots]
 
 
 def loss_panels(data: ReportData) -> Iterator[Panel]:
-    """Training losses: pretraining, and what followed it."""
+    """Yield training losses: of pretraining, then of what followed it."""
     curves = dict(data.loss_curves)
     if "dense" in curves:
         yield Panel("Pretraining", loss_chart("Pretraining", {"dense": curves.pop("dense")}))

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 def analysis_plots(
     found: "Mapping[tuple[str, str], Analysis]", metric: str, roles: Sequence[str]
 ) -> list[Plot]:
-    """The plots of an analysis, drawn anew with the colours of these rows."""
+    """Return the plots of an analysis, by (model, text), in the colours of `roles`.
+
+    The first entry is the model; `roles` are those of the model and of the other model.
+    """
     (model, text), *others = found
     against = second = None
     for name, data in others:
@@ -27,7 +30,7 @@ def analysis_plots(
 
 
 def noise_by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Query noise by layer: the mean of the stable ranks, geometric means of the rest."""
+    """Return query noise by layer: the mean of stable ranks, geometric means of the rest."""
     from statistics import fmean, geometric_mean
 
     layers: dict[int, list[Mapping[str, Any]]] = {}
@@ -48,14 +51,14 @@ def noise_by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 
 def recall_heading(task: str) -> tuple[str, str]:
-    """The heading of a recall curve and the label of its x axis, from the name of its task."""
+    """Return a recall curve's heading and the label of its x axis, from its task's name."""
     length = re.search(r"\blength=(\d+)", task)
     size = f" in {length[1]} words" if length else ""
     return f"Associative recall (MQAR){size}", "pairs of key and value"
 
 
 def task_scores(results: Any) -> dict[str, str]:
-    """Scores of lm-eval's `results` with standard errors, by task and metric."""
+    """Return scores of lm-eval's `results` as text with standard errors, by task and metric."""
     found: dict[str, str] = {}
     if not isinstance(results, dict):
         return found
@@ -72,7 +75,7 @@ def task_scores(results: Any) -> dict[str, str]:
 
 
 def _score(value: float, beside: float = 0.0) -> str:
-    """Four digits behind the point, or two for what is large or stands beside it."""
+    """Return `value` with four decimals, or with two if it or `beside` is 10 or more."""
     return f"{value:.4f}" if max(abs(value), abs(beside)) < 10 else f"{value:,.2f}"
 
 

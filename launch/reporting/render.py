@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 MOST_PANELS = 8
-"""Panels that are shown at once; of more, some are folded away."""
+"""Most panels that are shown at once; further ones are folded away."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars below each other: lengths by name; one that is not finite is empty."""
+    """Bars below each other: lengths by name; a bar is empty if its value is not finite."""
 
     values: Mapping[str, float]
     texts: Mapping[str, str]
@@ -30,7 +30,7 @@ class Bars:
     """Whether a length is the logarithm of the value, so that bars start at 1."""
 
     def percent(self, value: float) -> str:
-        """The length of `value` in percent of the largest value's."""
+        """Return the length of `value`, in percent of the longest bar, as text."""
         most = max(filter(math.isfinite, self.values.values()), default=0.0)
         if not math.isfinite(value) or most <= 0:
             share = 0.0
@@ -54,7 +54,7 @@ class Panel:
 
 
 def folded(found: Sequence[Panel]) -> tuple[Sequence[Panel], Sequence[Panel]]:
-    """The panels to show, from first to last, and those to fold away where there are many."""
+    """Return the panels to show, spread from first to last, and those to fold away."""
     if len(found) <= MOST_PANELS:
         return found, ()
     shown = [index * (len(found) - 1) // (MOST_PANELS - 1) for index in range(MOST_PANELS)]
@@ -63,13 +63,13 @@ def folded(found: Sequence[Panel]) -> tuple[Sequence[Panel], Sequence[Panel]]:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as HTML: one file with its style and pictures, without a script or a link."""
+    """Return a page as HTML: one file with its style and pictures, without script or link."""
     return environment().get_template(template).render(**values)
 
 
 @cache
 def environment() -> Any:
-    """Jinja's environment of the templates: text is escaped, a name that is not there an error."""
+    """Return Jinja's environment: text is escaped, and an undefined name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from launch.drawing.figure import DARK, LIGHT, variables

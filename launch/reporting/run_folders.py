@@ -13,7 +13,7 @@ PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.toml"
 
 LARGEST = 16 * 2**20
-"""Bytes above which a JSON file is not looked into."""
+"""Most bytes of a JSON file that is read."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class RunFolder:
 
     @property
     def init(self) -> Path | None:
-        """The folder of the model that its training started from."""
+        """The folder of the model that its training started from; None if there is none."""
         start = self.recipe.get("model", {}).get("init") if self.has_losses else None
         return Path(start).resolve() if start else None
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """The runs in `paths`, each a run or a folder of runs, by the name of their row.
+    """Return the runs in `paths`, each a run or a folder of runs, by the name of their row.
 
     Raises:
         UserError: a path is missing, no folder, or holds no run.
@@ -53,7 +53,7 @@ def find_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
 
 
 def commands(runs: Mapping[str, RunFolder]) -> Iterator[str]:
-    """The commands that made the runs, as their recipes and plans have it."""
+    """Yield the commands that made the runs, as far as losses and plans tell."""
     for run in runs.values():
         if run.plan is not None and not run.has_losses:
             yield shlex.join(["slimstate", "prune", *_pruning_words(run, runs)])
@@ -63,7 +63,7 @@ def commands(runs: Mapping[str, RunFolder]) -> Iterator[str]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a model: a configuration, and checkpoints or weights."""
+    """Return whether a folder holds a model: a configuration, and checkpoints or weights."""
     weights = (folder / "checkpoint").is_dir() or any(folder.glob("*.safetensors"))
     return weights and (folder / "config.json").is_file()
 
@@ -97,12 +97,12 @@ def _read(folder: Path) -> RunFolder:
 
 
 def _order(run: RunFolder) -> tuple[int, str]:
-    """Runs whose folder has a row's name first, so that they get it."""
+    """Return a key that sorts folders named in `LABELS` first, so that they get those names."""
     return (0 if run.folder.name in LABELS else 1, run.folder.name)
 
 
 def _name(run: RunFolder, runs: Sequence[RunFolder], taken: Mapping[str, RunFolder]) -> str:
-    """The row's name: the folder's or the run's part if `LABELS` has it, else a path's end."""
+    """Return the row's name: the folder's or `_part` if in `LABELS`, else an end of the path."""
     for name in (run.folder.name, _part(run, runs)):
         if name in LABELS and name not in taken:
             return name
@@ -113,7 +113,7 @@ def _name(run: RunFolder, runs: Sequence[RunFolder], taken: Mapping[str, RunFold
 
 
 def _part(run: RunFolder, runs: Sequence[RunFolder]) -> str:
-    """dense, pruned, random, recovered or dense_continued, by how the run came about."""
+    """Return a name in `LABELS`, such as `pruned`, by how the run came about."""
     pruned = {other.folder for other in runs if other.plan is not None}
     if run.init is not None:
         start = next((folder for folder in (run.init, *run.init.parents) if is_run(folder)), None)
@@ -151,7 +151,7 @@ def _pruning_words(run: RunFolder, runs: Mapping[str, RunFolder]) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """The words of an option; none for what was not asked for."""
+    """Return the words of an option; none if it was not asked for."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else []
@@ -159,21 +159,21 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[Path]:
-    """Folders in which results of the runs are looked for: the runs, what was given, and beside."""
+    """Return folders to search for results: the parents of the runs, `paths`, and the runs."""
     folders = [run.folder for run in runs.values()]
     beside = [folder.parent for folder in folders]
     return list(dict.fromkeys([*beside, *(path.resolve() for path in paths), *folders]))
 
 
 def result_files(places: Sequence[Path]) -> list[Path]:
-    """JSON files that may be results: in the places and in folders there; oldest first."""
+    """Return JSON files, oldest first, that may be results: in `places` and folders there."""
     patterns = ("*.json", "*/summary.json", "*/results.json")
     found = {path for place in places for pattern in patterns for path in _files_in(place, pattern)}
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
 
 
 def _files_in(place: Path, pattern: str) -> list[Path]:
-    """Files of a folder; none where it is not for us to see."""
+    """Return files of at most `LARGEST` bytes; none if the folder cannot be read."""
     try:
         return [p for p in place.glob(pattern) if p.is_file() and p.stat().st_size <= LARGEST]
     except OSError:

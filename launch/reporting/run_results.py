@@ -1,6 +1,6 @@
 """Result files beside runs: evaluations, recall, benchmarks, analyses, and whose they are.
 
-A file is known by its envelope, not by its name; what belongs to none of the runs is passed over.
+A file is known by its envelope, not by its name. Results of other models are ignored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,11 +46,11 @@ class Results:
     world_size: int | None = None
     seed: int | None = None
     files: list[Path] = field(default_factory=list)
-    """Files that something was taken from."""
+    """Files that added something; one that only replaced older values may be missing."""
 
 
 class Collector:
-    """Reads result files, oldest first, so that of two that say the same the newest holds."""
+    """Reads result files, oldest first, so that a newer value replaces an older one."""
 
     def __init__(self, runs: Mapping[str, RunFolder]) -> None:
         self.runs = runs
@@ -59,7 +59,7 @@ class Collector:
         self._recalls: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
 
     def read(self, places: Sequence[Path]) -> Results:
-        """All that lies in `places` and is about the runs."""
+        """Return what the results in `places` say about the runs. Call it once."""
         for path in result_files(places):
             self._read_one(path)
         self._settle_perplexities()
@@ -92,7 +92,7 @@ class Collector:
             self.found.files.append(path)
 
     def _evaluations(self, result: dict[str, Any]) -> None:
-        """Perplexities, scores and recall of models; one alone stands at the top of its file."""
+        """Take perplexities, scores and recall; a single model's record may be the whole file."""
         models = result.get("models", {result.get("model"): result})
         for record in models.values():
             name = self._name(record.get("weights")) or self._name(record["model"])
@@ -102,7 +102,7 @@ class Collector:
                 self.found.versions |= result["versions"]
 
     def _bench(self, record: dict[str, Any]) -> None:
-        """A benchmark with its models renamed as their runs are, if any of them is a run here."""
+        """Take a benchmark if a model of it is a run here; rename its models as the runs are."""
         names = {
             name: self._name(model.get("reference", name)) or name
             for name, model in record.get("models", {}).items()
@@ -128,14 +128,14 @@ class Collector:
         self.found.versions |= record["versions"]
 
     def _sweep(self, results: dict[str, Any]) -> None:
-        """What `slimstate sweep` found, if it is about a run here."""
+        """Take what `slimstate sweep` found, if it is about a run here."""
         if any(self._name(results[key]) is not None for key in ("weights", "model")):
             older = [r for r in self.found.sweeps if r["command"] == results["command"]]
             self.found.sweeps = [r for r in self.found.sweeps if r not in older] + [results]
             self.found.versions |= results["versions"]
 
     def _demo(self, summary: dict[str, Any]) -> None:
-        """The summary of `slimstate demo`."""
+        """Take the summary of `slimstate demo`."""
         for name in self.runs:
             if isinstance(summary.get(name), dict):
                 self.found.rows.setdefault(name, {}).update(summary[name])
@@ -160,7 +160,7 @@ class Collector:
                     self.found.fidelity.setdefault(heading, {})[name] = fidelity[key]
 
     def _recall(self, name: str, record: dict[str, Any]) -> None:
-        """Accuracies by number of pairs, and by the depth of a needle for each length."""
+        """Take accuracies by number of pairs, by depth of a needle for each length, and noise."""
         task = str(record.get("task", ""))
         points = [(cell["pairs"], cell["accuracy"]) for cell in record.get("mqar") or ()]
         if points:
@@ -175,7 +175,7 @@ class Collector:
             self._recalls.setdefault(heading, {})[name] = sorted(points)
 
     def _analysis(self, summary: dict[str, Any], folder: Path) -> None:
-        """What `slimstate analyze` wrote into `folder`."""
+        """Take what `slimstate analyze` wrote into `folder`, if it is about a run here."""
         names = [self._name(summary.get(f"{key}_reference")) for key in ("model", "against")]
         if names[0] is None and names[1] is None:
             return
@@ -199,7 +199,7 @@ class Collector:
         self.found.ranks = [*others, RankAnalysis(heading, note, layers, drawn)]
 
     def _settle_perplexities(self) -> None:
-        """Rows compare models on one text: the one that most were measured on, and the newest."""
+        """Fill the rows from the text that most models were measured on; if several, the newest."""
         if not self._perplexities:
             return
         texts = list(self._perplexities)
@@ -220,7 +220,7 @@ class Collector:
             self.found.recall.append(Recall(heading, x_label, drawn))
 
     def _name(self, reference: Any) -> str | None:
-        """The run that a result is of: by its path, or where that is gone, by the folder's name."""
+        """Return the run of a result, by its path or, if that is gone, by the folder's name."""
         if not isinstance(reference, str):
             return None
         path = Path(reference)
@@ -243,7 +243,7 @@ class Collector:
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
-    """Whether two records agree in `keys`; of models only the names count."""
+    """Return whether two records agree in `keys`; only the names of models are compared."""
     return all(
         list(one[key]) == list(other[key]) if key == "models" else one[key] == other[key]
         for key in keys

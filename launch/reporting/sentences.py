@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in sentences; those included that say that it did not work."""
+"""What the numbers of a run say, in sentences, also where pruning or recovery failed."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Row = Mapping[str, float | None]
 
 
 def verdict(rows: Mapping[str, Row]) -> str:
-    """One sentence: what pruning saved and what it cost after recovery, as measured."""
+    """Return one sentence on what pruning saved and what it cost after recovery, as measured."""
     if not {"pruned", "random", "recovered"} & set(rows):
         return _without_pruning(rows)
     recovered, control = perplexity(rows, "recovered"), control_of(rows)
@@ -43,7 +43,7 @@ def verdict(rows: Mapping[str, Row]) -> str:
 
 
 def _without_pruning(rows: Mapping[str, Row]) -> str:
-    """What can be said where no row is known to be a pruned model."""
+    """Return the verdict where no row is known to be a pruned model."""
     measured = {name: value for name in rows if (value := perplexity(rows, name)) is not None}
     if not measured:
         return f"{_unpruned(len(rows))}; perplexity was not measured."
@@ -58,7 +58,7 @@ def _unpruned(count: int) -> str:
 
 
 def won_back(rows: Mapping[str, Row]) -> float | None:
-    """Share of the loss that pruning added, over the dense control, that recovery took back."""
+    """Return the share of the loss added by pruning that recovery took back; None if unknown."""
     control = control_of(rows)
     names = ("recovered", "pruned", control or "")
     recovered, pruned, dense = (perplexity(rows, name) for name in names)
@@ -68,7 +68,7 @@ def won_back(rows: Mapping[str, Row]) -> float | None:
 
 
 def comparison(rows: Mapping[str, Row], method: str) -> str:
-    """What recovery won back, and how the method compares with random channels."""
+    """Say what recovery won back and how the method compares with random channels, if known."""
     sentences = []
     share = won_back(rows)
     if share is not None and share > 0:
@@ -98,7 +98,7 @@ def _saving(rows: Mapping[str, Row]) -> str:
 
 
 def control_of(rows: Mapping[str, Row]) -> str | None:
-    """The model to compare with: dense for the same tokens where it was trained."""
+    """Return the name of the dense model to compare with: trained on, if measured, or dense."""
     names = ("dense_continued", "dense")
     return next((name for name in names if perplexity(rows, name) is not None), None)
 
@@ -119,7 +119,7 @@ def perplexity(rows: Mapping[str, Row], name: str) -> float | None:
 
 
 def number(rows: Mapping[str, Row], name: str, key: str) -> float | None:
-    """A finite number of the table, or None."""
+    """Return a finite number of the table, or None."""
     value = rows.get(name, {}).get(key)
     return value if value is not None and math.isfinite(value) else None
 
@@ -140,7 +140,7 @@ def change_text(before: float, after: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes in the largest binary unit that it fills, e.g. `1.5 MiB`."""
+    """Return a number of bytes in the largest binary unit that it fills, e.g. `1.5 MiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:,.4g} {unit}"

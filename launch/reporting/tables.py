@@ -19,7 +19,7 @@ COLUMNS = (
     Column("state_bytes", "state bytes a sequence", ",.0f"),
     Column("decode_tokens_per_second", "decoded tokens/s", ",.1f"),
 )
-"""The columns of a run's summary, in every format of it."""
+"""The columns of the table of models, on the page and in the terminal."""
 
 RANK_COLUMNS = (
     Column("model", "model", align="left"),
@@ -33,7 +33,7 @@ RANK_COLUMNS = (
     Column("decay", "decay", ".4f"),
     Column("beta", "β", ".3f"),
 )
-"""Means over heads of what `slimstate analyze` measures, a row a layer."""
+"""Means over heads of what `slimstate analyze` measures; each layer is a row."""
 
 NOISE_COLUMNS = (
     Column("model", "model", align="left"),
@@ -59,7 +59,7 @@ class Titled(NamedTuple):
 
 
 def all_tables(data: ReportData) -> Iterator[Titled]:
-    """Every table that `data` has something for, in the order of the page."""
+    """Yield every table that `data` has something for, in the order of the page."""
     if data.rows:
         yield Titled("All models on the same held-out text", models_note(data), models_table(data))
     if data.plans:
@@ -89,7 +89,7 @@ RECALL_NOTE = "Share of the values recalled that stood behind their keys."
 
 
 def models_note(data: ReportData) -> str:
-    """How to read the table of models."""
+    """Say how to read the table of models."""
     seed = f"One run with seed {data.seed}: there" if data.seed is not None else "There"
     return (
         "Perplexity is e to the mean negative log-likelihood of a token. The state is what "
@@ -103,17 +103,14 @@ def models_table(data: ReportData) -> Table:
 
 
 def summary_table(rows: Mapping[str, Row]) -> Table:
-    """The table of a run's models, for the terminal and for the page.
-
-    A column of which no model has a value is left out.
-    """
+    """Return the table of models, without the columns that no model has a value for."""
     known = {key for row in rows.values() for key, value in row.items() if value is not None}
     columns = [column for column in COLUMNS if column.key in ("model", *known)]
     return Table(columns, [{"model": label(name), **row} for name, row in rows.items()])
 
 
 def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a fact of a plan, one column a pruned model."""
+    """Return a table with a row for each fact of a plan, a column for each pruned model."""
     facts = list(dict.fromkeys(fact for plan in plans.values() for fact in plan))
     columns = [Column("fact", " ", align="left"), *(Column(n, label(n)) for n in plans)]
     rows = [
@@ -123,7 +120,7 @@ def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def scores_table(scores: Scores, models: Mapping[str, Any]) -> Table:
-    """One row a quantity, one column a model that has a score.
+    """Return a table with a row for each quantity, a column for each model with a score.
 
     Columns are in the order of `models`; models that are not in it follow by name.
     """
@@ -134,7 +131,7 @@ def scores_table(scores: Scores, models: Mapping[str, Any]) -> Table:
 
 
 def recall_table(recall: Recall) -> Table:
-    """One row a difficulty, one column a model."""
+    """Return a table with a row for each difficulty, a column for each model."""
     columns = [Column("x", recall.x_label, "g", align="left")]
     columns += [Column(name, label(name), ".1%") for name in recall.curves]
     xs = sorted({x for curve in recall.curves.values() for x in curve[0]})
@@ -143,12 +140,12 @@ def recall_table(recall: Recall) -> Table:
 
 
 def noise_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each model and layer."""
+    """Return a table with a row for each model and layer."""
     return Table(NOISE_COLUMNS, [{**row, "model": label(row["model"])} for row in rows])
 
 
 def ranks_table(analysis: RankAnalysis) -> Table:
-    """One row for each model and layer, one column a metric."""
+    """Return a table with a row for each model and layer, a column for each metric."""
     known = {key for row in analysis.layers for key in row}
     return Table(
         [column for column in RANK_COLUMNS if column.key in known],
@@ -163,7 +160,7 @@ def bench_heading(record: Mapping[str, Any]) -> str:
 
 
 def label(name: str) -> str:
-    """What a reader sees for a model."""
+    """Return what a reader sees for a model."""
     return LABELS.get(name, name)
 
 
@@ -176,13 +173,13 @@ def _text(value: Any) -> str | None:
 
 
 def markdown_tables(data: ReportData) -> Iterator[str]:
-    """Every table under its heading, as Markdown."""
+    """Yield every table under its heading, as Markdown."""
     for heading, note, table in all_tables(data):
         yield "\n\n".join(part for part in (f"## {heading}", note, table.markdown()) if part)
 
 
 def latex_tables(data: ReportData) -> Iterator[str]:
-    """Every table as a booktabs `tabular`, its heading as a comment before it."""
+    """Yield every table as a booktabs `tabular` after a comment with its heading; no notes."""
     for heading, _, table in all_tables(data):
         yield f"% {_one_line([heading])}\n{table.latex()}"
 

@@ -43,14 +43,14 @@ def cell(value: Mapping[str, Any], unit: str) -> str:
 
 
 def figure(value: float) -> str:
-    """Three digits at least, none of them after a point from 1,000 on."""
+    """Whole numbers and those from 1,000 on without decimals, others with three or four digits."""
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def ratio_of(measure: Mapping[str, Any], against: str | None) -> float | None:
-    """The median of the model over that of `against`; None where there are not these two."""
+    """The model's median over that of `against`; None without exactly two, or if that is 0."""
     values = measure["values"]
     if len(values) != 2 or against not in values or not values[against]["median"]:
         return None

@@ -29,6 +29,9 @@ def decode_seconds(
         batch_size: sequences decoded together.
         length: tokens generated for each sequence.
         prompt_length: random tokens that each sequence starts with.
+
+    Raises:
+        UserError: a count is below 1.
     """
     counts = {"batch_size": batch_size, "length": length, "prompt_length": prompt_length}
     for name, count in {**counts, "repeats": repeats}.items():

@@ -86,7 +86,7 @@ class SweepFolder:
             failed.unlink()
 
     def withdraw(self) -> None:
-        """Remove a folder in which nothing was measured or summed."""
+        """Remove the folder if it has neither statistics nor points."""
         if not self.statistics.exists() and not any((self.path / "points").iterdir()):
             self._remove()
 

@@ -29,7 +29,7 @@ SET_BY_SWEEP = {
     **dict.fromkeys(("stats", "to", "overwrite"), "the sweep itself"),
     **dict.fromkeys(DATA_OPTIONS, "an option of the sweep, for its one calibration"),
 }
-"""Options of `slimstate prune` that no word may have, with what says them instead."""
+"""Options of `slimstate prune` that no word may have, with what sets them instead."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Work:
         return (*self.budget_words, *point.words)
 
     def _pruned(self, point: Point, out: str) -> Record:
-        """Write the pruned model; what its plan says."""
+        """Write the pruned model and keep its plan; return the plan's widths and notes."""
         from pruning import prune
 
         words = [self.model, out, *self._pruning_words(point), "--to", "hf"]

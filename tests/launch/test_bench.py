@@ -168,7 +168,7 @@ def test_models_are_named_by_what_tells_them_apart() -> None:
     assert model_names(["runs/a"]) == {"a": "runs/a"}
     assert model_names(["x/pruned", "x/dense"]) == {"pruned": "x/pruned", "dense": "x/dense"}
     assert list(model_names(["one/dense", "two/dense"])) == ["one/dense", "two/dense"]
-    assert model_names(["m", "m"]) == {"m": "m", "m (again)": "m"}
+    assert model_names(["m", "m", "m"]) == {"m": "m", "m (again)": "m", "m (again 2)": "m"}
 
 
 @pytest.mark.parametrize(
