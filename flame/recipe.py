@@ -6,13 +6,13 @@ configuration, whose import takes seconds.
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flame.data.config import DataConfig
-from flame.errors import UserError, first_line
+from flame.errors import UserError
+from flame.storage.toml_file import read_toml
 
 ALWAYS_WRITTEN = ("data.", "training.seq_len", "training.steps", "training.local_batch_size")
 """Beginnings of the keys that a written recipe names even if they have their default."""
@@ -36,16 +36,13 @@ def read_tables(path: Path | None) -> dict[str, Any]:
     """Return the tables of a recipe file; none if `path` is None, for a model without a recipe.
 
     Raises:
-        UserError: the file cannot be read or is not TOML.
+        UserError: the file cannot be read, is not TOML, or holds a key outside any section.
     """
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not TOML: {first_line(error)}") from error
+    tables = {} if path is None else read_toml(path, "recipe")
+    for name, value in tables.items():
+        if not isinstance(value, dict):
+            raise UserError(f"recipe key {name} is not a section: write [{name}]")
+    return tables
 
 
 def data_config(tables: dict[str, Any]) -> DataConfig:
@@ -58,7 +55,7 @@ def data_config(tables: dict[str, Any]) -> DataConfig:
 def sequence_length(tables: dict[str, Any]) -> int | None:
     """Return `training.seq_len` of a recipe's tables, None if it is not there."""
     length = tables.get("training", {}).get("seq_len")
-    return length if isinstance(length, int) and length > 0 else None
+    return length if type(length) is int and length > 0 else None
 
 
 def fill(section: Any, name: str, values: Any) -> None:

@@ -56,6 +56,8 @@ def results(runs: Path, tmp_path: Path) -> Path:
     _write(root / "foreign.json", result("eval", foreign))
     _write(root / "bare.json", {**foreign, "model": str(root / "half")})
     (root / "broken.json").write_text("{")
+    (root / "deep.json").write_text('{"kind": ' + "[" * 900 + "]" * 900 + "}")
+    (root / "deeper.json").write_text('{"kind": ' + "[" * 100_000)
     _write_analysis(root / "analysis", root)
     return root
 

@@ -1,17 +1,46 @@
 """One reader of JSON files: an object, or one line that names the file."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from flame.errors import UserError
-from flame.storage.json_file import read_object, read_object_if_any
+from flame.storage.json_file import DEEPEST, LARGEST, read_object, read_object_if_any
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\x80\x04", b"[1]", b"null", b"1" * 5000, b"[" * 100_000],
-    ids=["empty", "cut short", "not text", "list", "null", "number too long", "too deep"],
+    [
+        b"",
+        b"{",
+        b"\x80\x04",
+        b"[1]",
+        b"null",
+        b"1" * 5000,
+        b'{"a": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 65 + b"1" + b"}" * 65,
+        b'{"a": [' + b"[]," * 2_000_000 + b"[]]}",
+        b'{"a": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b" " * (LARGEST + 1),
+    ],
+    ids=[
+        "empty",
+        "cut short",
+        "not text",
+        "list",
+        "null",
+        "number too long",
+        "number beyond a float",
+        "too deep for the parser",
+        "too deep",
+        "too many values",
+        "half a character",
+        "half a character as key",
+        "too large",
+    ],
 )
 def test_files_without_an_object_are_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "some.json"
@@ -20,6 +49,19 @@ def test_files_without_an_object_are_named(tmp_path: Path, content: bytes) -> No
         read_object(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     assert read_object_if_any(file) == {}
+
+
+def test_pipes_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="regular file|directory"):
+            read_object(path)
+
+
+def test_depth_within_the_bound_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_text('{"a":' * DEEPEST + "1" + "}" * DEEPEST)
+    assert list(read_object(file)) == ["a"]
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
