@@ -136,6 +136,8 @@ def _write(options: Options, text: HeldoutText) -> None:
     write_files(options.out, results, options.json)
     for table in sweep_of(results).tables():
         print(f"\n{table.text()}")
+    for note in dict.fromkeys(note for row in results["rows"] for note in row["notes"]):
+        print(f"note: {note}")
     print(f"\n{options.out / PAGE_FILE} shows it; results.* beside it have it", flush=True)
     failed = [name for name in options.names if options.folder.failure(name) is not None]
     if failed:

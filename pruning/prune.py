@@ -27,7 +27,7 @@ from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
 from pruning.plan import check_stats, planned, summary
 from pruning.planning.budgets import Budget
-from pruning.planning.choose import check_budget, choose
+from pruning.planning.choose import check_budget, choose, ratio_notes
 from pruning.planning.plan import Plan
 from pruning.transform.write import write_pruned
 
@@ -53,7 +53,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
     reference = resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
-    check_budget(options.budget, reference.config, options.method)
+    widths = check_budget(options.budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
     if options.stats is not None:
@@ -61,6 +61,9 @@ def check(options: Options, world_size: int = 1) -> None:
     elif options.method.needs:
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
+        # Also in the plan's notes; here it is said before the work.
+        for note in ratio_notes(options.budget, reference.config, widths):
+            print(f"note: {note}", flush=True)
 
 
 def _check_no_data(options: Options) -> None:

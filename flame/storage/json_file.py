@@ -48,7 +48,7 @@ def read_object(
     try:
         value = parse(content, **hooks)
         if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
+            raise UserError(f"{path} is not a JSON object")
         if shape is not None:
             check_shape(value, shape)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -5,10 +5,8 @@ recurrent state may take. Ratio and width may differ between kinds of spaces. Wh
 a multiple of `multiple_of`; numbers of heads need not be.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 from flame.errors import UserError, first_line
@@ -17,16 +15,13 @@ from pruning.adapters.interface import Adapter, Config
 from pruning.planning.per_kind import (
     PerKind,
     as_text,
-    check_ratio,
     for_kinds,
     parse_per_kind,
     parse_ratio,
     parse_width,
 )
+from pruning.planning.rounding import default_multiple, departure, width
 from pruning.spaces import KINDS, NOUNS, Kind, Space
-
-MULTIPLE_OF = 16
-"""Widths are multiples of this unless asked otherwise: kernels work in tiles."""
 
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
@@ -65,18 +60,35 @@ class Budget:
     pad: bool = option(False, PAD_HELP)
     multiple_of: int | None = option(
         None,
-        f"kept widths, but not numbers of heads, are multiples of this (default: {MULTIPLE_OF})",
+        "kept widths, but not numbers of heads, are multiples of this (default: an eighth of the "
+        "head as a power of two, at most 16)",
         least=1,
         metavar="N",
+    )
+    strict_ratio: bool = option(
+        False, "refuse a width that misses what --ratio asks for by more than 5 %"
     )
     paper: bool = option(False, "as published: --multiple-of 1, and the method's own settings")
 
     @property
-    def multiple(self) -> int:
-        """What kept widths are multiples of; raises UserError if `paper` contradicts it."""
+    def asked_multiple(self) -> int | None:
+        """What kept widths are multiples of, if asked for.
+
+        Raises:
+            UserError: `paper` and `multiple_of` contradict each other.
+        """
         if self.paper and self.multiple_of not in (None, 1):
             raise UserError(f"--paper means --multiple-of 1, not {self.multiple_of}: leave one out")
-        return self.multiple_of or (1 if self.paper else MULTIPLE_OF)
+        return 1 if self.paper else self.multiple_of
+
+    def multiple(self, kind: Kind, size: int) -> int:
+        """What the kept width of a space of `kind` with `size` channels or heads is a multiple of.
+
+        Raises:
+            UserError: `paper` and `multiple_of` contradict each other.
+        """
+        asked = self.asked_multiple
+        return 1 if kind == "head" else default_multiple(size) if asked is None else asked
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -96,7 +108,7 @@ class Budget:
             "width": as_text(self.width),
             "state_bytes": self.state_bytes,
             "space": ",".join(self.kinds),
-            "multiple_of": self.multiple,
+            "multiple_of": self.asked_multiple,
             "allocate": self.allocate if self.allocate != "uniform" else None,
         }
         return {name: value for name, value in found.items() if value is not None}
@@ -122,48 +134,40 @@ def uniform_widths(
         raise UserError("give exactly one of --ratio, --width and --state-bytes")
     if budget.ratio is not None:
         ratios = for_kinds(budget.ratio, sizes, "--ratio")
-        multiples = {kind: 1 if kind == "head" else budget.multiple for kind in sizes}
         return {
-            kind: width(size, ratios[kind], multiples[kind], NOUNS[kind])
+            kind: width(size, ratios[kind], budget.multiple(kind, size), NOUNS[kind])
             for kind, size in sizes.items()
         }
     if budget.width is not None:
         wanted = for_kinds(budget.width, sizes, "--width")
         for kind, size in sizes.items():
-            _check_width(wanted[kind], size, budget.multiple, kind)
+            _check_width(wanted[kind], size, budget.multiple(kind, size), kind)
         return wanted
     return _widths_of_bytes(budget, adapter, config, list(spaces))
 
 
-def width(
-    head_dim: int, ratio: float, multiple_of: int = MULTIPLE_OF, noun: str = "channels"
-) -> int:
-    """Channels to keep: floor(head_dim (1 - ratio)), down to a multiple, at least one multiple.
-
-    The ratio counts as the decimal number that was written, so 0.9 of 10 keeps 1 and not 0.
-    `multiple_of=1` is the rule of arXiv 2602.04852, but for its zero.
+def departures(
+    budget: Budget, spaces: Iterable[Space], widths: Mapping[Kind, int]
+) -> Iterator[str]:
+    """Yield a line for each kind whose width is far from what the ratio of `budget` asks for.
 
     Args:
-        head_dim: channels per head.
-        ratio: the part to remove, above 0 and below 1.
-        multiple_of: the kept width is a multiple of this.
-        noun: the channels in words, for messages.
-
-    Raises:
-        UserError: the ratio or multiple is out of range, or the width would not change.
+        budget: what to remove; one without a ratio has no such line.
+        spaces: those of the budget's kinds.
+        widths: what `uniform_widths` gave.
     """
-    check_ratio(ratio)
-    if multiple_of < 1:
-        raise UserError(f"cannot round widths down to a multiple of {multiple_of}: give 1 or more")
-    target = math.floor(head_dim * (1 - Fraction(repr(float(ratio)))))
-    kept = max(target // multiple_of, 1) * multiple_of
-    if kept >= head_dim:
-        hint = f"choose another ratio, or a multiple below {head_dim} (--multiple-of 1 or --paper)"
-        rule = f"which in multiples of {multiple_of} (at least one) is no reduction: {hint}"
-        if multiple_of == 1:
-            rule = "of which one stays, so there is no reduction: choose another ratio or space"
-        raise UserError(f"ratio {ratio} leaves {target} of {head_dim} {noun}, {rule}")
-    return kept
+    found = list(spaces)
+    sizes = {space.kind: space.head_dim for space in found}
+    if budget.ratio is None:
+        return
+    for kind, ratio in for_kinds(budget.ratio, sizes, "--ratio").items():
+        size, kept = sizes[kind], widths[kind]
+        if kind == "head" and budget.allocate == "model":
+            size = sum(space.head_dim for space in found if space.kind == "head")
+            kept = kept_heads(budget, size)
+        line = departure(kind, size, ratio, kept, budget.multiple(kind, size))
+        if line is not None:
+            yield line
 
 
 def kept_heads(budget: Budget, heads: int) -> int:
@@ -200,8 +204,8 @@ def _widths_of_bytes(
             "--width or --ratio"
         )
     (kind,) = budget.kinds
-    step = 1 if kind == "head" else budget.multiple
     size, dense = spaces[0].head_dim, adapter.state_bytes(config)
+    step = budget.multiple(kind, size)
     if dense <= limit:
         raise UserError(f"--state-bytes {limit}: the state takes {dense} already, nothing to prune")
     for kept in range((size - 1) // step * step, 0, -step):

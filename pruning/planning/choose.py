@@ -19,7 +19,7 @@ from pruning.adapters.interface import Config
 from pruning.methods import METHODS, Method
 from pruning.planning.allocation import groups, shared_widths
 from pruning.planning.applicable import why_not
-from pruning.planning.budgets import Budget, kept_heads, uniform_widths
+from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
 from pruning.spaces import Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
@@ -32,11 +32,14 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
     """What each kind keeps a head under `budget`, before scores share it out.
 
     Raises:
-        UserError: the model has no such space, none changes, or the method cannot do it.
+        UserError: the model has no such space, none changes, the method cannot do it, or the
+            ratio is missed and `budget` is strict.
     """
     adapter = adapter_for(config)
     spaces = spaces_of_kinds(adapter, config, budget.kinds)
     widths = uniform_widths(budget, adapter, config, spaces)
+    for line in departures(budget, spaces, widths) if budget.strict_ratio else ():
+        raise UserError(f"--strict-ratio: {line}")
     if budget.pad and budget.allocate == "uniform":
         raise UserError(
             "--pad is for heads of different widths, which --allocate layer or model makes: leave "
@@ -47,6 +50,13 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
     if budget.allocate != "uniform" and not budget.pad:
         _check_slim_class(budget, adapter.model_type)
     return widths
+
+
+def ratio_notes(budget: Budget, config: Config, widths: Mapping[Kind, int]) -> list[str]:
+    """Lines about widths, those of `check_budget`, that are far from the ratio asked for."""
+    return list(
+        departures(budget, spaces_of_kinds(adapter_for(config), config, budget.kinds), widths)
+    )
 
 
 def choose(
@@ -97,7 +107,7 @@ def choose(
         calibration=calibration if method.needs else None,
         versions=versions(("slimstate", "torch")),
         pad=budget.pad,
-        notes=tuple(_notes(method, config, budget.kinds)),
+        notes=(*departures(budget, spaces, uniform), *_notes(method, config, budget.kinds)),
         new_tensors=new_tensors,
     )
 
@@ -128,7 +138,7 @@ class _Chooser:
         found: dict[str, tuple[int, ...]] = {}
         for group in groups(spaces, budget.allocate):
             kind = group[0].kind
-            multiple = 1 if kind == "head" else budget.multiple
+            multiple = budget.multiple(kind, group[0].head_dim)
             taking_part = {space.name: _taking_part(space, staying) for space in group}
             scores = {space.name: self._scores(space)[taking_part[space.name]] for space in group}
             total = sum(map(len, scores.values())) * uniform[kind]

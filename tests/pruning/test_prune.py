@@ -110,16 +110,21 @@ def test_a_method_without_needs_reads_no_data(
     ("flags", "width"),
     [
         (["--ratio", "0.5"], 16),
-        (["--ratio", "0.3"], 16),
+        (["--ratio", "0.1"], 28),
+        (["--ratio", "0.25"], 24),
+        (["--ratio", "0.3"], 20),
         (["--ratio", "0.3", "--paper"], 22),
-        (["--ratio", "0.3", "--multiple-of", "4"], 20),
-        (["--ratio", "0.9"], 16),
+        (["--ratio", "0.3", "--multiple-of", "16"], 16),
+        (["--ratio", "0.9"], 4),
     ],
 )
 def test_widths_follow_ratio_and_multiple(flags: list[str], width: int, tmp_path: Path) -> None:
     model = write_hf(tmp_path / "model", DELTA_NET, weights(DELTA_NET))
     stage("plan", model, tmp_path / "plan.json", "--method", "l1", *flags)
-    assert set(read_plan(tmp_path / "plan.json").widths.values()) == {(width, width)}
+    plan = read_plan(tmp_path / "plan.json")
+    assert set(plan.widths.values()) == {(width, width)}
+    said = [note for note in plan.notes if "which removes" in note]
+    assert bool(said) == (width in (16, 20, 4) and flags[1] != "0.5")
 
 
 def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:
@@ -184,12 +189,12 @@ def test_options_that_make_no_sense_are_refused(
         ([], "give exactly one of --ratio, --width and --state-bytes"),
         (["--width", "32"], "--width key=32 is no reduction: a model with 32 key channels"),
         (["--width", "64"], "--width key=64 is out of range: a model with 32 key channels can"),
-        (["--width", "20"], "--width key=20 is not a multiple of 16: take 16 or 32, or --mult"),
+        (["--width", "18"], "--width key=18 is not a multiple of 4: take 16 or 20, or --mult"),
         (["--width", "many"], "width 'many' is not a whole number"),
         (["--width", "value=16"], "--width value=16 is for a kind that is not pruned"),
         (["--state-bytes", "24576"], "the state takes 24576 already, nothing to prune"),
         (["--state-bytes", "9" * 20], "the state takes 24576 already, nothing to prune"),
-        (["--state-bytes", "12287"], "16 of 32 key channels, the fewest in multiples of 16, take"),
+        (["--state-bytes", "3071"], "4 of 32 key channels, the fewest in multiples of 4, take"),
         (["--width", "1", "--space", "head", "--allocate", "layer"], "use --allocate model"),
         (
             ["--ratio", "0.5", "--stats", "nowhere"],

@@ -1,6 +1,7 @@
 """Ratios, widths and bytes to numbers of kept channels."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from flame.errors import UserError
 from flame.models.widths import kernel_warning
 from pruning.adapters import adapter_for
-from pruning.planning.budgets import Budget, uniform_widths, width
+from pruning.planning.budgets import Budget, departures, uniform_widths
+from pruning.planning.choose import check_budget
 from pruning.planning.per_kind import check_ratio, parse_per_kind, parse_ratio, parse_width
 from pruning.planning.plan import spaces_of_kinds
+from pruning.planning.rounding import default_multiple, width
 
 CONFIG: dict[str, Any] = {
     "model_type": "gated_deltanet",
@@ -25,11 +28,11 @@ CONFIG: dict[str, Any] = {
 """States of 8 heads of 128 x 96 in two layers: 786,432 bytes."""
 
 
-def widths(**budget: Any) -> dict[str, int]:
+def widths(config: dict[str, Any] = CONFIG, **budget: Any) -> dict[str, int]:
     asked = Budget(**budget)
-    adapter = adapter_for(CONFIG)
-    spaces = spaces_of_kinds(adapter, CONFIG, asked.kinds)
-    return dict(uniform_widths(asked, adapter, CONFIG, spaces))
+    adapter = adapter_for(config)
+    spaces = spaces_of_kinds(adapter, config, asked.kinds)
+    return dict(uniform_widths(asked, adapter, config, spaces))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,62 @@ def test_widths_are_rounded_down_to_a_multiple_but_to_one_at_least() -> None:
     assert width(100, 0.25, 8) == 72
 
 
+def test_the_multiple_fits_small_heads() -> None:
+    assert {size: default_multiple(size) for size in (256, 128, 96, 64, 32, 16, 8, 5)} == {
+        256: 16, 128: 16, 96: 8, 64: 8, 32: 4, 16: 2, 8: 1, 5: 1
+    }  # fmt: skip
+    assert [width(32, ratio) for ratio in (0.1, 0.25, 0.5, 0.75, 0.9)] == [28, 24, 16, 8, 4]
+    small = {**CONFIG, "head_dim": 32, "expand_v": 2}
+    assert widths(small, ratio=0.25, space="key,value") == {"key": 24, "value": 48}
+
+
+@pytest.mark.parametrize(
+    ("budget", "lines"),
+    [
+        ({"ratio": 0.5, "space": "key,value,head"}, []),
+        ({"width": 16}, []),
+        ({"ratio": 0.3, "paper": True}, []),
+        (
+            {"ratio": 0.3},
+            [
+                "--ratio 0.3 keeps 80 of 128 key channels, which removes 37.5 % and not 30 %: "
+                "widths are multiples of 16; --multiple-of 1 keeps 89"
+            ],
+        ),
+        (
+            {"ratio": 0.9},
+            [
+                "--ratio 0.9 keeps 16 of 128 key channels, which removes 87.5 % and not 90 %: "
+                "widths are multiples of 16; --multiple-of 1 keeps 12"
+            ],
+        ),
+        (
+            {"ratio": {"key": 0.5, "head": 0.4}, "space": "key,head"},
+            [
+                "--ratio 0.4 keeps 2 of 4 heads, which removes 50 % and not 40 %: heads go "
+                "whole, so give a ratio that is near one of 0.25 (3) or 0.5 (2)"
+            ],
+        ),
+        # Two layers have 8 heads together, of which 4.8 were asked for.
+        ({"ratio": 0.4, "space": "head", "allocate": "model"}, ["keeps 4 of 8 heads"]),
+    ],
+)
+def test_a_width_that_is_far_from_the_ratio_is_said(
+    budget: dict[str, Any], lines: list[str]
+) -> None:
+    asked = Budget(**budget)
+    adapter = adapter_for(CONFIG)
+    spaces = spaces_of_kinds(adapter, CONFIG, asked.kinds)
+    found = list(departures(asked, spaces, widths(**budget)))
+    assert len(found) == len(lines)
+    assert all(line in said for line, said in zip(lines, found, strict=True))
+    if lines:
+        with pytest.raises(UserError, match="--strict-ratio: --ratio"):
+            check_budget(replace(asked, strict_ratio=True), CONFIG)
+    else:
+        check_budget(replace(asked, strict_ratio=True), CONFIG)
+
+
 @pytest.mark.parametrize("ratio", [0, 1, -1, 1.5, math.nan, math.inf])
 def test_ratios_outside_the_open_interval_are_refused(ratio: float) -> None:
     with pytest.raises(UserError, match="ratio .* is not between 0 and 1"):
@@ -72,9 +131,9 @@ def test_ratios_outside_the_open_interval_are_refused(ratio: float) -> None:
 
 def test_widths_that_do_not_change_are_refused() -> None:
     with pytest.raises(UserError, match="leaves 8 of 16 channels.*no reduction"):
-        width(16, 0.5)
+        width(16, 0.5, 16)
     with pytest.raises(UserError, match="no reduction"):
-        width(8, 0.5)
+        width(8, 0.5, 8)
     with pytest.raises(UserError, match="leaves 0 of 1 heads, of which one stays"):
         width(1, 0.5, 1, "heads")
     assert width(16, 0.01, 1) == 15
@@ -161,11 +220,12 @@ def test_the_largest_width_whose_state_fits(
 
 
 def test_a_plan_records_what_was_asked_for() -> None:
-    assert Budget(0.5).record() == {"ratio": 0.5, "multiple_of": 16, "space": "key"}
-    asked = Budget(width={"head": 2, "key": 64}, space="key,head", allocate="model")
+    assert Budget(0.5).record() == {"ratio": 0.5, "space": "key"}
+    assert Budget(0.5, paper=True).record() == {"ratio": 0.5, "multiple_of": 1, "space": "key"}
+    asked = Budget(width={"head": 2, "key": 64}, space="key,head", allocate="model", multiple_of=32)
     assert asked.record() == {
         "width": "key=64,head=2",
-        "multiple_of": 16,
+        "multiple_of": 32,
         "space": "key,head",
         "allocate": "model",
     }
