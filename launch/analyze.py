@@ -200,7 +200,7 @@ def _texts(options: Options, reference: "ModelReference") -> list[HeldoutText]:
 def _rows(text: HeldoutText, references: "list[ModelReference]") -> "list[Tensor]":
     """Return sequences, int64 [1, length] each; raise UserError if the text is too short."""
     size = min(vocabulary_size(reference.config) for reference in references)
-    rows = [inputs["input"] for inputs, _, _ in text.sequences(size, apart=False)]
+    rows = [inputs["input"] for inputs, *_ in text.sequences(size, apart=False)]
     whole = [row for row in rows if row.shape[1] == text.seq_len]
     wanted = text.max_sequences or 1
     if len(whole) < wanted:

@@ -14,7 +14,7 @@ from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
 from flame.process.atomic_output import check_output
 from flame.stage import Stage
-from launch.reporting.envelope import command_line, enveloped, write_result
+from launch.reporting.envelope import command_line, enveloped, measuring, write_result
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
 
 if TYPE_CHECKING:
@@ -77,12 +77,13 @@ def run(options: Options) -> None:
     names = model_names(options.references)
     references = {name: resolve(reference) for name, reference in names.items()}
     against = list(names)[-1] if options.against else None
-    record = benchmark(references, against, options)
-    print(bench_table(record).text())
-    print("\n" + "\n".join(kernel_lines(record)), flush=True)
-    if options.json is not None:
-        result = enveloped("bench", command_line("bench", options), record)
-        write_result(options.json, result, options.overwrite)
+    with measuring(options.json, options.overwrite):
+        record = benchmark(references, against, options)
+        print(bench_table(record).text())
+        print("\n" + "\n".join(kernel_lines(record)), flush=True)
+        if options.json is not None:
+            result = enveloped("bench", command_line("bench", options), record)
+            write_result(options.json, result, options.overwrite, locked=True)
 
 
 def benchmark(

@@ -9,21 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
-from launch.evaluation.heldout_text import check_text, heldout_text
+from launch.evaluation.intervals import differences
 from launch.evaluation.measures import Measures, evaluate_models, loaded_tasks
-from launch.evaluation.model_checks import check_family, check_length, check_tokenizer, expanded
+from launch.evaluation.model_checks import (
+    check_family,
+    check_length,
+    check_same_length,
+    check_tokenizer,
+    expanded,
+)
 from launch.evaluation.results_file import ResultsFile
+from launch.evaluation.same_text import check_same_tokens, same_text
 from launch.lm.tasks import check_tasks, headline
-from launch.reporting.envelope import command_line
+from launch.reporting.envelope import command_line, measuring
 
 COLUMNS = (
     Column("model", "model", align="left"),
     Column("perplexity", "perplexity", ",.4f"),
+    Column("error", "±", ",.4f"),
+    Column("rise", "nats above the first [95 %]"),
     Column("bits_per_byte", "bits per byte", ".4f"),
     Column("tokens", "tokens", ",d"),
 )
@@ -61,11 +70,15 @@ def check(options: Options, world_size: int = 1) -> None:
         raise UserError(
             "say what to measure: --perplexity or --perplexity DATA, --tasks NAMES, --against MODEL"
         )
-    references = [resolve(name) for name in options.names]
-    dense = [resolve(measures.against)] if measures.against else []
-    _results(options).check([reference.folder for reference in [*references, *dense]])
+    by_name = {name: resolve(name) for name in options.names}
+    references = list(by_name.values())
     for reference in references:
         _check_model(reference, measures)
+    if measures.reads_text:
+        text = same_text(by_name, measures.text)
+        check_same_tokens(by_name, text, from_recipe=not measures.text.data)
+    dense = [resolve(measures.against)] if measures.against else []
+    _results(options).check([reference.folder for reference in [*references, *dense]])
     for other in dense:
         from launch.evaluation.fidelity import check_comparable
 
@@ -75,16 +88,18 @@ def check(options: Options, world_size: int = 1) -> None:
     if measures.tasks.tasks:
         check_tasks(measures.tasks)
         loaded_tasks(measures.tasks)
+        if len(by_name) > 1 and measures.max_length is None:
+            check_same_length(by_name, measures.text.tokenizer)
 
 
 def run(options: Options) -> None:
     """Evaluate and print a table. Collective; starts a process group if none is running."""
     from flame.process.distributed import process_group, rank
+    from flame.process.peers import on_first
 
     results = _results(options)
-    with process_group():
-        if rank() == 0:
-            results.check()
+    with process_group(), measuring(options.json):
+        on_first(results.check)
         records = evaluate_models(options.names, options.measures, results)
         if rank() == 0:
             print(table(records).text(), flush=True)
@@ -92,8 +107,15 @@ def run(options: Options) -> None:
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table with a row for each model and a column for each figure that any model has."""
+    rises = {name: found.text() for _, name, found in differences(records)}
     rows = [
-        {**record, **record.get("fidelity", {}), **_scores(record), "model": name}
+        {
+            **record,
+            **record.get("fidelity", {}),
+            **_scores(record),
+            "model": name,
+            "rise": rises.get(name),
+        }
         for name, record in records.items()
     ]
     scored = dict.fromkeys(key for record in records.values() for key in _scores(record))
@@ -110,7 +132,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, str]:
 def _results(options: Options) -> ResultsFile:
     return ResultsFile(
         path=options.json,
-        settings=options.measures.settings(),
+        settings=options.measures.settings({name: resolve(name) for name in options.names}),
         several=len(options.names) > 1,
         command=command_line("eval", options),
         overwrite=options.overwrite,
@@ -118,14 +140,8 @@ def _results(options: Options) -> ResultsFile:
 
 
 def _check_model(reference: ModelReference, measures: Measures) -> None:
-    text = None
-    if measures.perplexity is not None or measures.against:
-        text = heldout_text(reference, measures.text)
     check_family(reference.config)
     check_length(reference.config, measures.max_length)
-    if text is not None:
-        vocabulary = vocabulary_size(reference.config)
-        check_text(text, vocabulary, from_recipe=not measures.text.data)
     if measures.tasks.tasks:
         check_tokenizer(reference, measures.text.tokenizer)
 

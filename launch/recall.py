@@ -20,7 +20,7 @@ from flame.recipe import data_config, read_tables
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
 from launch.evaluation.model_checks import check_family
-from launch.reporting.envelope import command_line, enveloped, write_result
+from launch.reporting.envelope import command_line, enveloped, measuring, write_result
 
 PAIRS = (4, 8, 16)
 WORDS = 64
@@ -73,7 +73,7 @@ def run(options: Options) -> None:
     """Measure, print tables, write JSON. Collective; starts a process group if none is running."""
     from flame.process.distributed import process_group, rank
 
-    with process_group():
+    with process_group(), measuring(options.json, options.overwrite):
         records = measure(options)
         if rank() == 0:
             _write(records, options)
@@ -222,7 +222,7 @@ def _write(records: list[dict[str, Any]], options: Options) -> None:
     if options.json is not None:
         models = {record["model"]: record for record in records}
         result = enveloped("recall", command_line("recall", options), {"models": models})
-        write_result(options.json, result, options.overwrite)
+        write_result(options.json, result, options.overwrite, locked=True)
 
 
 def _print_noise(records: list[dict[str, Any]]) -> None:

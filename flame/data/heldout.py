@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,19 @@ from flame.data.sources import build_documents
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
-Heldout = tuple[dict[str, Tensor], Tensor, int]
-"""A batch of one row, its labels, and the UTF-8 bytes of the tokens that the labels ask for."""
+
+class Heldout(NamedTuple):
+    """A batch of one row of T tokens."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    """int64 `[1, T]`; `IGNORE_INDEX` where nothing is predicted."""
+
+    bytes: int
+    """UTF-8 bytes of the tokens that the labels ask for."""
+
+    documents: Tensor
+    """int64 `[T]`: the number of the document that each label is a token of, from 0 in the set."""
 
 
 def heldout_sequences(
@@ -43,7 +55,10 @@ def heldout_sequences(
     encoder = Encoder(tokenizer, config.add_eos)
     documents = heldout_documents(config)
     predicted = answers_of(config.heldout or config.dataset, tokenizer)
-    items = (_item(row, config.varlen, predicted) for row in _rows(documents, encoder, seq_len))
+    items = (
+        _item(row, document, config.varlen, predicted)
+        for document, row in _rows(documents, encoder, seq_len)
+    )
     first = next(items, None)
     if first is None:
         raise UserError(f"{documents.name} has no text to evaluate on: all its documents are empty")
@@ -80,17 +95,27 @@ def _default_split(config: DataConfig) -> str:
     return "validation"
 
 
-def _rows(documents: Documents, encoder: Encoder, seq_len: int) -> Iterator[Row]:
+def _rows(documents: Documents, encoder: Encoder, seq_len: int) -> Iterator[tuple[int, Row]]:
+    """Yield each row after the number of the document that its first token is of."""
     arrays = encoder.stream_with_bytes(documents.shard(0, 1, 0, 0))
-    packer = Packer((Cursor(), array) for array in arrays if array.size)
+    pieces = enumerate(array for array in arrays if array.size)
+    packer = Packer((Cursor(document=number), array) for number, array in pieces)
+    first = 0
     while (row := packer.row(seq_len)) is not None:
-        yield row
+        yield first, row
+        first = packer.cursor.document
     if (row := packer.rest()) is not None:
-        yield row
+        yield first, row
 
 
-def _item(row: Row, varlen: bool, predicted: Predicted | None) -> Heldout:
+def _item(row: Row, document: int, varlen: bool, predicted: Predicted | None) -> Heldout:
     ids = Row(row.tokens[0], row.starts)
     inputs, labels = (varlen_batch if varlen else plain_batch)([ids], predicted)
     sizes = torch.from_numpy(row.tokens[1, 1:])
-    return inputs, labels, int(sizes[labels[0] != IGNORE_INDEX].sum())
+    begun = np.searchsorted(row.starts, np.arange(1, len(sizes) + 1), side="right")
+    return Heldout(
+        inputs,
+        labels,
+        int(sizes[labels[0] != IGNORE_INDEX].sum()),
+        torch.from_numpy(document + begun),
+    )

@@ -71,14 +71,16 @@ def replacing_folder(path: Path, overwrite: bool = False, locked: bool = False) 
 
 
 @contextmanager
-def replacing_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing_file(path: Path, overwrite: bool = False, locked: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling file name that becomes `path` when the block ends without error.
 
-    An existing `path` raises UserError unless `overwrite`.
+    Args:
+        overwrite: replace an existing `path`; without it one raises UserError.
+        locked: the caller holds `writer_lock(path)` already.
     """
     path = Path(path).absolute()
     check_file_output(path, overwrite)
-    with writer_lock(path):
+    with nullcontext() if locked else writer_lock(path):
         temporary = path.parent / f".{path.name}.tmp"
         try:
             yield temporary

@@ -107,7 +107,7 @@ def sum_divergences(
 
     sums = torch.zeros(3, dtype=torch.float64)
     for turn in progress(turns(rows), "compare"):
-        inputs, labels, _ = turn.item
+        inputs, labels, *_ = turn.item
         compared = _row_divergence(model, against, inputs, labels)
         if turn.counts:
             sums += torch.tensor(compared, dtype=torch.float64)

@@ -3,13 +3,18 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import ModelReference
 from flame.data.config import DataConfig
 from flame.errors import UserError, first_line
 from flame.options import option
 from flame.recipe import data_config, read_tables, sequence_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flame.data.heldout import Heldout
 
 SEQ_LEN = 2048
 """Tokens a row where no recipe says otherwise."""
@@ -30,6 +35,13 @@ class HeldoutOptions:
     max_sequences: int | None = option(None, "rows to read (default: all)", least=1, metavar="N")
 
 
+WHICH_TEXT = (
+    "dataset", "sources", "weights", "subset", "revision", "text_key", "max_documents", "heldout",
+    "heldout_split", "add_eos", "varlen",
+)  # fmt: skip
+"""Fields of `DataConfig` on which held-out text depends."""
+
+
 @dataclass(frozen=True)
 class HeldoutText:
     """Held-out text that is settled: its set, its tokenizer and how it is cut into rows."""
@@ -46,7 +58,17 @@ class HeldoutText:
         name = self.config.heldout or self.config.dataset or " + ".join(self.config.sources)
         return f"{name}:{split}" if split else name
 
-    def sequences(self, vocab_size: int, apart: bool) -> Iterator[Any]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides which tokens are read in which rows, besides the tokenizer; plain data."""
+        config = dataclasses.asdict(self.config)
+        return {
+            **{name: config[name] for name in WHICH_TEXT},
+            "seq_len": self.seq_len,
+            "max_sequences": self.max_sequences,
+        }
+
+    def sequences(self, vocab_size: int, apart: bool) -> "Iterator[Heldout]":
         """Rows as `flame.data.heldout.heldout_sequences` gives them.
 
         Args:
@@ -108,14 +130,14 @@ def tokenizer_name(reference: ModelReference, given: str = "") -> str:
     return name
 
 
-def check_text(text: HeldoutText, vocab_size: int, from_recipe: bool) -> None:
-    """Refuse a text that cannot be evaluated on, by reading its first row.
+def check_text(text: HeldoutText, vocab_size: int, from_recipe: bool) -> "Tensor":
+    """Return the labels of the first row, int64 [1, T]; refuse a text that has none.
 
     Raises:
         UserError: as `HeldoutText.sequences` does; with the way out if the recipe chose the text.
     """
     try:
-        text.sequences(vocab_size, apart=True)
+        return next(text.sequences(vocab_size, apart=False)).labels
     except UserError as error:
         if from_recipe and not text.config.heldout:
             hint = "the recipe names no held-out text (data.heldout): give it as --perplexity DATA"

@@ -1,7 +1,7 @@
 """What `slimstate eval` measures on each of its models: perplexity, fidelity and tasks."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +11,9 @@ from flame.errors import UserError
 from flame.options import group, option
 from flame.options.shared import DTYPE_HELP, DType
 from flame.versions import versions
-from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, tokenizer_name
+from launch.evaluation.heldout_text import HeldoutOptions, tokenizer_name
 from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
+from launch.evaluation.same_text import same_text
 from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
@@ -49,12 +50,22 @@ class Measures:
         """The held-out text of `perplexity` and `against`."""
         return dataclasses.replace(self.rows, data=self.perplexity or "")
 
-    def settings(self) -> dict[str, Any]:
-        """What results depend on besides the model: two calls that agree in it can be joined."""
+    @property
+    def reads_text(self) -> bool:
+        """Whether held-out text is read."""
+        return self.perplexity is not None or bool(self.against)
+
+    def settings(self, references: Mapping[str, ModelReference]) -> dict[str, Any]:
+        """What results depend on besides the model: two calls that agree in it can be joined.
+
+        Args:
+            references: the models by name; UserError if they would not read the same text.
+        """
         return {
             "perplexity": self.perplexity is not None,
             "against": identity(resolve(self.against)) if self.against else None,
-            "text": dataclasses.asdict(self.text),
+            "text": same_text(references, self.text).facts() if self.reads_text else None,
+            "tokenizer": self.text.tokenizer,
             "tasks": self.tasks.record() if self.tasks.tasks else None,
             "dtype": self.dtype,
             "max_length": self.max_length,
@@ -70,24 +81,38 @@ def evaluate_models(
     """
     from flame.process.distributed import from_rank_zero, rank
 
-    bench = _Bench(measures)
-    records = {}
-    for name in models:
-        reference = resolve(name)
+    references = {name: resolve(name) for name in models}
+    bench = _Bench(measures, references)
+    records: dict[str, Record] = {}
+    for name, reference in references.items():
         done = from_rank_zero(results.done(name, reference) if rank() == 0 else None)
         records[name] = done or bench.record(name, reference)
+        _check_as_many_tokens(records)
         if rank() == 0 and not done:
             results.add(name, records[name])
     return records
 
 
-class _Bench:
-    """What all models share: the tasks with their data, and the model to compare with."""
+def _check_as_many_tokens(records: Mapping[str, Record]) -> None:
+    """Raise UserError if the last of `records` was measured on other tokens than the first."""
+    counts = {name: (r["tokens"], r["bytes"]) for name, r in records.items() if "tokens" in r}
+    if len(set(counts.values())) > 1:
+        (first, one), *_, (last, other) = counts.items()
+        raise UserError(
+            f"{first} predicted {one[0]:,} tokens of {one[1]:,} bytes and {last} {other[0]:,} of "
+            f"{other[1]:,}: their tokenizers differ, so evaluate them apart"
+        )
 
-    def __init__(self, measures: Measures) -> None:
+
+class _Bench:
+    """What all models share: text, tasks with their data, and the model to compare with."""
+
+    def __init__(self, measures: Measures, references: Mapping[str, ModelReference]) -> None:
         from flame.process.distributed import compute_dtype
 
         self.measures = measures
+        self.settings = measures.settings(references)
+        self.text = same_text(references, measures.text) if measures.reads_text else None
         self.dtype = compute_dtype(measures.dtype)
         self._tasks: dict[str, Any] | None = None
         self._against: tuple[ModelReference, Network] | None = None
@@ -98,13 +123,13 @@ class _Bench:
         record = {
             "model": name,
             **self._perplexity(name, reference, network),
-            **self._fidelity(reference, network),
+            **self._fidelity(name, reference, network),
             **self._scores(reference, network),
         }
         return {
             **record,
             **_description(reference, network),
-            SETTINGS: self.measures.settings(),
+            SETTINGS: self.settings,
             IDENTITY: identity(reference),
         }
 
@@ -114,15 +139,15 @@ class _Bench:
         return load_network(reference, self.dtype, self.measures.placement)
 
     def _perplexity(self, name: str, reference: ModelReference, network: "Network") -> Record:
-        if self.measures.perplexity is None:
+        if self.measures.perplexity is None or self.text is None:
             return {}
         from launch.evaluation.perplexity import measure_perplexity
 
-        text = heldout_text(reference, self.measures.text)
-        return measure_perplexity(network.model, reference, text, self.dtype, name).record()
+        text, apart = self.text.by_model[name], self.text.apart
+        return measure_perplexity(network.model, reference, text, self.dtype, name, apart).record()
 
-    def _fidelity(self, reference: ModelReference, network: "Network") -> Record:
-        if not self.measures.against:
+    def _fidelity(self, name: str, reference: ModelReference, network: "Network") -> Record:
+        if not self.measures.against or self.text is None:
             return {}
         from launch.evaluation.fidelity import measure_fidelity
 
@@ -130,7 +155,7 @@ class _Bench:
             dense = resolve(self.measures.against)
             self._against = dense, self._network(dense)
         dense, theirs = self._against
-        text = heldout_text(reference, self.measures.text)
+        text = self.text.by_model[name]
         found = measure_fidelity(
             network.model, theirs.model, reference, dense, text, _name(self.dtype)
         )

@@ -57,6 +57,33 @@ def check_length(config: Mapping[str, Any], max_length: int | None) -> None:
         )
 
 
+def check_same_length(references: Mapping[str, ModelReference], given: str) -> None:
+    """Refuse models that tasks would be shown at different lengths.
+
+    Args:
+        references: the models by name.
+        given: the tokenizer of all of them; empty for each one's own.
+    """
+    from lm_eval.models.utils import resolve_max_length
+
+    from flame.data.tokenizer import load_tokenizer
+    from flame.model import stock_config
+
+    lengths = {
+        name: resolve_max_length(
+            stock_config(reference.config), load_tokenizer(tokenizer_name(reference, given))
+        )
+        for name, reference in references.items()
+    }
+    for name, length in lengths.items():
+        first, its = next(iter(lengths.items()))
+        if length != its:
+            raise UserError(
+                f"tasks would show {first} at most {its:,} tokens at once and {name} {length:,}, "
+                "which does not compare: give --max-length N for both"
+            )
+
+
 def expanded(models: Sequence[str]) -> list[str]:
     """Model names with patterns such as `'RUN/checkpoint/step-*'` resolved, steps in order.
 

@@ -20,6 +20,7 @@ from launch.evaluation.heldout_text import (
     heldout_text,
     keeps_documents_apart,
 )
+from launch.evaluation.intervals import DocumentLosses, joined, standard_error
 from pruning.adapters import state_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flame.checkpoint.reference import ModelReference
+    from flame.data.heldout import Heldout
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,21 @@ class Perplexity:
     dtype: str
     """Dtype of the forward pass; weights are stored and losses summed in fp32 and fp64."""
 
+    apart: bool
+    """Whether packed documents were kept apart; otherwise a row was read as one text."""
+
+    error: float | None
+    """Standard error of `perplexity`, from the spread over documents; None with too few."""
+
+    documents: DocumentLosses
+    """Losses by document, from which differences between models get their intervals."""
+
     world_size: int
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "documents": self.documents.record()}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class Sums:
     tokens: int
     bytes: int
     sequences: int
+    documents: DocumentLosses
+    """`loss` and `tokens` by document."""
 
 
 def evaluate_perplexity(
@@ -111,12 +124,14 @@ def measure_perplexity(
     text: HeldoutText,
     dtype: "torch.dtype",
     name: str,
+    apart: bool | None = None,
 ) -> Perplexity:
     """Perplexity of a loaded model, `network`, that `reference` describes. Collective.
 
     Args:
         dtype: what `network` computes in.
         name: what the result calls the model.
+        apart: keep packed documents apart; by default where the model can.
 
     Raises:
         UserError: the tokenizer or the text cannot be used, or losses are not finite.
@@ -124,13 +139,16 @@ def measure_perplexity(
     from flame.model import count_parameters
     from flame.process.distributed import world_size
 
-    rows = text.sequences(
-        vocabulary_size(reference.config), keeps_documents_apart(reference.config)
-    )
-    sums = sum_losses(network, rows)
+    if apart is None:
+        apart = keeps_documents_apart(reference.config)
+    sums = sum_losses(network, text.sequences(vocabulary_size(reference.config), apart))
     _check_finite(sums, reference)
+    perplexity, error = math.exp(sums.loss / sums.tokens), standard_error(sums.documents)
     return Perplexity(
-        perplexity=math.exp(sums.loss / sums.tokens),
+        perplexity=perplexity,
+        error=None if error is None else perplexity * error,
+        documents=sums.documents,
+        apart=apart and text.config.varlen,
         bits_per_byte=sums.loss / math.log(2) / sums.bytes,
         tokens=sums.tokens,
         bytes=sums.bytes,
@@ -146,34 +164,60 @@ def measure_perplexity(
     )
 
 
-def sum_losses(model: "nn.Module", rows: Iterable[Any]) -> Sums:
-    """Losses and counts of `rows` (see `heldout_sequences`), summed over all ranks. Collective."""
+def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]") -> Sums:
+    """Losses and counts of `rows`, summed over all ranks. Collective."""
     import torch
     import torch.distributed as dist
 
+    from flame.data.packing import IGNORE_INDEX
     from flame.process.dealing import turns
     from flame.process.progress import progress
 
-    sums = torch.zeros(4, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    found = torch.zeros(2, 0, dtype=torch.float64)
     for turn in progress(turns(rows), "evaluate"):
-        inputs, labels, size = turn.item
-        loss, tokens = row_loss(model, inputs, labels)
+        losses = row_losses(model, turn.item.inputs, turn.item.labels)
         if turn.counts:
-            sums += torch.tensor([loss, tokens, size, 1], dtype=torch.float64)
+            predicted = (turn.item.labels.flatten() != IGNORE_INDEX).double()
+            found = _added(found, turn.item.documents, torch.stack([losses, predicted]))
+            counts += torch.tensor([turn.item.bytes, 1])
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    loss, *counts = sums.tolist()
-    return Sums(loss, *map(int, counts))
+        most = torch.tensor(found.shape[1])
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found = _grown(found, int(most))
+        dist.all_reduce(found)
+        dist.all_reduce(counts)
+    losses, tokens = found
+    size, sequences = counts.tolist()
+    return Sums(
+        loss=float(losses.sum()),
+        tokens=int(tokens.sum()),
+        bytes=size,
+        sequences=sequences,
+        documents=joined(losses.numpy(), tokens.long().numpy()),
+    )
 
 
-def row_loss(
-    model: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor"
-) -> tuple[float, int]:
-    """Negative log-likelihood in nats, and number, of the predicted tokens of one batch.
+def _added(sums: "Tensor", documents: "Tensor", values: "Tensor") -> "Tensor":
+    """`sums` `[2, D]` with `values` `[2, T]` added in the columns `documents`; D may grow."""
+    size, needed = sums.shape[1], int(documents.max()) + 1
+    if needed > size:
+        sums = _grown(sums, max(needed, 2 * size))
+    return sums.index_add_(1, documents, values)
+
+
+def _grown(sums: "Tensor", size: int) -> "Tensor":
+    from torch.nn.functional import pad
+
+    return pad(sums, (0, size - sums.shape[1]))
+
+
+def row_losses(model: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor") -> "Tensor":
+    """Negative log-likelihood of each label of one batch, nats, float64 `[B · T]` on the CPU.
 
     Args:
         inputs: `input`, int64 [B, T], and what else the model's forward takes.
-        labels: int64 [B, T]; -100 is not predicted.
+        labels: int64 [B, T]; -100 is not predicted and costs nothing.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -186,7 +230,7 @@ def row_loss(
         logits = model(input_ids=tokens, use_cache=False, **moved).logits
         targets = labels.to(logits.device).flatten()
         losses = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-    return float(losses.double().sum()), int((targets != -100).sum())
+    return losses.double().cpu()
 
 
 def _check_finite(sums: Sums, reference: "ModelReference") -> None:

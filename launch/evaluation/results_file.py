@@ -1,6 +1,7 @@
 """Results of an evaluation in a file, model by model, so that a call resumes an interrupted one.
 
-A single model's record is the file's top level, as it always was; several are under `models`.
+A single model's record is the file's top level; several are under `models`, with what each loses
+more than the first of them under `differences`.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.process.atomic_output import check_file_output
 from flame.storage.json_file import read_object_if_any
+from launch.evaluation.intervals import differences
 from launch.reporting.envelope import enveloped, write_result
 
 SETTINGS = "settings"
@@ -59,13 +61,20 @@ class ResultsFile:
         return record if record and record.get(IDENTITY) == identity(reference) else None
 
     def add(self, name: str, record: Record) -> None:
-        """Keep `record`, and write the file."""
+        """Keep `record`, and write the file. Call it within `measuring(path)`."""
         self.records[name] = record
         if self.path is None:
             return
-        several = {SETTINGS: dict(self.settings), "models": self.records}
-        content = several if self.several else record
-        write_result(self.path, enveloped("eval", self.command, content))
+        several = {
+            SETTINGS: dict(self.settings),
+            "models": self.records,
+            "differences": {
+                name: {"against": first, **found.record()}
+                for first, name, found in differences(self.records)
+            },
+        }
+        content = several if self.several or len(self.records) > 1 else record
+        write_result(self.path, enveloped("eval", self.command, content), locked=True)
 
 
 def identity(reference: ModelReference) -> str:

@@ -5,13 +5,14 @@ holds; `versions` of the software; `command`, the command line; and what the kin
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
 from flame.options import words
-from flame.process.atomic_output import replacing_file
+from flame.process.atomic_output import check_file_output, replacing_file, writer_lock
 from flame.storage.json_file import read_object_if_any, write_object
 from flame.versions import versions
 
@@ -30,9 +31,38 @@ def enveloped(kind: str, command: str, content: Mapping[str, Any]) -> dict[str, 
     return {**head, **content}
 
 
-def write_result(path: Path, result: Mapping[str, Any], overwrite: bool = True) -> None:
-    """Write a result, whole or not at all; raise UserError if `path` must not be replaced."""
-    with replacing_file(path, overwrite) as temporary:
+@contextmanager
+def measuring(path: Path | None, overwrite: bool = True) -> Iterator[None]:
+    """Keep the result file `path` to this job while the block measures what goes into it.
+
+    Collective: the first rank holds the lock. None is no file.
+
+    Raises:
+        UserError: another job measures into the file, or it exists and `overwrite` is false.
+    """
+    from flame.process.peers import on_first
+
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            if path is not None:
+                stack.enter_context(writer_lock(path))
+                check_file_output(path, overwrite)
+
+        on_first(begin)
+        yield
+
+
+def write_result(
+    path: Path, result: Mapping[str, Any], overwrite: bool = True, locked: bool = False
+) -> None:
+    """Write a result, whole or not at all.
+
+    Args:
+        overwrite: replace an existing `path`; without it one raises UserError.
+        locked: it is written within `measuring(path)`.
+    """
+    with replacing_file(path, overwrite, locked) as temporary:
         write_object(temporary, result, ensure_ascii=False)
 
 

@@ -30,7 +30,9 @@ FAILURES = (UserError, RuntimeError, OSError, ArithmeticError, MemoryError, Valu
 """What ends a point and not the sweep: a person's mistake, and what libraries raise when memory or
 the disk is full, a computation has no answer, or a kernel does not take a width."""
 
-MEASURED = ("perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes")
+MEASURED = (
+    "perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes", "error", "documents",
+)  # fmt: skip
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 """Environment of a job of one process; LOCAL_RANK stays, which says the device."""
 

@@ -22,6 +22,7 @@ from flame.versions import versions
 from launch import evaluate
 from launch.evaluate import STAGE, check
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
+from launch.evaluation.intervals import standard_error
 from launch.evaluation.perplexity import Perplexity, evaluate_perplexity
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import FAMILIES, stock_model
@@ -87,11 +88,25 @@ def test_perplexity_equals_plain_forward_passes(assets: Path, family: str) -> No
     assert result.bits_per_byte == pytest.approx(loss / math.log(2) / size, rel=1e-5)
 
 
+def test_losses_are_kept_by_document(assets: Path) -> None:
+    data, folder = str(assets / "heldout.jsonl"), assets / "gated_deltanet"
+    result = measured(folder, data=data, seq_len=100_000)
+    by_document = [by_hand(folder, "gated_deltanet", [text], True) for text in TEXTS[:10]]
+    assert result.documents.tokens == [tokens for _, tokens, _ in by_document]
+    assert result.documents.losses == pytest.approx([loss for loss, *_ in by_document], rel=1e-5)
+    error = standard_error(result.documents)
+    assert error is not None and result.error == pytest.approx(result.perplexity * error)
+    assert sum(result.documents.losses) / result.tokens == pytest.approx(
+        math.log(result.perplexity)
+    )
+
+
 def test_each_token_is_predicted_once_whatever_the_rows(assets: Path) -> None:
     data = str(assets / "heldout.jsonl")
     long, short = (measured(assets / "llama", data=data, seq_len=n) for n in (4096, 97))
     assert short.sequences == math.ceil(short.tokens / 97)
     assert (short.tokens, short.bytes) == (long.tokens, long.bytes)
+    assert short.documents.tokens == long.documents.tokens and len(long.documents.tokens) == 10
     assert measured(assets / "llama", data=data, seq_len=97, max_sequences=2).tokens == 194
 
 
@@ -108,6 +123,9 @@ def test_any_number_of_processes_gives_the_same(assets: Path) -> None:
             assert record["perplexity"] == pytest.approx(alone.perplexity, rel=1e-9)
             assert record["bits_per_byte"] == pytest.approx(alone.bits_per_byte, rel=1e-9)
             assert (record["tokens"], record["bytes"]) == (alone.tokens, alone.bytes)
+            assert record["documents"]["tokens"] == alone.documents.tokens
+            assert record["documents"]["losses"] == pytest.approx(alone.documents.losses, rel=1e-9)
+            assert record["error"] == pytest.approx(alone.error, rel=1e-6)
             assert record["parameters"] == alone.parameters
 
 

@@ -153,7 +153,10 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
         ("--methods l1 --ratios 0.5,1.5", "l1@key=1.5: ratio 1.5 is not between 0 and 1"),
         ("--methods l1 --ratios 0.5,half", "l1@key=half: ratio 'half' is not a number"),
         ("--methods l1:f=2 --ratios 0.5", "l1:f=2@key=0.5: --f is no option of l1"),
-        ("--methods l1 --ratios 0.25,0.5", "l1@key=0.25 and l1@key=0.5 keep as many channels"),
+        (
+            "--methods l1 --ratios 0.25,0.5 --multiple-of 16",
+            "l1@key=0.25 and l1@key=0.5 keep as many channels",
+        ),
         ("--methods l1@nose --ratios 0.5", "l1@nose=0.5: unknown kind of space 'nose'"),
         (
             "--methods drrqr@head --ratios 0.5",

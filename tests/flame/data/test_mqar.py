@@ -204,7 +204,7 @@ def test_tokenizer_is_saved_and_loaded_as_any_other(tokenizer: Any, tmp_path: Pa
 
 def test_heldout_rows_predict_answers_alone(tokenizer: Any) -> None:
     config = dataclasses.replace(CONFIG, heldout="mqar:pairs=5,length=32,keys=12,values=9")
-    for _, labels, size in islice(heldout_sequences(config, tokenizer, 64), 3):
+    for _, labels, size, _ in islice(heldout_sequences(config, tokenizer, 64), 3):
         assert int((labels != IGNORE_INDEX).sum()) == 10
         assert size == 10 * len(" v0")
 

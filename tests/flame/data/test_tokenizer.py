@@ -132,8 +132,8 @@ def test_held_out_bytes_equal_the_decoded_text(
     path = write_jsonl(tmp_path / "text.jsonl", TEXTS)
     config = DataConfig(heldout=str(path))
     items = list(heldout_sequences(config, tokenizer, seq_len))
-    counted = sum(n_bytes for _, _, n_bytes in items)
-    labels = torch.cat([labels[0] for _, labels, _ in items])
+    counted = sum(n_bytes for _, _, n_bytes, _ in items)
+    labels = torch.cat([labels[0] for _, labels, *_ in items])
     ids = [int(i) for i in labels if i not in (-100, tokenizer.eos_token_id)]
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert ids == [i for document in wanted for i in document[1:]]
@@ -151,16 +151,14 @@ def first_character(tokenizer: Any, text: str) -> bytes:
 def test_held_out_rows_are_batches_like_the_loaders(tokenizer: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "text.jsonl", TEXTS)
     items = list(heldout_sequences(DataConfig(heldout=str(path)), tokenizer, 32))
-    for batch, labels, _ in items[:-1]:
+    for batch, labels, *_ in items[:-1]:
         assert batch["input"].shape == labels.shape == (1, 32)
-    for batch, labels, _ in items:
+    for batch, labels, *_ in items:
         bounds = batch["cu_seqlens"]
         assert bounds[0] == 0 and bounds[-1] == labels.numel() and torch.all(bounds.diff() > 0)
     assert 1 <= items[-1][1].numel() <= 32
     again = heldout_sequences(DataConfig(heldout=str(path)), tokenizer, 32, max_sequences=3)
-    assert [b["input"].tolist() for b, _, _ in again] == [
-        b["input"].tolist() for b, _, _ in items[:3]
-    ]
+    assert [b["input"].tolist() for b, *_ in again] == [b["input"].tolist() for b, *_ in items[:3]]
 
 
 def test_held_out_without_varlen_counts_every_token_but_the_very_first(
@@ -168,7 +166,7 @@ def test_held_out_without_varlen_counts_every_token_but_the_very_first(
 ) -> None:
     path = write_jsonl(tmp_path / "text.jsonl", ["abc", "def"])
     config = DataConfig(heldout=str(path), varlen=False)
-    ((batch, labels, n_bytes),) = heldout_sequences(config, tokenizer, 32)
+    ((batch, labels, n_bytes, _),) = heldout_sequences(config, tokenizer, 32)
     assert set(batch) == {"input"}
     first = len(tokenizer.decode(batch["input"][0, :1].tolist()))
     assert n_bytes == 6 - first and (labels != -100).all()
@@ -183,7 +181,7 @@ def test_the_held_out_set_of_a_folder_is_its_validation_split(
     with pytest.raises(UserError, match="no split 'validation'.*data.heldout"):
         heldout_sequences(DataConfig(dataset=str(folder)), tokenizer, 8)
     write_jsonl(folder / "validation.jsonl", ["held out"])
-    ((batch, _, _),) = heldout_sequences(DataConfig(dataset=str(folder)), tokenizer, 64)
+    ((batch, *_),) = heldout_sequences(DataConfig(dataset=str(folder)), tokenizer, 64)
     assert tokenizer.decode(batch["input"][0].tolist()) == "held out"
 
 

@@ -18,6 +18,7 @@ from launch import evaluate
 from launch.evaluate import STAGE, check
 from launch.evaluation import measures
 from launch.evaluation.fidelity import divergence, sum_divergences
+from launch.reporting.envelope import measuring
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import stock_model
 from tests.launch.task_files import TASKS, TEXTS, task_file, write_tasks
@@ -82,6 +83,13 @@ def test_all_steps_of_a_run_come_out_as_one_table(
 
     models = json.loads(out.read_text())["models"]
     assert list(models) == steps(run)
+    assert "±" in printed.splitlines()[0] and "nats above the first [95 %]" in printed
+    differences = json.loads(out.read_text())["differences"]
+    assert list(differences) == steps(run)[1:]
+    for name, found in differences.items():
+        gap = math.log(models[name]["perplexity"] / models[steps(run)[0]]["perplexity"])
+        assert found["against"] == steps(run)[0]
+        assert found["loss"] == pytest.approx(gap) and found["low"] <= gap <= found["high"]
     same, other = models[steps(run)[1]], models[steps(run)[0]]
     assert same["fidelity"]["kl"] == 0 and same["fidelity"]["agreement"] == 1
     assert other["fidelity"]["kl"] > 0.01 and other["fidelity"]["agreement"] < 1
@@ -136,6 +144,75 @@ def test_single_model_keeps_its_keys_at_the_top(
     table = capsys.readouterr().out
     STAGE.main(arguments)
     assert json.loads(out.read_text()) == first and capsys.readouterr().out == table
+
+
+def test_two_calls_on_one_file_do_not_lose_figures(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    first, second, third = steps(run)
+    for model in (first, second):
+        STAGE.main([model, "--perplexity", "--json", str(out)])
+    assert list(json.loads(out.read_text())["models"]) == [first, second]
+    for overwrite in ([], ["--overwrite"]):
+        options = STAGE.parse([third, "--perplexity", "--json", str(out), *overwrite])
+        check(options)
+        with measuring(out), pytest.raises(UserError, match="another job is writing"):
+            evaluate.run(options)
+    assert list(json.loads(out.read_text())["models"]) == [first, second]
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        check(STAGE.parse([*arguments]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_models_of_one_table_read_the_same_text(assets: Path, run: Path, tmp_path: Path) -> None:
+    hf, text = str(assets / "hf"), str(assets / "tasks" / "texts.jsonl")
+    message = refused(str(run), hf, "--perplexity", text)
+    assert "rows of 64 tokens and" in message and message.endswith("give --seq-len N for both")
+    out = tmp_path / "out.json"
+    STAGE.main([f"{run}/checkpoint/step-9", hf, "--perplexity", text, "--seq-len", "64",
+                "--json", str(out)])  # fmt: skip
+    one, other = json.loads(out.read_text())["models"].values()
+    for key in ("perplexity", "tokens", "bytes", "sequences", "documents"):
+        assert one[key] == other[key], key
+
+    other_run = tmp_path / "other"
+    shutil.copytree(run, other_run)
+    shutil.copy(text, tmp_path / "more.jsonl")
+    recipe = f'[data]\nheldout = "{tmp_path}/more.jsonl"\n[training]\nseq_len = 64\n'
+    (other_run / "recipe.toml").write_text(recipe)
+    assert "give --perplexity DATA for both" in refused(str(run), str(other_run), "--perplexity")
+    # Neither may a later call join rows of another length to the same file.
+    again = [hf, "--perplexity", text, "--json", str(out)]
+    assert "results under other settings" in refused(*again)
+
+
+def test_models_with_other_tokens_are_not_compared(assets: Path, tmp_path: Path) -> None:
+    hf, other, text = assets / "hf", tmp_path / "other", str(assets / "tasks" / "texts.jsonl")
+    shutil.copytree(hf, other)
+    train_tokenizer(TEXTS, VOCABULARY - 20, tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", other, dirs_exist_ok=True)
+    message = refused(str(hf), str(other), "--perplexity", text)
+    assert "have different tokenizers" in message
+    # A model that cannot keep documents apart makes all read rows as one text.
+    stock_model("llama", vocab_size=VOCABULARY).save_pretrained(tmp_path / "llama")
+    shutil.copytree(assets / "tokenizer", tmp_path / "llama", dirs_exist_ok=True)
+    records = ranks_record([str(hf), str(tmp_path / "llama"), "--perplexity", text])
+    one, third = records.values()
+    assert not one["apart"] and not third["apart"]
+    assert one["tokens"] == third["tokens"] and one["bytes"] == third["bytes"]
+
+
+def test_tasks_show_all_models_as_much(assets: Path, tmp_path: Path) -> None:
+    hf, longer = assets / "hf", tmp_path / "longer"
+    shutil.copytree(hf, longer)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    models = [str(hf), str(longer), *tasks_of(assets, "cloze")]
+    assert "at most 2,048 tokens at once and" in refused(*models)
+    check(STAGE.parse([*models, "--max-length", "512"]))
 
 
 def ranks_record(arguments: list[str]) -> dict[str, Any]:
