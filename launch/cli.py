@@ -38,6 +38,7 @@ COMMANDS = {
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
     "eval": Command("launch.evaluate", "measure perplexity, tasks and fidelity of models"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
+    "capacity": Command("launch.capacity", "work out how many requests a GPU holds"),
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),
     "report": Command("launch.report", "write one page about runs and their results"),

@@ -31,7 +31,17 @@ MATHEMATICS = (
 STAGES = {
     "flame": {"tokenizer", "train", "convert"},
     "pruning": {"calibrate", "plan", "apply", "prune"},
-    "launch": {"cli", "evaluate", "recall", "analyze", "bench", "sweep", "report", "demo"},
+    "launch": {
+        "cli",
+        "evaluate",
+        "recall",
+        "analyze",
+        "bench",
+        "capacity",
+        "sweep",
+        "report",
+        "demo",
+    },
 }
 """Modules at the top of each package that are started by name; its folders are rooms."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LABEL_GAP = 14.0
 """Least distance of two labels at the ends of lines, in points."""
 
-LETTER = 7.2
+LETTER = 7.9
 """Approximate width of a letter of a label, in points."""
 
 MOST_LETTERS = 24

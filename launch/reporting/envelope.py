@@ -16,7 +16,9 @@ from flame.process.atomic_output import check_file_output, replacing_file, write
 from flame.storage.json_file import read_object_if_any, write_object
 from flame.versions import versions
 
-FORMATS = {"eval": 1, "recall": 1, "bench": 1, "analyze": 1, "sweep": 1, "demo": 1}
+FORMATS = {
+    "eval": 1, "recall": 1, "bench": 1, "capacity": 1, "analyze": 1, "sweep": 1, "demo": 1,
+}  # fmt: skip
 """The version of what each kind of result holds."""
 
 

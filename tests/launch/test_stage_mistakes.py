@@ -30,6 +30,7 @@ MISSING: dict[str, tuple[str, ...]] = {
     "convert": ("./nowhere", "out", "--to", "hf"),
     "eval": ("./nowhere", "--perplexity"),
     "bench": ("./nowhere",),
+    "capacity": ("./nowhere",),
     "analyze": ("./nowhere", "out"),
     "recall": ("./nowhere",),
     "report": ("./nowhere",),
@@ -48,6 +49,7 @@ WRONG_TYPE: dict[str, tuple[str, ...]] = {
     "convert": ("--to", "many"),
     "eval": ("--batch", "many"),
     "bench": ("--lengths", "16,many"),
+    "capacity": ("--slots", "many"),
     "analyze": ("--epsilon", "many"),
     "recall": ("--pairs", "4,many"),
     "report": ("--latex=many",),
@@ -62,7 +64,7 @@ CASES = [(name, kind) for name in cli.COMMANDS for kind in KINDS]
 FAST = {("plan", "unknown option"), ("eval", "wrong type"), ("prune", "missing file")}
 """Starts of torchrun that the fast part of the suite makes."""
 
-ALONE = ("tokenizer", "bench", "report")
+ALONE = ("tokenizer", "bench", "capacity", "report")
 """Stages of one process."""
 
 
