@@ -57,7 +57,7 @@ class DeltaRuleMixer(nn.Module):
             self.g_proj = nn.Linear(self.hidden_size, rows, bias=False)
             self.o_norm = self.gated_norm(config)
         else:
-            self.o_norm = RMSNorm(width, eps=config.norm_eps, dtype=torch.float32)
+            self.o_norm = RMSNorm(width, eps=self.output_eps(config), dtype=torch.float32)
         self.o_proj = nn.Linear(rows, self.hidden_size, bias=False)
 
     @property
@@ -90,9 +90,13 @@ class DeltaRuleMixer(nn.Module):
         """
         return getattr(self, f"{name}_conv1d")(x=x, cache=cache, **options)
 
+    def output_eps(self, config: Any) -> float:
+        """The eps of the output norm."""
+        return float(config.norm_eps * self.widths.norm_eps_factor)
+
     def gated_norm(self, config: Any) -> nn.Module:
         """The output norm of a layer with an output gate."""
-        return FusedRMSNormGated(self.widths.value, eps=config.norm_eps)
+        return FusedRMSNormGated(self.widths.value, eps=self.output_eps(config))
 
     @abstractmethod
     def add_gates(self, config: Any) -> None:
@@ -118,7 +122,8 @@ class DeltaRuleMixer(nn.Module):
 
         Args:
             recurrent: take the operator that goes token by token, not the chunked one.
-            arguments: the group's `gates`, `initial_state`, `output_final_state`, `cu_seqlens`.
+            arguments: the group's `gates`, `scale`, `initial_state`, `output_final_state`,
+                `cu_seqlens`.
 
         Returns:
             Outputs of the group's value heads, and its final state if asked for.
@@ -194,6 +199,7 @@ class DeltaRuleMixer(nn.Module):
                 q[i],
                 k[i],
                 v[i],
+                scale=self.widths.scale,
                 initial_state=before[i],
                 **{name: gate[i] for name, gate in gates.items()},
                 **options,

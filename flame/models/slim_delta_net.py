@@ -15,7 +15,8 @@ from flame.models.widths import LayerWidths, layer_widths
 
 
 class SlimDeltaNetConfig(DeltaNetConfig):
-    """The dense model's `DeltaNetConfig` and `widths` (see `flame.models.widths`).
+    """The dense model's `DeltaNetConfig` with `widths` and `undo_gain` (see
+    `flame.models.widths`).
 
     fla's CUDA kernels take key widths from 16 to 256; a layer with another one raises ValueError
     when it runs on CUDA.
@@ -23,9 +24,11 @@ class SlimDeltaNetConfig(DeltaNetConfig):
 
     model_type = "slim_delta_net"
 
-    def __init__(self, widths: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, widths: dict[str, Any] | None = None, undo_gain: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.widths = widths
+        self.widths, self.undo_gain = widths, undo_gain
         self.layer_widths()
 
     def layer_widths(self) -> dict[int, LayerWidths]:

@@ -18,7 +18,8 @@ from flame.models.widths import LayerWidths, layer_widths
 
 
 class SlimGatedDeltaNetConfig(GatedDeltaNetConfig):
-    """The dense model's `GatedDeltaNetConfig` and `widths` (see `flame.models.widths`).
+    """The dense model's `GatedDeltaNetConfig` with `widths` and `undo_gain` (see
+    `flame.models.widths`).
 
     fla's CUDA kernels take key widths from 16 to 256; a layer with another one raises ValueError
     when it runs on CUDA.
@@ -26,9 +27,11 @@ class SlimGatedDeltaNetConfig(GatedDeltaNetConfig):
 
     model_type = "slim_gated_deltanet"
 
-    def __init__(self, widths: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, widths: dict[str, Any] | None = None, undo_gain: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.widths = widths
+        self.widths, self.undo_gain = widths, undo_gain
         self.layer_widths()
 
     def layer_widths(self) -> dict[int, LayerWidths]:
@@ -77,7 +80,9 @@ class SlimGatedDeltaNetMixer(DeltaRuleMixer):
 
     def gated_norm(self, config: Any) -> nn.Module:
         return FusedRMSNormGated(
-            self.widths.value, eps=config.norm_eps, activation=config.output_gate_activation
+            self.widths.value,
+            eps=self.output_eps(config),
+            activation=config.output_gate_activation,
         )
 
     def gates(self, x: Tensor) -> Mapping[str, Tensor]:

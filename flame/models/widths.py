@@ -8,6 +8,11 @@ A slim config has the keys of the dense stock model, which give its full widths,
 
 with an entry for each layer, null for softmax layers, which have no recurrent state. A list that is
 absent stands for the full widths. With grouped value heads each key head keeps its whole group.
+
+With K of the dense model's D key channels, the delta rule's default scale of K^-1/2 makes a head's
+output sqrt(D / K) times as large as zeros in the other channels would. `"undo_gain": true` in the
+config gives every head the dense model's scale instead, and the output norm of a layer with V of D
+value channels the dense eps times D / V; the norm's weight holds the factor sqrt(D / V) already.
 This module imports no torch.
 """
 
@@ -32,8 +37,18 @@ def kernel_warning(width: int) -> str | None:
 
 
 @dataclass(frozen=True)
+class DenseShape:
+    """The full widths of a family's layers, the same in all of them."""
+
+    heads: int
+    key: int
+    value: int
+    group: int = 1
+
+
+@dataclass(frozen=True)
 class LayerWidths:
-    """The shape of one layer's recurrent state."""
+    """The shape of one layer's recurrent state, and what follows from it for the layer's scales."""
 
     keys: tuple[int, ...]
     """Key channels of each key head, in the order of the heads."""
@@ -41,6 +56,18 @@ class LayerWidths:
     """Value channels of every value head."""
     group: int = 1
     """Value heads that share a key head."""
+    undone: DenseShape | None = None
+    """The dense model's shape if the layer undoes the gain of fewer channels; None if it has it."""
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of the queries; None for the operator's default, each head's width^-1/2."""
+        return None if self.undone is None else self.undone.key**-0.5
+
+    @property
+    def norm_eps_factor(self) -> float:
+        """What the output norm's eps is multiplied by."""
+        return 1.0 if self.undone is None else self.undone.value / self.value
 
     @property
     def heads(self) -> int:
@@ -66,16 +93,6 @@ class LayerWidths:
         return self.key_rows * self.group * self.value
 
 
-@dataclass(frozen=True)
-class DenseShape:
-    """The full widths of a family's layers, the same in all of them."""
-
-    heads: int
-    key: int
-    value: int
-    group: int = 1
-
-
 def delta_net_shape(config: Mapping[str, Any]) -> DenseShape:
     """Full widths of a `delta_net` config that has all its keys."""
     heads, hidden = config["num_heads"], config["hidden_size"]
@@ -97,23 +114,27 @@ SHAPES: dict[str, Callable[[Mapping[str, Any]], DenseShape]] = {
 """How the stock keys of a slim family's config give the full widths, by `model_type`."""
 
 
-def slim_config(dense: Mapping[str, Any], widths: Mapping[str, Any]) -> dict[str, Any]:
+def slim_config(
+    dense: Mapping[str, Any], widths: Mapping[str, Any], undo_gain: bool = False
+) -> dict[str, Any]:
     """The config of the slim form of a dense stock model; not checked yet.
 
     Args:
         dense: the stock model's config.json.
         widths: as in the module's text; lists that say nothing new may be left out.
+        undo_gain: as in the module's text.
     """
     kept = {key: value for key, value in dense.items() if key != "architectures"}
-    return {**kept, "model_type": f"slim_{dense['model_type']}", "widths": dict(widths)}
+    undo = {"undo_gain": True} if undo_gain else {}
+    return {**kept, "model_type": f"slim_{dense['model_type']}", "widths": dict(widths), **undo}
 
 
 def layer_widths(config: Mapping[str, Any]) -> dict[int, LayerWidths]:
     """The widths of each layer with a recurrent state, by layer, of a complete slim config.
 
     Raises:
-        ValueError: `widths` is not what the module's text describes, or a width is not from 1 to
-            the full one; the message names the entry.
+        ValueError: `widths` or `undo_gain` is not what the module's text describes, or a width is
+            not from 1 to the full one; the message names the entry.
     """
     dense = SHAPES[config["model_type"]](config)
     widths = config.get("widths") or {}
@@ -122,7 +143,10 @@ def layer_widths(config: Mapping[str, Any]) -> dict[int, LayerWidths]:
     depth, layers = config["num_hidden_layers"], recurrent_layers(config)
     for kind, values in widths.items():
         _check_layers(kind, values, depth, layers)
-    return {layer: _layer(widths, layer, dense) for layer in layers}
+    undo = config.get("undo_gain", False)
+    if type(undo) is not bool:
+        raise ValueError(f"undo_gain is {undo!r}: it must be true or false")
+    return {layer: _layer(widths, layer, dense, dense if undo else None) for layer in layers}
 
 
 def recurrent_layers(config: Mapping[str, Any]) -> list[int]:
@@ -134,17 +158,19 @@ def recurrent_layers(config: Mapping[str, Any]) -> list[int]:
     return [layer for layer in range(config["num_hidden_layers"]) if layer not in softmax]
 
 
-def _layer(widths: Mapping[str, Any], layer: int, dense: DenseShape) -> LayerWidths:
+def _layer(
+    widths: Mapping[str, Any], layer: int, dense: DenseShape, undone: DenseShape | None
+) -> LayerWidths:
     heads = _number(widths, "heads", layer, dense.heads)
     value = _number(widths, "value", layer, dense.value)
     if "key" not in widths:
-        return LayerWidths((dense.key,) * heads, value, dense.group)
+        return LayerWidths((dense.key,) * heads, value, dense.group, undone)
     keys = widths["key"][layer]
     if not isinstance(keys, Sequence) or isinstance(keys, str) or len(keys) != heads:
         raise ValueError(f"widths.key[{layer}] is {keys!r}: it must be a list of {heads} widths")
     for head, key in enumerate(keys):
         _check_range(f"widths.key[{layer}][{head}]", key, dense.key)
-    return LayerWidths(tuple(keys), value, dense.group)
+    return LayerWidths(tuple(keys), value, dense.group, undone)
 
 
 def _number(widths: Mapping[str, Any], kind: str, layer: int, full: int) -> int:

@@ -28,6 +28,7 @@ DEFAULTS = {
     "use_short_conv": True,
     "qk_activation": "silu",
     "attn": None,
+    "norm_eps": 1e-6,
 }
 
 

@@ -16,6 +16,7 @@ DEFAULTS = {
     "use_gate": True,
     "use_short_conv": True,
     "attn": None,
+    "norm_eps": 1e-6,
 }
 
 

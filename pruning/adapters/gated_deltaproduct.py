@@ -23,6 +23,7 @@ DEFAULTS = {
     "use_output_gate": True,
     "use_short_conv": True,
     "attn": None,
+    "norm_eps": 1e-6,
 }
 
 STEPPED = ("k_proj", "k_conv1d", "v_proj", "v_conv1d", "b_proj")

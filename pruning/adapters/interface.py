@@ -36,6 +36,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def can_undo_gain(self) -> bool:
+        """Whether a config of the family has the eps of the output norm."""
+        ...
+
+    @property
     def op_sites(self) -> tuple[Site, ...]:
         """Where the mixer looks up the delta-rule operators."""
         ...
@@ -53,7 +58,7 @@ class Adapter(Protocol):
         """The spaces of the model, by layer; layers without a recurrent state have none."""
         ...
 
-    def resize(self, config: Config, widths: Widths) -> Config:
+    def resize(self, config: Config, widths: Widths, undo_gain: bool = False) -> Config:
         """A copy of the config for what is kept of the planned spaces.
 
         It is a stock config if all layers and heads agree, otherwise the config of the family's
@@ -62,6 +67,8 @@ class Adapter(Protocol):
         Args:
             config: the model's.
             widths: as `pruning.spaces.widths_of` gives them: key widths of the heads that survive.
+            undo_gain: whether the result undoes the gain of fewer channels
+                (`pruning.planning.gain`); a stock config does by the eps of all its norms.
 
         Raises:
             ValueError: a kind is planned in some layers only, a width is out of range, a name is

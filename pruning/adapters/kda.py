@@ -20,6 +20,7 @@ DEFAULTS = {
     "num_hidden_layers": 24,
     "use_short_conv": True,
     "attn": None,
+    "norm_eps": 1e-6,
 }
 
 PER_VALUE_HEAD: tuple[tuple[str, Role], ...] = (

@@ -50,6 +50,7 @@ class ProjectionFamily(ABC):
     """What fla assumes for keys that a config lacks."""
     has_slim_class: ClassVar[bool] = False
     """Whether `flame.models` has a class for widths that differ between heads or layers."""
+    can_undo_gain: ClassVar[bool] = True
 
     @abstractmethod
     def sizes(self, full: Config) -> MixerSizes:
@@ -64,7 +65,7 @@ class ProjectionFamily(ABC):
         full = with_defaults(config, self.defaults)
         return mixer_spaces(linear_layers(full), self.sizes(full))
 
-    def resize(self, config: Config, widths: Widths) -> Config:
+    def resize(self, config: Config, widths: Widths, undo_gain: bool = False) -> Config:
         """A copy of the config for what is kept; of the slim class where heads or layers differ.
 
         Raises:
@@ -74,13 +75,26 @@ class ProjectionFamily(ABC):
         full = with_defaults(config, self.defaults)
         sizes = uniform_sizes(planned)
         if sizes is not None:
-            return {**config, **self.knobs(full, sizes)}
+            gain = self._gain_knob(full, sizes) if undo_gain else {}
+            return {**config, **self.knobs(full, sizes), **gain}
         if not self.has_slim_class:
             raise ValueError(
                 f"widths differ between layers or heads, and {self.model_type} has no class for "
                 "that: use --allocate uniform, or --pad for a stock model with channels of zeros"
             )
-        return ragged_config(config, planned, full["num_hidden_layers"])
+        return ragged_config(config, planned, full["num_hidden_layers"], undo_gain)
+
+    def _gain_knob(self, full: Config, sizes: Mapping[Kind, int]) -> Config:
+        """The output norm's eps, by which d'_k of d_k key and d'_v of d_v value channels act alike.
+
+        The output o of d'_k channels is sqrt(d_k / d'_k) times what zeros in the dropped ones give,
+        and the mean of o² over d'_v channels d_v / d'_v times that over all. With the eps times
+        both ratios, and the norm's weight times sqrt(d_v / d'_v), the norm's output is the same.
+        """
+        before = self.sizes(full)
+        key = before.key_width / sizes.get("key", before.key_width)
+        value = before.value_width / sizes.get("value", before.value_width)
+        return {} if key * value == 1 else {"norm_eps": full["norm_eps"] * key * value}
 
     def state_bytes(self, config: Config) -> int:
         """One state of d_k x d_v per value head and linear layer, in float32."""

@@ -1,7 +1,7 @@
 """Models of ours whose heads have widths of their own: known to every command, pruned no more."""
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from flame.errors import UserError
 from flame.models.widths import LayerWidths, layer_widths
@@ -18,6 +18,7 @@ class Ragged:
     dense: delta_net.DeltaNet | gated_deltanet.GatedDeltaNet
     defaults: dict
     mixer_class: tuple[str, str]
+    can_undo_gain: ClassVar[bool] = False
 
     @property
     def model_type(self) -> str:
@@ -39,7 +40,7 @@ class Ragged:
         """Refuse, as `check`."""
         self._refuse()
 
-    def resize(self, config: Config, widths: object) -> Config:
+    def resize(self, config: Config, widths: object, undo_gain: bool = False) -> Config:
         """Refuse, as `check`."""
         self._refuse()
 

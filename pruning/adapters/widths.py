@@ -59,7 +59,9 @@ def uniform_sizes(planned: Mapping[Kind, ByLayer]) -> dict[Kind, int] | None:
     return {kind: next(iter(distinct)) for kind, distinct in sizes.items()}
 
 
-def ragged_config(config: Config, planned: Mapping[Kind, ByLayer], depth: int) -> Config:
+def ragged_config(
+    config: Config, planned: Mapping[Kind, ByLayer], depth: int, undo_gain: bool
+) -> Config:
     """The slim form of a stock config, with the planned widths of every layer; not checked yet.
 
     Args:
@@ -67,6 +69,7 @@ def ragged_config(config: Config, planned: Mapping[Kind, ByLayer], depth: int) -
         planned: the kept channels of each head by layer, for each planned kind of space. Value
             and head spaces have one number a layer, key spaces one a key head.
         depth: layers of the model; those that `planned` lacks have no recurrent state.
+        undo_gain: whether the heads keep the dense model's scales.
     """
     lists = {}
     for kind, rows in planned.items():
@@ -74,7 +77,7 @@ def ragged_config(config: Config, planned: Mapping[Kind, ByLayer], depth: int) -
         lists[_LISTS[kind]] = [
             None if row is None else list(row) if kind == "key" else row[0] for row in of_layers
         ]
-    return slim_config(config, lists)
+    return slim_config(config, lists, undo_gain)
 
 
 def expansion(base: int, target: int) -> float:

@@ -2,11 +2,40 @@
 
 from collections.abc import Iterable
 
+from flame.errors import UserError
 from pruning.methods import METHODS, Method
+from pruning.planning.budgets import Budget
 from pruning.spaces import Kind, Space
 
 MIXABLE = ("projection", "convolution")
 """Roles of tensors whose channels a projection can mix: the others act on each by itself."""
+
+
+def check_method(budget: Budget, method: Method, spaces: Iterable[Space]) -> None:
+    """Raise UserError, with the way out, if `method` cannot do what `budget` asks for in spaces."""
+    spaces = list(spaces)
+    for kind in budget.kinds:
+        reason = why_not(method, kind, spaces)
+        if reason is not None:
+            raise UserError(reason)
+    if budget.allocate == "uniform":
+        return
+    if not hasattr(method, "scores"):
+        able = ", ".join(name for name, other in METHODS.items() if hasattr(other, "scores"))
+        raise UserError(
+            f"--allocate {budget.allocate} shares channels by scores, which {method.name} has "
+            f"none of: use --allocate uniform, or one of {able}"
+        )
+    if budget.pad and hasattr(method, "new_tensors"):
+        raise UserError(
+            f"--pad keeps channels where they are, and {method.name} mixes them: leave it out"
+        )
+    single = [kind for kind in budget.kinds if kind != "key"]
+    if budget.allocate == "layer" and single:
+        raise UserError(
+            f"--allocate layer shares channels between the heads of a layer, which have one "
+            f"selection of kind {single[0]!r}: use --allocate model"
+        )
 
 
 def why_not(method: type[Method] | Method, kind: Kind, spaces: Iterable[Space]) -> str | None:

@@ -68,7 +68,9 @@ class Budget:
     strict_ratio: bool = option(
         False, "refuse a width that misses what --ratio asks for by more than 5 %"
     )
-    paper: bool = option(False, "as published: --multiple-of 1, and the method's own settings")
+    paper: bool = option(
+        False, "as published: --multiple-of 1, the method's own settings, outputs left to grow"
+    )
 
     @property
     def asked_multiple(self) -> int | None:

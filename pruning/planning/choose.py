@@ -16,10 +16,11 @@ from flame.process.progress import progress
 from flame.versions import versions
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
-from pruning.methods import METHODS, Method
+from pruning.methods import Method
 from pruning.planning.allocation import groups, shared_widths
-from pruning.planning.applicable import why_not
+from pruning.planning.applicable import check_method
 from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
+from pruning.planning.gain import gain_notes
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
 from pruning.spaces import Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
@@ -46,7 +47,7 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
             "it out, or say --allocate"
         )
     if method is not None:
-        _check_method(budget, method, spaces)
+        check_method(budget, method, spaces)
     if budget.allocate != "uniform" and not budget.pad:
         _check_slim_class(budget, adapter.model_type)
     return widths
@@ -85,7 +86,8 @@ def choose(
             NaN or infinite values, or the method finds no answer.
     """
     uniform = check_budget(budget, config, method)
-    spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
+    adapter = adapter_for(config)
+    spaces = spaces_of_kinds(adapter, config, budget.kinds)
     chooser = _Chooser(source, method, statistics or {})
     kept: dict[str, Kept] = {}
     new_tensors: dict[str, Tensor] = {}
@@ -96,18 +98,24 @@ def choose(
         for space in progress(part, f"choose ({method.name})", len(part)):
             kept[space.name], new = chooser.choose(space, widths[space.name])
             new_tensors |= new
+    undo_gain = adapter.can_undo_gain and not budget.paper
     return Plan(
         method=method.name,
         options=options_of(method),
         budget=budget.record(),
         fingerprint=fingerprint(config, source),
         config_before=config,
-        config_after=pruned_config(config, kept, budget.pad),
+        config_after=pruned_config(config, kept, budget.pad, undo_gain),
         kept=kept,
         calibration=calibration if method.needs else None,
         versions=versions(("slimstate", "torch")),
         pad=budget.pad,
-        notes=(*departures(budget, spaces, uniform), *_notes(method, config, budget.kinds)),
+        undo_gain=undo_gain,
+        notes=(
+            *departures(budget, spaces, uniform),
+            *_notes(method, config, budget.kinds),
+            *([] if undo_gain else gain_notes(spaces, kept, budget, config)),
+        ),
         new_tensors=new_tensors,
     )
 
@@ -199,31 +207,6 @@ def _check_slim_class(budget: Budget, family: str) -> None:
             f"--allocate {budget.allocate} makes widths that differ between heads, and {family} "
             "has no class for that: add --pad for a stock model with channels of zeros, or use "
             "--allocate uniform"
-        )
-
-
-def _check_method(budget: Budget, method: Method, spaces: list[Space]) -> None:
-    for kind in budget.kinds:
-        reason = why_not(method, kind, spaces)
-        if reason is not None:
-            raise UserError(reason)
-    if budget.allocate == "uniform":
-        return
-    if not hasattr(method, "scores"):
-        able = ", ".join(name for name, other in METHODS.items() if hasattr(other, "scores"))
-        raise UserError(
-            f"--allocate {budget.allocate} shares channels by scores, which {method.name} has "
-            f"none of: use --allocate uniform, or one of {able}"
-        )
-    if budget.pad and hasattr(method, "new_tensors"):
-        raise UserError(
-            f"--pad keeps channels where they are, and {method.name} mixes them: leave it out"
-        )
-    single = [kind for kind in budget.kinds if kind != "key"]
-    if budget.allocate == "layer" and single:
-        raise UserError(
-            f"--allocate layer shares channels between the heads of a layer, which have one "
-            f"selection of kind {single[0]!r}: use --allocate model"
         )
 
 

@@ -5,9 +5,8 @@ the plan drops, as zeros: so their positions are the layout's, whatever it is. A
 channel whose rows are all zero adds nothing to any output, and its gradients are zero as well, so
 it stays zero in training; so does a head whose output columns are zero too.
 
-The output norm divides by the number of value channels, padding included. With k of K channels it
-therefore gives sqrt(K / k) times too much, which the norm's weight takes back: exact but for the
-norm's eps.
+The output norm divides by the number of value channels, padding included, which its weight takes
+back (`pruning.transform.slices`).
 """
 
 from collections.abc import Iterable, Mapping

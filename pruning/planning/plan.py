@@ -54,6 +54,9 @@ class Plan:
     """Where the new tensors are, if the method made any and they are saved."""
     pad: bool = False
     """Whether heads are filled up with zeros to the largest width, for a stock model."""
+    undo_gain: bool = False
+    """Whether the pruned model gives what zeros in the dropped channels would, not a larger output
+    as published (`pruning.planning.gain`)."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
     new_tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -82,7 +85,7 @@ def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
     try:
         for space in planned_spaces(plan, config):
             check_kept(space, plan.kept[space.name])
-        resized = pruned_config(plan.config_before, plan.kept, plan.pad)
+        resized = pruned_config(plan.config_before, plan.kept, plan.pad, plan.undo_gain)
     except ValueError as error:
         raise UserError(f"{name} does not fit the model: {first_line(error)}") from error
     if resized != plan.config_after:
@@ -91,8 +94,15 @@ def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
         )
 
 
-def pruned_config(config: Config, kept: Mapping[str, Kept], pad: bool = False) -> Config:
+def pruned_config(
+    config: Config, kept: Mapping[str, Kept], pad: bool = False, undo_gain: bool = False
+) -> Config:
     """The config of a model of which `kept` is kept, or of its padded form.
+
+    Args:
+        config: the dense model's.
+        kept: a selection for each planned space.
+        pad, undo_gain: as in `Plan`.
 
     Raises:
         UserError: the model cannot be padded.
@@ -103,12 +113,13 @@ def pruned_config(config: Config, kept: Mapping[str, Kept], pad: bool = False) -
     if pad:
         check_padding(config, spaces, kept)
         kept = padded(spaces, kept)
-    return adapter.resize(config, widths_of(spaces, kept))
+    return adapter.resize(config, widths_of(spaces, kept), undo_gain)
 
 
 def with_padding(plan: Plan) -> Plan:
     """`plan` with a stock model as its result, whose extra channels are zero."""
-    return replace(plan, pad=True, config_after=pruned_config(plan.config_before, plan.kept, True))
+    config = pruned_config(plan.config_before, plan.kept, True, plan.undo_gain)
+    return replace(plan, pad=True, config_after=config)
 
 
 def check_fingerprint(plan: Plan, fingerprint: str, name: str = "the plan") -> None:

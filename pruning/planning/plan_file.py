@@ -45,6 +45,7 @@ def plan_text(plan: Plan) -> str:
         "notes": list(plan.notes),
         "pad": plan.pad,
         "replaced": {"file": saved.name, "hash": saved.hash} if saved else None,
+        "undo_gain": plan.undo_gain,
         "spaces": {name: [row.tolist() for row in kept] for name, kept in plan.kept.items()},
         "versions": plan.versions,
     }
@@ -83,6 +84,7 @@ def _plan(content: dict[str, Any]) -> Plan:
         versions=_get(content, "versions", dict),
         tensors_file=_tensors_file(_optional(content, "replaced")),
         pad=_flag(content, "pad"),
+        undo_gain=_flag(content, "undo_gain"),
         notes=_notes(content.get("notes", [])),
     )
 

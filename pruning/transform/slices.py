@@ -30,7 +30,7 @@ class Slice:
     blank: Int64[Tensor, " m"]
     """Which of the n surviving positions are padding and become zero."""
     factor: float = 1.0
-    """A factor for the parameter, which makes up for padding in a norm."""
+    """A factor for the parameter: of an output norm, whose mean runs over fewer channels."""
 
 
 Slices = Mapping[str, tuple[Slice, ...]]
@@ -40,11 +40,15 @@ Slices = Mapping[str, tuple[Slice, ...]]
 def slices_of(plan: Plan, config: Config) -> dict[str, tuple[Slice, ...]]:
     """The slices of each parameter that `plan`, which fits the config, prunes."""
     spaces = planned_spaces(plan, config)
-    return slices_of_spaces(spaces, plan.kept, padded(spaces, plan.kept) if plan.pad else plan.kept)
+    filled = padded(spaces, plan.kept) if plan.pad else plan.kept
+    return slices_of_spaces(spaces, plan.kept, filled, plan.undo_gain)
 
 
 def slices_of_spaces(
-    spaces: Iterable[Space], kept: Mapping[str, Kept], filled: Mapping[str, Kept]
+    spaces: Iterable[Space],
+    kept: Mapping[str, Kept],
+    filled: Mapping[str, Kept],
+    undo_gain: bool = False,
 ) -> dict[str, tuple[Slice, ...]]:
     """The slices of all tensors that `spaces` index.
 
@@ -54,6 +58,8 @@ def slices_of_spaces(
         spaces: the planned spaces.
         kept: their selections.
         filled: the same selections, with padding where the plan pads.
+        undo_gain: whether output norms give what zeros in the dropped channels would; otherwise
+            they give what a norm over the kept channels alone does.
     """
     of_dimension: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
     for space in spaces:
@@ -61,7 +67,7 @@ def slices_of_spaces(
             of_dimension.setdefault((axis.fqn, axis.dim), []).append((space, axis))
     slices: dict[str, tuple[Slice, ...]] = {}
     for (fqn, _), axes in of_dimension.items():
-        slices[fqn] = (*slices.get(fqn, ()), _slice(axes, kept, filled))
+        slices[fqn] = (*slices.get(fqn, ()), _slice(axes, kept, filled, undo_gain))
     return slices
 
 
@@ -77,7 +83,10 @@ def slice_tensor(name: str, tensor: Tensor, slices: Iterable[Slice]) -> Tensor:
 
 
 def _slice(
-    axes: Iterable[tuple[Space, Axis]], kept: Mapping[str, Kept], filled: Mapping[str, Kept]
+    axes: Iterable[tuple[Space, Axis]],
+    kept: Mapping[str, Kept],
+    filled: Mapping[str, Kept],
+    undo_gain: bool,
 ) -> Slice:
     """The slice of one dimension by all spaces that index it."""
     axes = list(axes)
@@ -88,6 +97,7 @@ def _slice(
         stays &= survives(axis, filled[space.name])
         real &= survives(axis, kept[space.name])
         if axis.role == "norm":
-            factor = math.sqrt(len(kept[space.name][0]) / len(filled[space.name][0]))
+            mean_over = space.head_dim if undo_gain else len(kept[space.name][0])
+            factor = math.sqrt(mean_over / len(filled[space.name][0]))
     blank = (~real[stays]).nonzero().squeeze(-1)
     return Slice(axis.dim, len(stays), stays.nonzero().squeeze(-1), blank, factor)

@@ -172,6 +172,19 @@ def build(config: dict[str, Any], device: str = "cpu", seed: int = 0) -> nn.Modu
     return model.eval()
 
 
+@torch.no_grad()
+def enlarge_stream_(model: nn.Module, factor: float = 2.0**20) -> nn.Module:
+    """Multiply what adds to the residual stream by `factor`, and return `model`.
+
+    All that reads the stream is a norm, so a model computes what it did with its norms' eps divided
+    by factor². Output norms read the delta rule's outputs, which stay: theirs alone counts then.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embeddings.weight", "o_proj.weight", "down_proj.weight")):
+            parameter *= factor
+    return model
+
+
 def _pass_on(hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple:
     return hidden_states, None, past_key_values
 

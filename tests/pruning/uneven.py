@@ -9,7 +9,9 @@ from pruning.planning.plan import Plan, pruned_config, spaces_of_kinds
 from pruning.spaces import Kept, Kind, Space
 
 
-def uneven_plan(model: ModelReference, kinds: tuple[Kind, ...], pad: bool = False) -> Plan:
+def uneven_plan(
+    model: ModelReference, kinds: tuple[Kind, ...], pad: bool = False, undo_gain: bool = True
+) -> Plan:
     """Random channels of some kinds; every layer keeps another number of them, and most heads."""
     spaces = spaces_of_kinds(adapter_for(model.config), model.config, kinds)
     kept = {space.name: _uneven(space) for space in spaces}
@@ -19,11 +21,12 @@ def uneven_plan(model: ModelReference, kinds: tuple[Kind, ...], pad: bool = Fals
         budget={},
         fingerprint=fingerprint(model.config, model.source()),
         config_before=model.config,
-        config_after=pruned_config(model.config, kept, pad),
+        config_after=pruned_config(model.config, kept, pad, undo_gain),
         kept=kept,
         calibration=None,
         versions={},
         pad=pad,
+        undo_gain=undo_gain,
     )
 
 

@@ -1,15 +1,10 @@
 """Ragged models: stock where all widths agree, the masked dense model where they do not."""
 
-import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -53,7 +48,7 @@ def cut(
         "value": [len(kept[i][2]) if i in kept else None for i in depth],
         "heads": [len(kept[i][0]) if i in kept else None for i in depth],
     }
-    return slim_config(config, lists), kept
+    return slim_config(config, lists, undo_gain=True), kept
 
 
 def rows(name: str, heads: list[int], keys: list[list[int]], values: list[int], full: Any) -> Any:
@@ -80,32 +75,15 @@ def sliced_and_masked(dense: nn.Module, kept: dict[int, tuple]) -> tuple[dict, d
         if ".attn." in name and int(parts[2]) in kept:
             dim, positions = rows(".".join(parts[4:]), *kept[int(parts[2])])
             sliced[name] = tensor.index_select(dim, torch.tensor(positions))
+            if parts[4] == "o_norm":
+                # The mean of squares is that over the dense model's channels.
+                sliced[name] = sliced[name] * (tensor.shape[0] / len(positions)) ** 0.5
             if parts[4][:2] in ("q_", "k_", "v_", "g_") or parts[4] == "o_proj":
                 mask = torch.zeros(tensor.shape[dim]).index_fill_(0, torch.tensor(positions), 1)
                 masked[name] = tensor * (mask[:, None] if dim == 0 else mask).view(
                     [-1 if i == dim else 1 for i in range(tensor.ndim)]
                 )
     return sliced, masked
-
-
-@contextmanager
-def same_scale(model_type: str) -> Iterator[None]:
-    """Give all heads one scale: the stock one follows the width and only the norm's eps sees it."""
-    with ExitStack() as stack:
-        for module_name, attribute in ADAPTERS[model_type].op_sites:
-            module = importlib.import_module(module_name)
-            op = partial(getattr(module, attribute), scale=0.3)
-            stack.enter_context(patch.object(module, attribute, op))
-        yield
-
-
-def norm_over_kept(dense: nn.Module, kept: dict[int, tuple]) -> None:
-    """Let the output norms of the masked model take the mean over the kept value channels."""
-    for layer, (_, _, values, full) in kept.items():
-        norm = dense.model.layers[layer].attn.o_norm
-        share = len(values) / full.value
-        norm.weight.data *= share**0.5
-        norm.eps *= share
 
 
 def pair(name: str, keys_alone: bool = False) -> tuple[nn.Module, nn.Module]:
@@ -117,7 +95,6 @@ def pair(name: str, keys_alone: bool = False) -> tuple[nn.Module, nn.Module]:
     ragged = build(ragged_config)
     ragged.load_state_dict(sliced)
     dense.load_state_dict(masked)
-    norm_over_kept(dense, kept)
     return ragged, dense
 
 
@@ -151,21 +128,20 @@ def test_a_ragged_model_is_the_masked_dense_one(name: str) -> None:
     """With gradients: those of the embedding, which all layers pass on."""
     ragged, dense = pair(name)
     assert len({key for layer in ragged.config.layer_widths().values() for key in layer.keys}) == 3
-    with same_scale(dense.config.model_type):
-        for length in LENGTHS:
-            ids = tokens(2, length)
-            assert difference(logits(ragged, ids), logits(dense, ids)) < 2e-5
-        gradients = []
-        for model in (ragged, dense):
-            model.train()(ids, labels=ids).loss.backward()
-            gradients.append(model.get_input_embeddings().weight.grad)
+    for length in LENGTHS:
+        ids = tokens(2, length)
+        assert difference(logits(ragged, ids), logits(dense, ids)) < 2e-5
+    gradients = []
+    for model in (ragged, dense):
+        model.train()(ids, labels=ids).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
     assert difference(gradients[0], gradients[1]) < 2e-4
 
 
 def test_a_ragged_model_is_the_stock_one_with_zeros_up_to_the_largest_width() -> None:
     config = tiny_config("gated_deltanet")
     widths = [[5, 16], [16, 9], [9, 9]]
-    ragged, stock = build(slim_config(config, {"key": widths})), build(config)
+    ragged, stock = build(slim_config(config, {"key": widths}, undo_gain=True)), build(config)
     padded = stock.state_dict()
     for name, tensor in ragged.state_dict().items():
         padded[name] = tensor
@@ -175,10 +151,9 @@ def test_a_ragged_model_is_the_stock_one_with_zeros_up_to_the_largest_width() ->
                 [torch.cat([h, h.new_zeros(16 - len(h), *h.shape[1:])]) for h in heads]
             )
     stock.load_state_dict(padded)
-    with same_scale("gated_deltanet"):
-        for length in LENGTHS:
-            ids = tokens(2, length)
-            assert difference(logits(ragged, ids), logits(stock, ids)) < 2e-5
+    for length in LENGTHS:
+        ids = tokens(2, length)
+        assert difference(logits(ragged, ids), logits(stock, ids)) < 2e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,6 +227,14 @@ def test_widths_of_a_config() -> None:
     lists = {"key": [[4], None, [6, 7]], "heads": [1, None, 2]}
     found = layer_widths(slim_config(config, lists))
     assert found == {0: LayerWidths((4,), 36, 2), 2: LayerWidths((6, 7), 36, 2)}
+    assert (found[2].scale, found[2].norm_eps_factor) == (None, 1.0)
+    undone = layer_widths(slim_config(config, lists | {"value": [24, None, 9]}, undo_gain=True))
+    assert [(w.scale, w.norm_eps_factor) for w in undone.values()] == [
+        (18**-0.5, 1.5),
+        (18**-0.5, 4.0),
+    ]
+    with pytest.raises(ValueError, match="undo_gain is 'yes': it must be true or false"):
+        layer_widths(slim_config(config, lists) | {"undo_gain": "yes"})
     assert (found[2].key_rows, found[2].value_rows, found[2].state_floats) == (13, 144, 13 * 72)
 
 

@@ -16,7 +16,7 @@ from pruning.adapters import ADAPTERS, PRUNED, adapter_for
 from pruning.op_call import OpCall
 from pruning.states.analysis import Analysis, analyse_states, linear_spaces
 from pruning.taps import tap_ops
-from tests.flame.models.test_ragged import pair, same_scale
+from tests.flame.models.test_ragged import pair
 from tests.pruning.families import tiny_config, tokens
 from tests.pruning.models import write_hf
 
@@ -40,9 +40,8 @@ def analysed(
 def test_ranks_are_those_of_the_masked_dense_model(name: str, tmp_path: Path) -> None:
     ragged, dense = pair(name, keys_alone=True)
     texts = [tokens(1, 70)]
-    with same_scale(dense.config.model_type):
-        found = analysed(ragged, ragged.config.to_dict(), tmp_path / "ragged", texts)
-        expected = analysed(dense, tiny_config(name), tmp_path / "dense", texts)
+    found = analysed(ragged, ragged.config.to_dict(), tmp_path / "ragged", texts)
+    expected = analysed(dense, tiny_config(name), tmp_path / "dense", texts)
     assert found.layers == expected.layers
     for metric in ZEROS_CHANGE_NOTHING:
         torch.testing.assert_close(
@@ -61,7 +60,7 @@ def test_ranks_are_those_of_the_masked_dense_model(name: str, tmp_path: Path) ->
 def test_calls_name_their_heads(name: str) -> None:
     ragged, dense = pair(name)
     calls: dict[str, list[OpCall]] = {"ragged": [], "dense": []}
-    with same_scale(dense.config.model_type), torch.no_grad():
+    with torch.no_grad():
         for which, model in (("ragged", ragged), ("dense", dense)):
             adapter = ADAPTERS[model.config.model_type]
             with tap_ops(model, adapter, calls[which].append):
@@ -79,11 +78,10 @@ def test_query_noise_is_of_every_head_once() -> None:
     name = "gated_deltanet"
     ragged, dense = pair(name, keys_alone=True)
     asked = torch.tensor([[3, 7], [8, 11]])
-    with same_scale(name):
-        found, expected = (
-            query_noise(model, model.config.to_dict(), tokens(2, 20), asked, length=15)
-            for model in (ragged, dense)
-        )
+    found, expected = (
+        query_noise(model, model.config.to_dict(), tokens(2, 20), asked, length=15)
+        for model in (ragged, dense)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.layer, ours.head) == (theirs.layer, theirs.head)
         assert ours.stable_rank == pytest.approx(theirs.stable_rank, rel=1e-4)

@@ -112,16 +112,24 @@ def test_moments_are_sliced_like_their_parameters(family: str, tmp_path: Path) -
     after = DcpSource(tmp_path / "out" / "checkpoint" / "step-7", everything=True)
     assert after.info("model.layers.0.attn.q_proj.weight").shape[0] == 16
     for name in tensors:
-        assert torch.equal(after.read(f"optimizer.state.{name}.exp_avg"), after.read(name)), name
+        moment = after.read(f"optimizer.state.{name}.exp_avg")
+        if name.endswith("o_norm.weight"):
+            # Of 24 value channels 8 stay, or 8 of 16: the weight is sqrt(3 or 2) times as large.
+            squared = {"gated_deltanet": 3, "delta_net": 2}[family]
+            torch.testing.assert_close(moment * squared, after.read(name))
+            assert float(after.read(name).mean()) == pytest.approx(squared**0.5)
+        else:
+            assert torch.equal(moment, after.read(name)), name
 
 
+@pytest.mark.parametrize("undo_gain", [False, True])
 def test_padding_scales_a_norm_s_weight_and_its_moments_and_zeroes_the_rest(
-    tmp_path: Path,
+    undo_gain: bool, tmp_path: Path
 ) -> None:
     """w becomes c w, so gradients are divided by c, and their squares by c²."""
     config = FAMILIES["gated_deltanet"]
     model = write_run(tmp_path / "model", config, weights(config))
-    plan = uneven_plan(resolve(model), ("value",), pad=True)
+    plan = uneven_plan(resolve(model), ("value",), pad=True, undo_gain=undo_gain)
     counts = [len(plan.kept[f"layers.{layer}.value"][0]) for layer in (0, 1)]
     apply_plan(model, plan, tmp_path / "out")
     before, after = (
@@ -130,7 +138,8 @@ def test_padding_scales_a_norm_s_weight_and_its_moments_and_zeroes_the_rest(
     )
     less = counts.index(min(counts))
     kept, most = plan.kept[f"layers.{less}.value"][0], max(counts)
-    factor = (len(kept) / most) ** 0.5
+    # 24 channels of zeros and others, or those that are kept alone.
+    factor = ((24 if undo_gain else len(kept)) / most) ** 0.5
     name = f"model.layers.{less}.attn.o_norm.weight"
     for entry, power in (("", 1), (".exp_avg", -1), (".exp_avg_sq", -2)):
         full = f"optimizer.state.{name}{entry}" if entry else name
