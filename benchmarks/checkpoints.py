@@ -25,8 +25,8 @@ def write_checkpoint(folder: Path, gigabytes: float, form: str) -> tuple[Path, i
         gigabytes: 10⁹ bytes.
         form: `dcp` is a run folder with AdamW's moments in fp32, `hf` has the weights alone.
     """
-    from flame.checkpoint.convert import write_hf
     from flame.checkpoint.save import save_step
+    from flame.hugging_face.model_folder import write_hf
 
     config = config_of_size(gigabytes * 1e9 / (12 if form == "dcp" else 4))
     infos = weights_of(config)

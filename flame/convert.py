@@ -33,11 +33,12 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def run(options: Options) -> None:
-    """Convert on rank 0; other ranks do nothing."""
+    """Convert on rank 0 and say what was written; other ranks do nothing."""
     from flame.checkpoint.convert import convert
 
     if int(os.environ.get("RANK", "0")) == 0:
-        convert(options.src, options.dst, options.to, options.overwrite)
+        done = convert(options.src, options.dst, options.to, options.overwrite)
+        print(f"{options.dst}: {done}", flush=True)
 
 
 STAGE = Stage(

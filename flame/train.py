@@ -137,6 +137,7 @@ def prepare_run_folder(job: Any) -> None:
     from flame.recipe import recipe_text
     from flame.recovery.recorded_models import record_base, record_teacher
     from flame.storage.json_file import write_object
+    from flame.training.run_companions import copy_run_companions
     from flame.training.train_spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
@@ -146,6 +147,7 @@ def prepare_run_folder(job: Any) -> None:
     with made_folder(folder), replacing_files(folder, **ends) as new:
         write_object(new / CONFIG_FILE, config, sort_keys=True)
         tokenizer.save_pretrained(new)
+        copy_run_companions(job, new)
         (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
         if job.lora.rank > 0:
             record_base(job, new, config)

@@ -14,8 +14,8 @@ LAYERS = ("kernels", "flame", "pruning", "launch")
 """Our packages: each may import itself and those before it."""
 
 FLAME_FOR_PRUNING = {
-    "checkpoint", "config", "data", "errors", "model", "models", "options", "process", "recipe",
-    "register", "stage", "storage", "versions",
+    "checkpoint", "config", "data", "errors", "hugging_face", "model", "models", "options",
+    "process", "recipe", "register", "stage", "storage", "versions",
 }  # fmt: skip
 """Rooms of flame that pruning may use: what it reads, writes and says, not how flame trains."""
 

@@ -1,6 +1,7 @@
 """Converting models between DCP and Hugging Face, bit for bit, with one tensor in memory.
 
-Config, generation config and tokenizer are copied too. A LoRA run is merged with its base.
+What belongs to the model is copied too: tokenizer, templates, generation config, the plan that it
+was pruned by. A LoRA run is merged with its base.
 """
 
 import shutil
@@ -8,39 +9,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
-
+from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.peft_folder import check_adapters, write_adapters
 from flame.checkpoint.reference import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     RECIPE_FILE,
-    TOKENIZER_FILES,
     ModelReference,
     check_destination,
     resolve,
 )
-from flame.checkpoint.safetensors_source import SAFETENSORS_INDEX
 from flame.checkpoint.save import save_step
-from flame.checkpoint.source import Read, TensorInfo, total_bytes
-from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding, is_tied, own_names
+from flame.checkpoint.source import Read, TensorInfo, TensorSource, total_bytes
 from flame.errors import UserError
-from flame.models import write_loading_note
+from flame.hugging_face.companions import copy_companions
+from flame.hugging_face.model_card import write_model_card
+from flame.hugging_face.model_folder import Recorded, check_ties, write_hf
+from flame.hugging_face.stock_form import stock_form
 from flame.process.atomic_output import replacing_folder
-from flame.process.progress import progress
-from flame.storage.json_file import write_object
-from flame.storage.safetensors_file import write_safetensors
+from flame.storage.json_file import read_object_if_any, write_object
 
 Format = Literal["hf", "dcp", "peft"]
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-MAX_SHARD_SIZE = "5GB"
+PLAN_FILE = "plan.json"
+"""In a pruned model's folder: the plan that it was pruned by."""
 
 
 def convert(
     src: str | Path, dst: Path, to: Format, overwrite: bool = False, inside_source: bool = False
-) -> None:
+) -> str:
     """Write the model that `src` names as a Hugging Face folder, a run folder or a peft folder.
 
     Args:
@@ -50,6 +46,9 @@ def convert(
         overwrite: replace an existing `dst`.
         inside_source: allow `dst` in the source's folder, as a run's own `merged/` is.
 
+    Returns:
+        A line that says what was read and written.
+
     Raises:
         UserError: the source is damaged, the output is refused, or the disk is too small.
     """
@@ -58,21 +57,58 @@ def convert(
     check_destination(reference, dst, overwrite, inside_source)
     if to == "peft":
         check_adapters(reference)
-        check_space(dst, total_bytes(reference.own_source()))
+        source = reference.own_source()
+        check_space(dst, total_bytes(source))
         with replacing_folder(dst, overwrite) as folder:
-            copy_companions(reference, folder)
+            copied = copy_companions(reference.folder, folder)
             write_adapters(folder, reference)
-        return
+        return f"the adapters of {_origin(reference)}, {_contents(source_infos(source), copied)}"
     config = complete_config(reference.config)
     source = reference.source()
-    infos = {name: source.info(name) for name in source.names()}
+    infos = source_infos(source)
     check_space(dst, sum(info.nbytes for info in infos.values()))
-    write = write_hf if to == "hf" else write_run
     with replacing_folder(dst, overwrite) as folder:
-        copy_companions(reference, folder)
-        write(folder, config, infos, source.read)
-        if to == "dcp":
+        copied = copy_companions(reference.folder, folder) + copy_plan(reference.folder, folder)
+        if to == "hf":
+            write_hf(folder, config, infos, source.read)
+            write_model_card(folder, dst.name, config, made_from(reference, folder))
+        else:
+            write_run(folder, config, infos, source.read)
             copy_recipe(reference, folder, dst)
+    return f"{_origin(reference)} as {_FORMS[to]}, {_contents(infos, copied)}"
+
+
+_FORMS = {"hf": "a Hugging Face folder", "dcp": "a run folder with step 0"}
+
+
+def source_infos(source: TensorSource) -> dict[str, TensorInfo]:
+    """Return shape and dtype of every tensor of a source, by name."""
+    return {name: source.info(name) for name in source.names()}
+
+
+def made_from(reference: ModelReference, folder: Path) -> list[str]:
+    """Return sentences for a model card: what a folder was made from and, if so, pruned by."""
+    merged = ", its adapters merged with their base," if reference.is_lora else ""
+    lines = [f"Written by `slimstate` from {_origin(reference)}{merged} and compared on the disk."]
+    plan = read_object_if_any(folder / PLAN_FILE)
+    method, budget = plan.get("method"), plan.get("budget")
+    if isinstance(method, dict) and isinstance(budget, dict):
+        asked = ", ".join(f"{key} {value}" for key, value in sorted(budget.items()) if value)
+        lines.append(f"Pruned by the method {method.get('name')} ({asked}); see `{PLAN_FILE}`.")
+    return lines
+
+
+def _origin(reference: ModelReference) -> str:
+    """Say which model a reference is, by the names of its folders alone."""
+    if reference.step_folder is None:
+        return f"the folder `{reference.folder.name}`"
+    return f"{reference.step_folder.name} of the run `{reference.folder.name}`"
+
+
+def _contents(infos: Mapping[str, TensorInfo], copied: list[str]) -> str:
+    size = sum(info.nbytes for info in infos.values())
+    beside = f", with {', '.join(copied)}" if copied else ""
+    return f"{len(infos)} tensors, {size / 1e6:,.1f} MB{beside}"
 
 
 def check_space(dst: Path, needed: int) -> None:
@@ -85,35 +121,6 @@ def check_space(dst: Path, needed: int) -> None:
         raise UserError(f"{dst} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
 
 
-def write_hf(
-    folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
-) -> None:
-    """Write `config.json` and safetensors files of at most 5 GB each into an existing folder.
-
-    A model of one of this project's classes gets a README that says which import loads it.
-
-    Args:
-        folder: the folder.
-        config: the model's `config.json`; its dtype is set to that of the weights.
-        infos: shape and dtype of every tensor.
-        read: returns a tensor by its name; called once for each.
-
-    Raises:
-        UserError: the config ties two embeddings whose values differ.
-    """
-    check_ties(config, infos, read)
-    promises = {name: infos[name].promise() for name in own_names(config, sorted(infos))}
-    write_object(folder / CONFIG_FILE, _with_dtype(config, promises), sort_keys=True)
-    write_loading_note(folder, str(config.get("model_type")))
-    split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
-    for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
-        own = {name: (infos[name].shape, infos[name].dtype) for name in names}
-        write_safetensors(folder / file, own, read)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_object(folder / SAFETENSORS_INDEX, index, sort_keys=True)
-
-
 def write_run(
     folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read
 ) -> None:
@@ -122,36 +129,32 @@ def write_run(
     Arguments and errors are those of `write_hf`. A tied output embedding is written too, because
     trainers save it and look for it when they resume.
     """
-    check_ties(config, infos, read)
-    promises = {name: info.promise() for name, info in infos.items()}
-    twin = input_embedding(infos) if is_tied(config) else None
-    if twin is not None:
-        promises.setdefault(OUTPUT_EMBEDDING, promises[twin])
-    stored = {name: twin if name not in infos else name for name in promises}
-    checkpoints = folder / CHECKPOINT_FOLDER
-    save_step(promises, checkpoints, 0, read=lambda name: read(str(stored[name])), alone=True)
+    form = stock_form(config)
+    form.check(infos)
+    check_ties(form, infos, read)
+    stored = {name: name for name in infos}
+    for pair in form.ties.items():
+        for name, other in (pair, pair[::-1]):
+            if name not in infos and other in infos:
+                stored[name] = other
+    promises = {name: infos[place].promise() for name, place in stored.items()}
+    record = Recorded(lambda name: read(stored[name]))
+    step = save_step(promises, folder / CHECKPOINT_FOLDER, 0, read=record, alone=True)
     write_object(folder / CONFIG_FILE, config, sort_keys=True)
+    record.check(DcpSource(step), form.ties)
 
 
-def check_ties(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Read) -> None:
-    """Raise `UserError` if the config ties two embeddings that differ: one would be lost."""
-    twin = input_embedding(infos)
-    if not is_tied(config) or OUTPUT_EMBEDDING not in infos or twin is None:
-        return
-    one, other = read(twin), read(OUTPUT_EMBEDDING)
-    if one.dtype != other.dtype or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
-        raise UserError(
-            f"config.json ties {OUTPUT_EMBEDDING} to {twin}, but their values differ: "
-            "set tie_word_embeddings to false"
-        )
-
-
-def copy_companions(reference: ModelReference, folder: Path) -> None:
-    """Copy tokenizer and generation config of a model into `folder`."""
-    for name in COMPANION_FILES:
-        path = reference.folder / name
-        if path.is_file():
-            shutil.copyfile(path, folder / name)
+def copy_plan(folder: Path, into: Path) -> list[str]:
+    """Copy the plan in `folder`, and the tensors that it names, into `into`; return their names."""
+    plan = folder / PLAN_FILE
+    if not plan.is_file():
+        return []
+    replaced = read_object_if_any(plan).get("replaced")
+    tensors = Path(str(replaced.get("file"))).name if isinstance(replaced, dict) else ""
+    names = [name for name in (PLAN_FILE, tensors) if name and (folder / name).is_file()]
+    for name in names:
+        shutil.copyfile(folder / name, into / name)
+    return names
 
 
 def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
@@ -185,16 +188,3 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
         return config
     model_class = AutoModelForCausalLM._model_mapping.get(type(stock), None)
     return {**config, "architectures": [model_class.__name__]} if model_class else config
-
-
-def _with_dtype(config: Mapping[str, Any], promises: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return `config` with the dtype of most of the weights, so that loading does not round."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in promises.values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    if not sizes:
-        return dict(config)
-    dtype = str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: dtype}

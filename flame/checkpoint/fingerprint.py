@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flame.checkpoint.source import TensorSource
-from flame.checkpoint.ties import own_names
 from flame.errors import UserError
+from flame.hugging_face.ties import own_names
 from flame.process.progress import progress
 
 SAMPLED_BLOCKS = 3

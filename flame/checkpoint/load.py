@@ -1,5 +1,6 @@
 """Weights from any source into a model, sharded or not, one slice of one tensor at a time."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from flame.checkpoint.adapter_names import base_name, is_adapter
 from flame.checkpoint.source import TensorSource
-from flame.checkpoint.ties import OUTPUT_EMBEDDING, input_embedding
-from flame.errors import UserError, some
+from flame.errors import UserError
+from flame.hugging_face.model_folder import check_tie
+from flame.hugging_face.stock_form import complain
 from flame.process.progress import progress
 
 if TYPE_CHECKING:
@@ -22,17 +24,21 @@ def load_weights(model: nn.Module, source: TensorSource) -> None:
     """Copy every parameter and saved buffer of `model` from `source`, cast to the model's dtypes.
 
     A rank reads only its own rows of a DTensor. Adapters in the model keep their values; the layers
-    under them are loaded. If the model ties its embeddings, the output embedding is filled from the
-    input embedding. Not collective.
+    under them are loaded. Of tied tensors one is enough. Not collective.
 
     Args:
         model: not on the meta device; sharded by FSDP2 or plain.
         source: holds exactly the model's tensors.
 
     Raises:
-        UserError: the source lacks tensors, has more of them, or has one of another shape.
+        UserError: the source lacks tensors, has more of them, has one of another shape, or has tied
+            tensors that differ.
     """
     targets, stored = _matched(model, source)
+    available = set(source.names())
+    for twin, own in _ties(model).items():
+        if twin in targets and {twin, own} <= available:
+            check_tie(twin, own, partial(_part, targets[twin], source))
     for name, target in progress(targets.items(), "load weights", len(targets)):
         _copy(target, stored[name], source)
 
@@ -88,16 +94,13 @@ def _matched(model: nn.Module, source: TensorSource) -> tuple[dict[str, Tensor],
     """Return the model's tensors by name, and the name in `source` of what each is filled with."""
     targets, available = _targets(model), set(source.names())
     stored = {name: name for name in targets if name in available}
-    embedding = input_embedding(available)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and embedding:
-        if OUTPUT_EMBEDDING in targets:
-            stored[OUTPUT_EMBEDDING] = embedding
-    missing = sorted(targets.keys() - stored.keys())
-    unexpected = sorted(available - stored.keys() - set(stored.values()))
-    complaints = [f"lacks {some(missing, 5)}"] if missing else []
-    complaints += [f"has {some(unexpected, 5)}, which the model does not"] if unexpected else []
-    if complaints:
-        raise UserError(f"the checkpoint {' and '.join(complaints)}: is config.json its own?")
+    for twin, own in _ties(model).items():
+        if own in available and twin in targets:
+            stored[twin] = own
+        elif twin in available and own in targets:
+            stored[own] = twin
+    used = stored.keys() | set(stored.values())
+    complain(targets.keys() - stored.keys(), available - used)
     for name, place in stored.items():
         found, wanted = source.info(place).shape, tuple(targets[name].shape)
         if found != wanted:
@@ -125,17 +128,28 @@ def _saved_buffers(model: nn.Module) -> set[str]:
     }
 
 
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the names of tied tensors, and of those that they repeat."""
+    known = getattr(model, "get_expanded_tied_weights_keys", None)
+    return known(all_submodels=True) if known else {}
+
+
 def _copy(target: Tensor, name: str, source: TensorSource) -> None:
     """Fill `target`, or this rank's part of a DTensor, with tensor `name` of `source`."""
+    local = target.to_local() if isinstance(target, DTensor) else target
+    if local.numel() > 0:
+        local.copy_(_part(target, source, name))
+
+
+def _part(target: Tensor, source: TensorSource, name: str) -> Tensor:
+    """Return tensor `name` of `source`, or the part of it that this rank has of a DTensor."""
     if not isinstance(target, DTensor):
-        target.copy_(source.read(name))
-        return
-    local = target.to_local()
-    if local.numel() == 0:
-        return
+        return source.read(name)
+    if target.to_local().numel() == 0:
+        return target.to_local()
     chunk = target.__create_chunk_list__()[0]
     begins, sizes = list(chunk.offsets), list(chunk.sizes)
     value = source.read(name, slice(begins[0], begins[0] + sizes[0]) if sizes else None)
     for dim in range(1, value.dim()):
         value = value.narrow(dim, begins[dim], sizes[dim])
-    local.copy_(value)
+    return value

@@ -1,6 +1,5 @@
 """Folders of adapters as peft has them: `adapter_model.safetensors`, `adapter_config.json`."""
 
-import shutil
 from pathlib import Path
 
 from flame.checkpoint.reference import (
@@ -25,7 +24,7 @@ def write_adapters(folder: Path, reference: ModelReference) -> None:
     `PeftModel.from_pretrained(base, folder)` loads the result. The base model is named by its
     absolute path, or by its hub name. This project's `base.json` adds the base's fingerprint.
     """
-    from safetensors.torch import save_file
+    from flame.storage.safetensors_file import save_tensors
 
     config = read_object(reference.folder / ADAPTER_FILE)
     named = config.get("base_model_name_or_path")
@@ -36,7 +35,5 @@ def write_adapters(folder: Path, reference: ModelReference) -> None:
         record = read_object(reference.folder / BASE_FILE)
         write_object(folder / BASE_FILE, {**record, "reference": base})
     source = reference.own_source()
-    tensors = {name: source.read(name).contiguous() for name in source.names()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read, whatever the umask.
-    shutil.copymode(folder / ADAPTER_FILE, folder / ADAPTER_WEIGHTS)
+    tensors = {name: source.read(name) for name in source.names()}
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
 from flame.data.hub import download
 from flame.errors import UserError
+from flame.hugging_face.config_file import CONFIG_FILE, check_not_quantised, read_config
 from flame.process.atomic_output import check_output
 from flame.storage.checksums import METADATA
 from flame.storage.json_file import read_object
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from flame.checkpoint.source import TensorSource
 
 CHECKPOINT_FOLDER = "checkpoint"
-CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.toml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -88,11 +88,14 @@ class ModelReference:
     def own_source(self) -> "TensorSource":
         """Return the tensors in this folder: for a LoRA run or peft folder, the adapters alone."""
         from flame.checkpoint.dcp_source import DcpSource
-        from flame.checkpoint.safetensors_source import SAFETENSORS_FILE, SafetensorsSource
+        from flame.hugging_face.model_folder import open_folder
+        from flame.hugging_face.safetensors_source import SafetensorsSource
 
         if self.step_folder is not None:
             return DcpSource(self.step_folder)
-        return SafetensorsSource(self.folder, ADAPTER_WEIGHTS if self.is_lora else SAFETENSORS_FILE)
+        if self.is_lora:
+            return SafetensorsSource(self.folder, ADAPTER_WEIGHTS)
+        return open_folder(self.folder, self.config)
 
     def base(self) -> "ModelReference":
         """Return the model that adapters belong to; raise `UserError` if it cannot be found."""
@@ -145,14 +148,6 @@ def check_destination(
     check_output(dst, overwrite, None if inside_source else reference.folder)
     if reference.weights.resolve().is_relative_to(dst.resolve()):
         raise UserError(f"output {dst} would replace the model {reference.weights}: choose another")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's `config.json`; raise `UserError` if it is missing or names no family."""
-    config = read_object(path, missing=f"{path.parent} has no {path.name}: a model is {_FORMS}")
-    if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path} has no model_type: it is not a model's configuration")
-    return config
 
 
 def vocabulary_size(config: dict[str, Any]) -> int:
@@ -230,6 +225,7 @@ def _resolve_hugging_face(folder: Path, step: int | None) -> ModelReference:
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
     config = read_config(folder / CONFIG_FILE)
+    check_not_quantised(folder, config)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
     return ModelReference(folder, None, config, _tokenizer(folder), None)

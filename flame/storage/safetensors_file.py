@@ -60,7 +60,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         open_safetensors(path)
-        self._path = path
+        self.path = path
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             header = json.loads(stream.read(length))
@@ -78,10 +78,10 @@ class SafetensorsFile:
         target = torch.empty(shape, dtype=DTYPES[entry.code])
         row = torch.Size(entry.shape[1:]).numel() * target.element_size()
         try:
-            with open(self._path, "rb", buffering=0) as stream:
-                read_into(stream.fileno(), self._path, entry.offset + start * row, target)
+            with open(self.path, "rb", buffering=0) as stream:
+                read_into(stream.fileno(), self.path, entry.offset + start * row, target)
         except OSError as error:
-            raise UserError(f"cannot read {name} of {self._path}: {error.strerror}") from error
+            raise UserError(f"cannot read {name} of {self.path}: {error.strerror}") from error
         return target
 
 
@@ -107,6 +107,15 @@ def write_safetensors(
         for name in order:
             file.write(_bytes(name, read(name), tensors[name]))
         file.finish()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors in memory as a safetensors file, readable for whom the umask says.
+
+    The safetensors library makes files that only their owner can read, whatever the umask.
+    """
+    forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_safetensors(path, forms, lambda name: tensors[name])
 
 
 def open_safetensors(path: Path) -> Any:

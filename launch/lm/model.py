@@ -89,8 +89,13 @@ class SlimstateLM(TemplateLM):
 
     @property
     def pad_token_id(self) -> int:
+        """What shorter prompts are padded with: a token that the embedding has a row for."""
         choices = (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id)
-        return next((token for token in choices if token is not None), self.eot_token_id)
+        return next((t for t in choices if t is not None and self._embeds([t])), self.eot_token_id)
+
+    def _embeds(self, tokens: Sequence[int]) -> bool:
+        """Whether the model's embedding has a row for each of `tokens`."""
+        return max(tokens, default=0) < self.network.model.config.vocab_size
 
     @property
     def adds_bos(self) -> bool:
@@ -114,12 +119,18 @@ class SlimstateLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; special ones as the tokenizer likes, but no second beginning of text."""
-        if add_special_tokens is None:
-            if not string.startswith(self.tokenizer.decode([self.prefix_token_id])):
-                return self.tokenizer.encode(string)
-            add_special_tokens = False
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        """Token ids; special ones as the tokenizer likes, but no second beginning of text.
+
+        The name of a special token that the embedding has no row for is encoded as plain text.
+        """
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        begins = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        if add_special_tokens is None and begins:
+            options = {"add_special_tokens": False}
+        tokens = self.tokenizer.encode(string, **options)
+        if self._embeds(tokens):
+            return tokens
+        return self.tokenizer.encode(string, split_special_tokens=True, **options)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Scored]:
         """The log-likelihood of each request's continuation after its context."""

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flame.errors import UserError, first_line
 from flame.process.atomic_output import replacing_folder
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
+from flame.storage.safetensors_file import save_tensors
 from pruning.spaces import Space
 from pruning.statistics import Statistic
 
@@ -114,11 +115,11 @@ def writing_statistics(
 
         def add(name: str, gradient: Tensor) -> None:
             file = f"gradient-{len(files):05d}.safetensors"
-            save_file({name: gradient}, folder / file)
+            save_tensors({name: gradient}, folder / file)
             files[name] = [file, hash_file(folder / file)]
 
         yield add
-        save_file(_tensors(collected), folder / SUMS_FILE)
+        save_tensors(_tensors(collected), folder / SUMS_FILE)
         content = {"format": FORMAT, "hash": hash_file(folder / SUMS_FILE), **asdict(meta)}
         text = json.dumps({**content, "gradients": files}, indent=1, sort_keys=True)
         (folder / META_FILE).write_text(text + "\n")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
+from flame.storage.safetensors_file import save_tensors
 from pruning.planning.plan import Plan, TensorsFile
 from pruning.spaces import Kept
 
@@ -92,7 +92,7 @@ def _plan(content: dict[str, Any]) -> Plan:
 def with_saved_tensors(plan: Plan, file: Path, name: str = "") -> Plan:
     """`plan` with its new tensors written to the safetensors file `file`, which will be `name`."""
     tensors = {key: plan.new_tensors[key].contiguous() for key in sorted(plan.new_tensors)}
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_tensors(tensors, file)
     saved = TensorsFile(name or file.name, hash_file(file))
     return replace(plan, tensors_file=saved, new_tensors={})
 

@@ -15,9 +15,9 @@ from flame.checkpoint.convert import (
     Read,
     check_space,
     complete_config,
-    copy_companions,
     copy_recipe,
-    write_hf,
+    made_from,
+    source_infos,
     write_run,
 )
 from flame.checkpoint.fingerprint import fingerprint
@@ -25,6 +25,9 @@ from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, Mod
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import total_bytes
 from flame.errors import UserError
+from flame.hugging_face.companions import copy_companions
+from flame.hugging_face.model_card import write_model_card
+from flame.hugging_face.model_folder import write_hf
 from flame.storage.checksums import hash_file
 from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
@@ -64,16 +67,17 @@ def write_pruned(
     replaced = _copy_tensors(plan, plan_folder, folder)
     sliced = SlicedSource(reader.source, slices_of(plan, reference.config), replaced)
     check_space(destination, total_bytes(sliced))
-    copy_companions(reference, folder)
+    copy_companions(reference.folder, folder)
     config = complete_config(plan.config_after)
     (folder / PLAN_FILE).write_text(plan_text(plan))
     read = reader.explained(sliced.read)
     if reader.state is not None:
         _write_training_state(config, reference, reader, sliced, read, folder)
+    elif form == "hf":
+        write_hf(folder, config, source_infos(sliced), read)
+        write_model_card(folder, destination.name, config, made_from(reference, folder))
     else:
-        write = write_hf if form == "hf" else write_run
-        infos = {name: sliced.info(name) for name in sliced.names()}
-        write(folder, config, infos, read)
+        write_run(folder, config, source_infos(sliced), read)
     reader.finish()
     if form == "dcp":
         copy_recipe(reference, folder, destination)

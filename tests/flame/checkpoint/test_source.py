@@ -15,10 +15,10 @@ from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.load import load_model, load_weights
 from flame.checkpoint.lora_source import LoraSource
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.safetensors_source import SafetensorsSource
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.errors import UserError
+from flame.hugging_face.safetensors_source import SafetensorsSource
 from tests.distributed import run_distributed
 from tests.flame.tiny import (
     GATED_DELTANET,

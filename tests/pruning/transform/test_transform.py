@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.reference import resolve
-from flame.checkpoint.safetensors_source import SafetensorsSource
 from flame.checkpoint.save import save_step
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
+from flame.hugging_face.safetensors_source import SafetensorsSource
 from flame.storage.checksums import hash_file
 from pruning import apply
 from pruning.methods import METHODS

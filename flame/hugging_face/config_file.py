@@ -1,0 +1,108 @@
+"""A model's `config.json`: read, and refused where no model can be meant.
+
+The module imports no torch, because checks before work starts use it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError
+from flame.storage.json_file import read_object
+
+CONFIG_FILE = "config.json"
+
+LARGEST = {
+    "layer": 4096, "layers": 4096,
+    "head": 1 << 16, "heads": 1 << 16, "experts": 1 << 16,
+    "size": 1 << 28, "dim": 1 << 24, "embd": 1 << 24,
+}  # fmt: skip
+"""Largest whole number under a key that ends in the word: above it no model is meant, and building
+one on the meta device would take hours or the memory of the machine."""
+
+_QUANTISER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files in which tools other than transformers say that they quantised a folder's weights."""
+
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+_ON_LOAD = {
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
+}
+"""Configurations with which transformers dequantises while it loads, by method."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's `config.json`.
+
+    Raises:
+        UserError: the file is missing or damaged, names no family, or has a size that no model has.
+    """
+    config = read_object(
+        path,
+        missing=f"{path.parent} has no {path.name}: a model is a run folder, a step folder, a "
+        "Hugging Face folder or a hub name",
+    )
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} has no model_type: it is not a model's configuration")
+    for key, value in _values(config):
+        check_size(path, key, value)
+    return config
+
+
+def check_size(path: Path, key: str, value: Any) -> None:
+    """Raise `UserError` if `value` cannot be what a `config.json` has under `key`."""
+    largest = LARGEST.get(re.split(r"[_.]", key)[-1])
+    if largest is None or value is None or isinstance(value, list):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise UserError(f"{path}: {key} is {_shown(value)}, expected a whole number")
+    if not 0 <= value <= largest:
+        raise UserError(f"{path}: {key} is {_shown(value)}, expected 0 to {largest:,}")
+
+
+def check_not_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a Hugging Face folder says that its weights are quantised."""
+    for key, value in _settings(config):
+        if key in _QUANTISATION_KEYS and value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            method = str(method or "bitsandbytes")
+            raise UserError(f"{folder} is quantised by {method}; {dequantise_advice(method)}")
+    for name in _QUANTISER_FILES:
+        if (folder / name).is_file():
+            raise UserError(f"{folder} is quantised, as {name} says; {dequantise_advice()}")
+
+
+def dequantise_advice(method: str = "") -> str:
+    """Return, for an error line, how to get plain weights out of a quantised model."""
+    if method in _ON_LOAD:
+        how = f"from_pretrained(MODEL, quantization_config={_ON_LOAD[method]})"
+    else:
+        how = "from_pretrained(MODEL).dequantize()"
+    return (
+        "take the publisher's plain weights, or dequantise it first: "
+        f"transformers.AutoModelForCausalLM.{how}.save_pretrained(PLAIN)"
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a config, and those of the configs of its parts (`text_config`)."""
+    yield from config.items()
+    for key, part in config.items():
+        if key.endswith("_config") and key not in _QUANTISATION_KEYS and isinstance(part, dict):
+            yield from part.items()
+
+
+def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a config and of its parts, with the part's name before the key."""
+    yield from config.items()
+    for key, part in config.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            yield from ((f"{key}.{inner}", value) for inner, value in part.items())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,91 @@
+"""The README.md of a Hugging Face folder that is written here: how it was made, how to load it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flame.hugging_face.companions import GENERATION_CONFIG, README_FILE, SOURCE_README
+from flame.models import MODULES
+from flame.versions import versions
+
+_MARK = "library_name: transformers\ntags:\n- slimstate\n"
+
+_CARD = """---
+{mark}pipeline_tag: text-generation
+---
+# {name}
+
+A `{model_type}` language model.
+
+## How it was made
+
+{made}
+
+## Loading it
+
+```python
+{imports}from transformers import AutoModelForCausalLM{tokenizer_import}
+
+model = AutoModelForCausalLM.from_pretrained({name!r})
+{tokenizer}```
+
+{notes}
+"""
+
+
+def write_model_card(
+    folder: Path, name: str, config: Mapping[str, Any], made: Sequence[str]
+) -> None:
+    """Write README.md into a Hugging Face folder that is otherwise complete.
+
+    Args:
+        folder: the folder.
+        name: the name that it will have.
+        config: its `config.json`.
+        made: sentences that say how it was made, in Markdown.
+    """
+    model_type = str(config.get("model_type"))
+    has_tokenizer = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
+    said = versions()
+    software = ", ".join(f"{key} {said[key]}" for key in sorted(said))
+    lines = [*made, f"Software: {software}."]
+    notes = _notes(folder, model_type)
+    text = _CARD.format(
+        mark=_MARK,
+        name=name,
+        model_type=model_type,
+        made="\n".join(f"- {line}" for line in lines),
+        imports=_imports(model_type),
+        tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
+        tokenizer=f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n" if has_tokenizer else "",
+        notes="\n".join(notes),
+    )
+    (folder / README_FILE).write_text(text.rstrip() + "\n")
+
+
+def is_model_card(path: Path) -> bool:
+    """Return whether `write_model_card` wrote a README."""
+    with open(path, errors="replace") as stream:
+        return stream.read(len(_MARK) + 4) == f"---\n{_MARK}"
+
+
+def _imports(model_type: str) -> str:
+    from transformers import CONFIG_MAPPING
+
+    if model_type in MODULES:
+        return "import flame.register  # of slimstate: the class of this model comes with it\n"
+    module = CONFIG_MAPPING[model_type].__module__ if model_type in CONFIG_MAPPING else ""
+    return "import fla  # pip install flash-linear-attention\n" if module.startswith("fla.") else ""
+
+
+def _notes(folder: Path, model_type: str) -> list[str]:
+    notes = []
+    if model_type in MODULES:
+        notes.append("Without the first line transformers refuses `model_type` in config.json.")
+    if (folder / GENERATION_CONFIG).is_file():
+        notes.append(f"Generation stops as `{GENERATION_CONFIG}` says.")
+    if (folder / "plan.json").is_file():
+        notes.append("`plan.json` names the channels that were kept.")
+    if (folder / SOURCE_README).is_file():
+        notes.append(f"`{SOURCE_README}` is the README of the model that this one was made from.")
+    return notes
