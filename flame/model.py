@@ -19,6 +19,12 @@ from flame.checkpoint.adapter_names import MAGNITUDE
 from flame.errors import UserError, first_line
 from flame.process.distributed import rank
 
+REFUSALS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What the classes of transformers and fla raise for values of a config that they cannot use."""
+
 
 def stock_config(config: dict[str, Any]) -> Any:
     """Return the configuration object for the contents of a `config.json`.
@@ -26,9 +32,11 @@ def stock_config(config: dict[str, Any]) -> Any:
     Raises:
         UserError: the family is missing or unknown, or its class refuses the config.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     import flame.register  # noqa: F401
+    from flame.hugging_face.config_keys import warn_of_unknown_keys
 
     model_type = config.get("model_type")
     if not model_type:
@@ -39,9 +47,17 @@ def stock_config(config: dict[str, Any]) -> Any:
             "model_type in config.json"
         )
     try:
-        return AutoConfig.for_model(**config)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"the config of {model_type!r} is refused: {first_line(error)}") from error
+        stock = AutoConfig.for_model(**config)
+    except (*REFUSALS, StrictDataclassError) as error:
+        raise UserError(f"the config of {model_type!r} is refused: {_reason(error)}") from error
+    warn_of_unknown_keys(stock, config)
+    return stock
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error, without the heading that strict configurations put first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def meta_model(config: dict[str, Any]) -> nn.Module:
@@ -65,7 +81,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
         ):
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except REFUSALS as error:
         # Some constructors compute with initial values, which the meta device does not have.
         raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
     model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

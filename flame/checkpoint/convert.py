@@ -177,12 +177,14 @@ def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the name of its stock class, which some loaders look for.
 
-    Raises `UserError` if neither transformers nor fla knows the model family.
+    The name of a weight file of its own is left out, because the weights are written anew. Raises
+    `UserError` if neither transformers nor fla knows the model family.
     """
     from transformers import AutoModelForCausalLM
 
     from flame.model import stock_config
 
+    config = {key: value for key, value in config.items() if key != "transformers_weights"}
     stock = stock_config(config)
     if config.get("architectures"):
         return config

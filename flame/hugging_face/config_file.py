@@ -57,7 +57,7 @@ def check_size(path: Path, key: str, value: Any) -> None:
     largest = LARGEST.get(re.split(r"[_.]", key)[-1])
     if largest is None or value is None or isinstance(value, list):
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
         raise UserError(f"{path}: {key} is {_shown(value)}, expected a whole number")
     if not 0 <= value <= largest:
         raise UserError(f"{path}: {key} is {_shown(value)}, expected 0 to {largest:,}")
