@@ -54,15 +54,16 @@ class DcpSource:
         info = self.info(name)
         start, stop = row_bounds(name, info, rows)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        promise = torch.empty(shape, dtype=info.dtype, device="meta")
+        chunks = [c for c in self._tensors[name].chunks if _covered(promise, c, start).numel() > 0]
+        for chunk in chunks:
+            # Before memory is taken for what may not be there.
+            self._reader.check_stored(MetadataIndex(name, chunk.offsets))
         target = torch.empty(shape, dtype=info.dtype)
-        chunks = self._tensors[name].chunks
-        parts = [(chunk, _covered(target, chunk, start)) for chunk in chunks]
-        if sum(part.numel() for _, part in parts) != target.numel():
-            raise UserError(f"{self._step} does not hold all of {name}: use another step")
-        for chunk, part in parts:
-            if part.numel() > 0:
-                first = max(start - chunk.offsets[0], 0) if info.shape else 0
-                self._reader.read_rows(MetadataIndex(name, chunk.offsets), first, part)
+        for chunk in chunks:
+            first = max(start - chunk.offsets[0], 0) if info.shape else 0
+            part = _covered(target, chunk, start)
+            self._reader.read_rows(MetadataIndex(name, chunk.offsets), first, part)
         return target
 
     def values(self) -> dict[str, Any]:

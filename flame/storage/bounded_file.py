@@ -1,11 +1,10 @@
 """Small files of a stranger, read whole and within a bound."""
 
-import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from flame.errors import UserError
+from flame.storage.input_file import opened
 
 
 def read_bounded(path: Path, largest: int, missing: str = "") -> bytes:
@@ -21,18 +20,8 @@ def read_bounded(path: Path, largest: int, missing: str = "") -> bytes:
     Raises:
         UserError: the file is missing, unreadable, not a regular file or too large.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"cannot read {path}: it is not a regular file")
-            content = stream.read(largest + 1)
-    except FileNotFoundError as error:
-        raise UserError(missing or f"cannot read {path}: {error.strerror}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error}") from error
+    with opened(path, missing) as descriptor, open(descriptor, "rb", closefd=False) as stream:
+        content = stream.read(largest + 1)
     if len(content) > largest:
         raise UserError(f"{path} has more than the {largest:,} bytes that are read of such a file")
     return content

@@ -5,8 +5,8 @@ written to its end. Hashes are XXH3 with 128 bits: they find damage, they do not
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import xxhash
 
 from flame.errors import UserError
 from flame.storage.direct_file import DirectFile
+from flame.storage.input_file import opened
 from flame.storage.json_file import read_object
 
 ALGORITHM = "xxh3_128"
@@ -29,7 +30,7 @@ def hash_bytes(data: bytes) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the hash of a whole file as 32 hexadecimal digits."""
+    """Return the hash of a whole file as 32 hexadecimal digits; raise `UserError` if unreadable."""
     return HashAlong(path).finish()
 
 
@@ -61,10 +62,10 @@ class HashAlong:
     def _advance(self, stop: int | None) -> None:
         """Read and hash the file up to offset `stop`; None means to its end."""
         block = memoryview(bytearray(_BLOCK if stop is None else min(stop - self._done, _BLOCK)))
-        with open(self._path, "rb", buffering=0) as stream:
-            stream.seek(self._done)
+        with opened(self._path, missing(self._path)) as descriptor:
             while stop is None or self._done < stop:
-                size = stream.readinto(block if stop is None else block[: stop - self._done])
+                wanted = block if stop is None else block[: stop - self._done]
+                size = os.preadv(descriptor, [wanted], self._done)
                 if not size:
                     break
                 self._hasher.update(block[:size])
@@ -138,9 +139,7 @@ def check_file(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
     """Raise `UserError` unless the file `name` has the hash that was recorded for it."""
     path = folder / name
     check_listed(folder, name, hashes)
-    with readable(path):
-        found = hash_file(path)
-    check_hash(path, found, hashes[name])
+    check_hash(path, hash_file(path), hashes[name])
 
 
 def check_listed(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
@@ -155,15 +154,9 @@ def check_hash(path: Path, found: str, recorded: str) -> None:
         raise UserError(f"{path} is damaged (its hash differs): use another step or copy it again")
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn an `OSError` of the block, which reads a step's file, into a `UserError`."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: use another step") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+def missing(path: Path) -> str:
+    """Return the message for a file of a step that does not exist."""
+    return f"{path} is missing: use another step"
 
 
 def _is_valid(content: Mapping[str, Any]) -> bool:

@@ -1,13 +1,13 @@
 """Reading DCP steps without running what they contain, and without trusting their bytes.
 
-Pickles are read by `flame.storage.safe_unpickling` alone, and every file is compared with its
+Pickles are read by `flame.unpickling.index` alone, and every file is compared with its
 recorded hash before it is used.
 """
 
-import io
 import math
+import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from flame.errors import UserError, first_line, some
+from flame.errors import UserError, first_line
 from flame.process.peers import Peers, raise_cause
-from flame.storage.archive import locate, read_into
 from flame.storage.checksums import (
     METADATA,
     HashAlong,
@@ -34,12 +32,15 @@ from flame.storage.checksums import (
     check_hash,
     check_listed,
     hash_bytes,
+    missing,
     read_checksums,
-    readable,
 )
-from flame.storage.safe_unpickling import UNPICKLING_ERRORS, load_entry, load_index
+from flame.storage.input_file import opened, read_into
+from flame.storage.load_planner import SafeLoadPlanner
+from flame.unpickling.archive import ARCHIVE_ERRORS, Block, load, locate
+from flame.unpickling.index import load_index, read_index
 
-Check = Literal["first", "along", "never"]
+Check = Literal["first", "along", "never", "unverified"]
 
 
 def load_step(
@@ -89,7 +90,8 @@ class SafeReader(FileSystemReader):
         path: the step folder.
         check: when files are compared with their hashes. `first`: the whole file, before anything
             in it is used. `along`: while it is read, so that only `finish` finds a mismatch; for
-            work that can be thrown away then. `never`: another reader checks them.
+            work that can be thrown away then. `never`: another reader checks them. `unverified`:
+            the step has no hashes, because another program wrote it.
     """
 
     def __init__(self, path: Path, check: Check = "first") -> None:
@@ -100,26 +102,37 @@ class SafeReader(FileSystemReader):
         self._hashes: dict[str, str] = {}
         self._checked: set[str] = set()
         self._along: dict[str, HashAlong] = {}
+        self._sizes: dict[str, dict[torch.Size, torch.Size]] = {}
+        """Sizes of the chunks of each tensor that was read, by their offsets."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the step's index; raise `UserError` if it is missing, damaged or hostile."""
         if self._index is None:
             path = self._folder / METADATA
-            with readable(path):
-                content = path.read_bytes()
-            self._hashes = read_checksums(self._folder)
-            if hash_bytes(content) != self._hashes.get(METADATA):
-                raise UserError(f"{path} is damaged (its hash differs): use another step")
+            content = read_index(path)
+            if self._check != "unverified":
+                self._hashes = read_checksums(self._folder)
+                if hash_bytes(content) != self._hashes.get(METADATA):
+                    raise UserError(f"{path} is damaged (its hash differs): use another step")
             self._index = load_index(content, path)
             self.storage_data = self._index.storage_data
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the items of `plan`, after checking the hash of each file once."""
-        for item in plan.items:
-            self._checked_place(item.storage_index)
-        with self._explained(item.storage_index.fqn for item in plan.items):
-            return super().read_data(plan, planner)
+        assert isinstance(planner, SafeLoadPlanner)
+        places = [(self._checked_place(item.storage_index), item) for item in plan.items]
+        places.sort(key=lambda each: (each[0].relative_path, each[0].offset))
+        for _, item in places:
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_value(item, self.read_entry(item.storage_index))
+            else:
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(self._part(item))
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def read_rows(self, chunk: MetadataIndex, first: int, target: Tensor) -> None:
         """Fill `target` with whole rows of a stored chunk of a tensor.
@@ -132,24 +145,39 @@ class SafeReader(FileSystemReader):
             target: a CPU tensor of the chunk's dtype, and of its shape but for dimension 0.
 
         Raises:
-            UserError: the chunk is damaged or has fewer rows.
+            UserError: the chunk is damaged, or stored in another form than the index says.
         """
+        form = sizes, dtype = self._form(chunk)
         rows = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
-        if not self._read_block(chunk, first, rows):
-            rows = self.read_entry(chunk)
-            if isinstance(rows, Tensor) and rows.dim() == target.dim() > 0:
-                rows = rows[first : first + target.shape[0]]
-            if not isinstance(rows, Tensor) or rows.shape != target.shape:
-                raise UserError(f"cannot read {chunk.fqn} of {self._folder}: its shape differs")
+        with self._opened(chunk) as (descriptor, path, place):
+            whole = locate(descriptor, place.offset, place.length) or load(
+                descriptor, path, place.offset, place.length
+            )
+            if not isinstance(whole, Tensor | Block) or (whole.shape, whole.dtype) != form:
+                raise UserError(f"cannot read {chunk.fqn} of {self._folder}: its form differs")
+            if isinstance(whole, Tensor):
+                rows.copy_(whole[first : first + len(rows)] if sizes else whole)
+            else:
+                begin = whole.offset + first * math.prod(sizes[1:]) * dtype.itemsize
+                data = read_into(descriptor, path, begin, rows)
+                if self._check == "along":
+                    self._hash_along(place.relative_path).take(begin, data)
         if rows is not target:
             target.copy_(rows)
 
     def read_entry(self, index: MetadataIndex) -> Any:
-        """Return a stored entry, unpickled as plain data; raise `UserError` if it is damaged."""
-        place = self._checked_place(index)
-        with self._explained([index.fqn]), open(self._folder / place.relative_path, "rb") as stream:
-            stream.seek(place.offset)
-            return load_entry(index.fqn, io.BytesIO(stream.read(place.length)))
+        """Return a stored entry, read as plain data; raise `UserError` if it is anything else."""
+        with self._opened(index) as (descriptor, path, place):
+            try:
+                return load(descriptor, path, place.offset, place.length)
+            except ARCHIVE_ERRORS as error:
+                what, why = f"entry {index.fqn} of the checkpoint", first_line(error)
+                raise UserError(f"{what} is not plain data: {why} ({path})") from error
+
+    def check_stored(self, index: MetadataIndex) -> None:
+        """Raise `UserError` unless the file of an entry is long enough to hold it."""
+        with self._opened(index):
+            pass
 
     def offset(self, index: MetadataIndex) -> int:
         """Return where a stored chunk begins in its file, 0 if the index does not say."""
@@ -158,37 +186,38 @@ class SafeReader(FileSystemReader):
     def finish(self) -> None:
         """Check the hash of every file of the step; what was read `along` is not read again."""
         for name in sorted(self._hashes):
-            path = self._folder / name
-            with readable(path):
-                found = self._hash_along(name).finish()
-            check_hash(path, found, self._hashes[name])
+            check_hash(self._folder / name, self._hash_along(name).finish(), self._hashes[name])
 
-    def _read_block(self, chunk: MetadataIndex, first: int, rows: Tensor) -> bool:
-        """Read rows from one contiguous block; return False if they do not lie in one."""
-        place = self._checked_place(chunk)
-        path = self._folder / place.relative_path
-        with self._explained([chunk.fqn]), open(path, "rb", buffering=0) as stream:
-            block = locate(stream.fileno(), place.offset, place.length)
-            if block is None or block.dtype != rows.dtype or len(block.shape) != rows.dim():
-                return False
-            if block.shape[1:] != rows.shape[1:]:
-                return False
-            if block.shape and first + rows.shape[0] > block.shape[0]:
-                return False
-            begin = block.offset + first * math.prod(block.shape[1:]) * block.dtype.itemsize
-            data = read_into(stream.fileno(), path, begin, rows)
-        if self._check == "along":
-            with readable(path):
-                self._hash_along(place.relative_path).take(begin, data)
-        return True
+    def _part(self, item: ReadItem) -> Tensor:
+        """Return the part of a stored chunk that a plan asks for."""
+        sizes, dtype = self._form(item.storage_index)
+        begins, lengths = list(item.storage_offsets), list(item.lengths)
+        first, rows = (begins[0], lengths[0]) if sizes else (0, 0)
+        part = torch.empty((rows, *sizes[1:]) if sizes else (), dtype=dtype)
+        self.read_rows(item.storage_index, first, part)
+        return narrow_tensor_by_index(part, [0, *begins[1:]][: part.dim()], lengths)
+
+    def _form(self, chunk: MetadataIndex) -> tuple[torch.Size, torch.dtype]:
+        """Return the sizes and the dtype that the index says of a chunk."""
+        entry = self.read_metadata().state_dict_metadata[chunk.fqn]
+        assert isinstance(entry, TensorStorageMetadata) and chunk.offset is not None
+        if chunk.fqn not in self._sizes:
+            self._sizes[chunk.fqn] = {each.offsets: each.sizes for each in entry.chunks}
+        return self._sizes[chunk.fqn][chunk.offset], entry.properties.dtype
 
     @contextmanager
-    def _explained(self, names: Iterable[str]) -> Iterator[None]:
+    def _opened(self, index: MetadataIndex) -> Iterator[tuple[int, Path, _StorageInfo]]:
+        """Open the file of an entry; what is wrong in it is raised as a `UserError`."""
+        place = self._checked_place(index)
+        path = self._folder / place.relative_path
         try:
-            yield
-        except (*UNPICKLING_ERRORS, OSError) as error:
-            entries, why = some(sorted(set(names)), 3), first_line(error)
-            raise UserError(f"cannot read {entries} of {self._folder}: {why}") from error
+            with opened(path, missing(path)) as descriptor:
+                if place.offset + place.length > os.fstat(descriptor).st_size:
+                    raise UserError(f"cannot read {index.fqn}: {path} ends too early")
+                yield descriptor, path, place
+        except (*ARCHIVE_ERRORS, OSError) as error:
+            why = first_line(error)
+            raise UserError(f"cannot read {index.fqn} of {self._folder}: {why}") from error
 
     def _checked_place(self, index: MetadataIndex) -> _StorageInfo:
         """Return where an entry is stored; with `check` `first`, compare its file's hash before.
@@ -200,7 +229,8 @@ class SafeReader(FileSystemReader):
         if place is None:
             raise UserError(f"{self._folder / METADATA} does not say where {index.fqn} is")
         name = place.relative_path
-        check_listed(self._folder, name, self._hashes)
+        if self._check != "unverified":
+            check_listed(self._folder, name, self._hashes)
         if self._check == "first" and name not in self._checked:
             check_file(self._folder, name, self._hashes)
             self._checked.add(name)
@@ -210,41 +240,3 @@ class SafeReader(FileSystemReader):
         if name not in self._along:
             self._along[name] = HashAlong(self._folder / name)
         return self._along[name]
-
-
-class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner with `weights_only=True` and messages that a person can act on.
-
-    Args:
-        optional: names of entries that keep their present value if the step lacks them.
-    """
-
-    def __init__(self, optional: Collection[str] = ()) -> None:
-        super().__init__(allow_partial_load=bool(optional))
-        self._optional = frozenset(optional)
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        saved = self.metadata.state_dict_metadata
-        missing = sorted(set(self.state_dict) - set(saved) - self._optional)
-        if missing:
-            lacking = some(missing, 3)
-            raise UserError(f"the checkpoint lacks {lacking}: it is of another model or run")
-        for name in self.state_dict.keys() & saved.keys():
-            _check_form(name, self.state_dict[name], saved[name])
-        return super().create_local_plan()
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        name = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[name], load_entry(name, value))
-
-
-def _check_form(name: str, value: Any, saved: Any) -> None:
-    """Raise `UserError` if a stored tensor is to be loaded into a value of another form."""
-    if not isinstance(saved, TensorStorageMetadata):
-        return
-    if not isinstance(value, torch.Tensor):
-        raise UserError(f"the checkpoint's {name} is a tensor, this run expects another value")
-    if value.shape != saved.size:
-        shapes = f"has shape {tuple(saved.size)}, this run expects {tuple(value.shape)}"
-        raise UserError(f"the checkpoint's {name} {shapes}: it is of another model")

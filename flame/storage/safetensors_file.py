@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flame.errors import UserError, first_line
-from flame.storage.archive import read_into
 from flame.storage.direct_file import DirectFile
+from flame.storage.input_file import read_into
 
 DTYPES = {
     "F64": torch.float64,
