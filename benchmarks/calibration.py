@@ -26,9 +26,11 @@ from pruning.calibration.feeding import Feed
 from pruning.calibration.gradients import WeightGradients
 from pruning.calibration.stats_file import zeros
 from pruning.statistics import (
+    HeadOutputGram,
     InputSquares,
     KeySquares,
     NormalisedGrams,
+    OutputSquares,
     QueryKeyGram,
     QueryKeySample,
     StateSpectra,
@@ -44,7 +46,8 @@ SETS: dict[str, Kinds] = {
     "none": (),
     "key Grams, input norms": (QueryKeyGram, InputSquares),
     "key Grams": (QueryKeyGram,),
-    "input norms (wanda)": (InputSquares,),
+    "input and output norms (wanda)": (InputSquares, OutputSquares),
+    "output Grams of heads (output-energy)": (HeadOutputGram,),
     "sample of rows (drrqr --rows)": (QueryKeySample,),
     "normalised Grams (pca)": (NormalisedGrams,),
     "activation norms": (KeySquares, ValueSquares),

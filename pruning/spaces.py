@@ -135,6 +135,11 @@ class Space:
         return NOUNS[self.kind]
 
 
+def output_axis(space: Space) -> Axis:
+    """The axis of the output projection, which value and head spaces have."""
+    return next(axis for axis in space.axes if axis.role == "projection" and axis.dim == 1)
+
+
 def positions(axis: Axis, kept: Kept) -> Int64[Tensor, " n"]:
     """The positions along the axis that survive when `kept` survives, in increasing order.
 

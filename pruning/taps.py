@@ -70,6 +70,25 @@ def tap_mixer_inputs(
         yield
 
 
+@contextmanager
+def tap_mixer_outputs(
+    model: nn.Module, adapter: Adapter, on_output: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `on_output(layer, z)` with what each mixer of `model` gives to its output projection.
+
+    z is [tokens, value heads * d_v], after norm and gate, detached. Mixers leave padding out.
+    """
+
+    def deliver(layer: int) -> Callable[..., None]:
+        return lambda module, args: on_output(layer, args[0].detach().flatten(0, -2))
+
+    with ExitStack() as stack:
+        for layer, mixer in find_mixers(model, adapter).items():
+            output = mixer.get_submodule("o_proj")
+            stack.callback(output.register_forward_pre_hook(deliver(layer)).remove)
+        yield
+
+
 def operator_for(adapter: Adapter) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The chunk operator that takes a family's calls as `OpCall` has them: one row is one step.
 

@@ -14,7 +14,7 @@ from pruning.spaces import Space
 from pruning.states.rollout import sampled_states
 from pruning.statistics import Source, Statistic
 from pruning.statistics.row_sample import RowSample
-from pruning.taps import operator_for, tap_mixer_inputs, tap_ops
+from pruning.taps import operator_for, tap_mixer_inputs, tap_mixer_outputs, tap_ops
 
 OP_TENSORS = ("q", "k", "v", "beta", "g")
 
@@ -52,6 +52,8 @@ class Feed:
                 stack.enter_context(tap_ops(model, self.adapter, self._on_call))
             if Source.MIXER_INPUT in self.fed:
                 stack.enter_context(tap_mixer_inputs(model, self.adapter, self._on_input))
+            if Source.OUTPUT in self.fed:
+                stack.enter_context(tap_mixer_outputs(model, self.adapter, self._on_output))
             yield
 
     def start(self, sequence: int | None) -> None:
@@ -83,6 +85,10 @@ class Feed:
     def _on_input(self, layer: int, hidden: Tensor) -> None:
         if self._accepts(layer, {"the token mixer's input": hidden}, "before the projections"):
             self._give(Source.MIXER_INPUT, layer, hidden)
+
+    def _on_output(self, layer: int, out: Tensor) -> None:
+        if self._accepts(layer, {"the heads' output": out}, "before the output projection"):
+            self._give(Source.OUTPUT, layer, out)
 
     def _accepts(self, layer: int, given: Mapping[str, Tensor | None], where: str) -> bool:
         """Whether to sum these tensors; stores a complaint if one of them is not finite."""

@@ -7,6 +7,7 @@ from pruning.methods.interface import Method
 from pruning.methods.jrnp import JointRankNorm
 from pruning.methods.l1 import L1
 from pruning.methods.l2 import L2
+from pruning.methods.output_energy import OutputEnergy
 from pruning.methods.pca import PCA
 from pruning.methods.random import Random
 from pruning.methods.taylor import Taylor
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
         L1,
         L2,
         PCA,
+        OutputEnergy,
         JointRankNorm,
         Random,
     )

@@ -4,13 +4,16 @@ from pruning.statistics.gradients import GradientShare, Shard, WeightGradientPro
 from pruning.statistics.grams import NormalisedGrams, QueryKeyGram, QueryKeySample
 from pruning.statistics.interface import Source, Statistic
 from pruning.statistics.norms import InputSquares, KeySquares, ValueSquares
+from pruning.statistics.outputs import HeadOutputGram, OutputSquares
 from pruning.statistics.states import StateSpectra
 
 __all__ = [
     "GradientShare",
+    "HeadOutputGram",
     "InputSquares",
     "KeySquares",
     "NormalisedGrams",
+    "OutputSquares",
     "QueryKeyGram",
     "QueryKeySample",
     "Shard",

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pruning.spaces import Kind, Space
+from pruning.spaces import Kind, Space, output_axis
 
 
 class Source(Enum):
@@ -31,6 +31,8 @@ class Source(Enum):
     """The delta-rule call, an `OpCall`."""
     MIXER_INPUT = "mixer input"
     """The hidden states that enter the token mixer, [tokens, hidden]."""
+    OUTPUT = "output"
+    """What enters the output projection, after norm and gate: [tokens, value heads * d_v]."""
     STATE = "state"
     """Recurrent states, key dimension first: [n, value heads, d_k, d_v]."""
     WEIGHT_GRADIENT = "weight gradient"
@@ -43,8 +45,9 @@ class Statistic(ABC):
     """Base of all statistics: a subclass declares tensor fields, `source` and `update`.
 
     The annotation of a field says its dtype (float64 sums or int64 counts) and its shape: `H` heads
-    and `d` channels of the space, `hidden` numbers that enter the mixer, or a number. One field
-    without dimensions counts what was summed.
+    and `d` channels of the space, `hidden` numbers that enter the mixer, `out` that enter the
+    output projection, `block` of these for each channel, or a number. One field without dimensions
+    counts what was summed.
     """
 
     source: ClassVar[Source]
@@ -61,6 +64,9 @@ class Statistic(ABC):
             device: where the sums are.
         """
         sizes = {"H": space.num_heads, "d": space.head_dim, "hidden": hidden_size}
+        if space.kind != "key":
+            size = output_axis(space).layout.size
+            sizes |= {"out": size, "block": size // space.head_dim}
         sums = {}
         for name, hint in get_type_hints(cls).items():
             if name in cls.__dataclass_fields__ and get_origin(hint) is not ClassVar:

@@ -7,16 +7,15 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from pruning.op_call import OpCall
-from pruning.spaces import KINDS, Kind
+from pruning.spaces import Kind
 from pruning.statistics.interface import Source, Statistic
 
 
 @dataclass
 class InputSquares(Statistic):
-    """The squares of each number that enters the mixer, summed over tokens; for all spaces."""
+    """The squares of each number that enters the mixer, summed over tokens."""
 
     source: ClassVar[Source] = Source.MIXER_INPUT
-    kinds: ClassVar[tuple[Kind, ...]] = KINDS
 
     squares: Float64[Tensor, " hidden"]
     tokens: Int64[Tensor, ""]

@@ -121,6 +121,8 @@ def statistics(
     seen = {
         Source.OP: call,
         Source.MIXER_INPUT: torch.randn(60, HIDDEN),
+        Source.OUTPUT: torch.randn(60, HEADS * VALUES)
+        @ torch.randn(HEADS * VALUES, HEADS * VALUES),
         Source.STATE: torch.randn(5, HEADS, DIM, VALUES) * torch.rand(HEADS, 1, 1),
         Source.WEIGHT_GRADIENT: GradientShare(space, shards, call.tokens),
     }

@@ -81,6 +81,7 @@ class Seen:
 
     calls: dict[int, list[OpCall]] = field(default_factory=dict)
     inputs: dict[int, list[Array]] = field(default_factory=dict)
+    outputs: dict[int, list[Array]] = field(default_factory=dict)
     weights: dict[str, Array] = field(default_factory=dict)
     gradients: dict[str, Array] = field(default_factory=dict)
 
@@ -104,6 +105,11 @@ def seen(home: Path, family: str) -> Seen:
     def keep_input(layer: int, x: torch.Tensor) -> None:
         found.inputs.setdefault(layer, []).append(x.double().numpy())
 
+    for number, layer in enumerate(model.model.layers):
+        keep = found.outputs.setdefault(number, [])
+        layer.attn.o_proj.register_forward_pre_hook(
+            lambda module, args, keep=keep: keep.append(args[0][0].detach().double().numpy())
+        )
     with tap_ops(model, adapter, keep_call), tap_mixer_inputs(model, adapter, keep_input):
         for _, (inputs, labels) in zip(range(SEQUENCES), loader, strict=False):
             out = model(inputs["input"], cu_seqlens=inputs["cu_seqlens"], use_cache=False)
@@ -161,15 +167,20 @@ def taylor(space: Space, found: Seen) -> Array:
 
 
 def wanda(space: Space, found: Seen) -> Array:
-    x = np.concatenate(found.inputs[space.layer])
+    of_input = space.kind == "key"
+    x = np.concatenate((found.inputs if of_input else found.outputs)[space.layer])
     size = np.sqrt(np.square(x).mean(0))
+    names = projections_of(space) if of_input else projections_of(space)[-1:]
+    assert all(name.endswith("o_proj.weight") is not of_input for name in names)
+    return sum(by_channel(space, name, np.abs(found.weights[name]) * size) for name in names)
 
-    def score(name: str) -> Array:
-        if name.endswith("o_proj.weight"):
-            return np.zeros(())
-        return by_channel(space, name, np.abs(found.weights[name]) * size)
 
-    return total(space, found, score)
+def output_energy(space: Space, found: Seen) -> Array:
+    """Head by head, the mean square of what the output projection makes of its outputs alone."""
+    z = np.concatenate(found.outputs[space.layer])
+    weight = found.weights[f"model.layers.{space.layer}.attn.o_proj.weight"]
+    pairs = zip(np.split(z, space.head_dim, 1), np.split(weight, space.head_dim, 1), strict=True)
+    return np.stack([np.square(x @ w.T).sum(1).mean() for x, w in pairs])[None]
 
 
 def activation_norm(space: Space, found: Seen) -> Array:
@@ -223,9 +234,10 @@ SCORES = {
     "taylor": taylor,
     "wanda": wanda,
     "activation-norm": activation_norm,
+    "output-energy": output_energy,
     "pca": pca,
 }
-WITHIN_HEADS = ("l1", "l2", "wanda", "activation-norm")
+WITHIN_HEADS = ("l1", "l2", "wanda", "activation-norm", "output-energy")
 
 
 def spaces_of(home: Path, family: str, kinds: Any) -> list[Space]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pruning.methods  # noqa: F401  (brings the statistics that methods need)
 from pruning.linalg import strong_rrqr
 from pruning.op_call import OpCall
-from pruning.spaces import Axis, HeadMajor, SharedHeads, Space
+from pruning.spaces import Axis, Blocks, HeadMajor, SharedHeads, Space
 from pruning.statistics import (
     GradientShare,
     QueryKeyGram,
@@ -46,11 +46,19 @@ def op_call(seed: int, length: int, rows: int = 1, dtype: torch.dtype = torch.fl
 
 
 HIDDEN = 20
-HEADS = Space("layers.0.head", "head", 0, num_heads=1, head_dim=3, axes=())
+OUT = 24
+HEADS, VALUES = (
+    Space(f"layers.0.{kind}", kind, 0, 1, count, (Axis("o_proj.weight", 1, layout),))
+    for kind, count, layout in (("head", 3, Blocks(3, 8)), ("value", 4, SharedHeads(6, 4)))
+)
 
 
 def hidden(seed: int) -> Tensor:
     return torch.randn(40 + seed, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(seed: int) -> Tensor:
+    return torch.randn(40 + seed, OUT, generator=torch.Generator().manual_seed(seed))
 
 
 def states(seed: int) -> Tensor:
@@ -68,6 +76,7 @@ def share(seed: int) -> GradientShare:
 SEEN: dict[Source, Callable[[int], Any]] = {
     Source.OP: lambda seed: op_call(seed, 40 + seed),
     Source.MIXER_INPUT: hidden,
+    Source.OUTPUT: outputs,
     Source.STATE: states,
     Source.WEIGHT_GRADIENT: share,
 }
@@ -75,8 +84,7 @@ SEEN: dict[Source, Callable[[int], Any]] = {
 
 def zeros(kind: type[Statistic]) -> Statistic:
     """Of the key space where it serves that, else of another."""
-    values = Space("layers.0.value", "value", 0, num_heads=1, head_dim=4, axes=())
-    space = {"key": SPACE, "value": values, "head": HEADS}[kind.kinds[0]]
+    space = {"key": SPACE, "value": VALUES, "head": HEADS}[kind.kinds[0]]
     return kind.zeros(space, HIDDEN)
 
 

@@ -1,0 +1,48 @@
+"""What the heads give: sums over the input of the output projection, after norm and gate."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from pruning.spaces import Kind
+from pruning.statistics.interface import Source, Statistic
+
+
+@dataclass
+class OutputSquares(Statistic):
+    """The squares of each number that enters the output projection, summed over tokens."""
+
+    source: ClassVar[Source] = Source.OUTPUT
+    kinds: ClassVar[tuple[Kind, ...]] = ("value", "head")
+
+    squares: Float64[Tensor, " out"]
+    tokens: Int64[Tensor, ""]
+    """Number of tokens summed."""
+
+    def update(self, seen: Float[Tensor, "n out"]) -> None:
+        """Add the outputs of all heads for some tokens."""
+        self.squares += seen.double().square().sum(0)
+        self.tokens += len(seen)
+
+
+@dataclass
+class HeadOutputGram(Statistic):
+    """For each channel of a head space, the Gram matrix of its outputs: the sum of z zᵀ.
+
+    z is what the channel's value heads, one or a group of them, hand to the output projection.
+    """
+
+    source: ClassVar[Source] = Source.OUTPUT
+    kinds: ClassVar[tuple[Kind, ...]] = ("head",)
+
+    gram: Float64[Tensor, "d block block"]
+    tokens: Int64[Tensor, ""]
+    """Number of tokens summed."""
+
+    def update(self, seen: Float[Tensor, "n out"]) -> None:
+        """Add some tokens; cost 2 tokens out block, in float64."""
+        rows = seen.double().unflatten(-1, self.gram.shape[:2]).transpose(0, 1).contiguous()
+        self.gram.baddbmm_(rows.mT, rows)
+        self.tokens += len(seen)
