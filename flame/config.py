@@ -1,170 +1,81 @@
-"""The sections of a recipe: torchtitan's job configuration with those of this project.
+"""torchtitan's job configuration, made from a recipe's sections.
 
-This project replaces `[model]`, adds `[data]`, `[lora]`, `[trainable]` and `[distill]`, and changes
-the defaults with which torchtitan could lose data. A command line overrides keys as torchtitan's
-does, by `--section.key value`.
+Its classes hold the keys of `flame.recipe.sections` beside torchtitan's own, which must keep their
+defaults: a change of one is refused, since nothing here reads it, and some name modules that
+torchtitan would import. Recipes are therefore never shown to torchtitan's own reader.
 """
 
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
-import contextlib
-import io
-import re
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config import job_config as titan
-from torchtitan.config.manager import ConfigManager
 
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, RECIPE_FILE
-from flame.data.config import DataConfig
 from flame.errors import UserError
-from flame.recipe import fill, known_fields, option_name, read_tables, recipe_path
+from flame.recipe import read_tables, recipe_path
+from flame.recipe.keys import fill, keys_of, sections, unknown_key
+from flame.recipe.sections import Recipe
+from flame.recipe.words import overriding
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"name": "causal_lm", "flavor": "config", "hf_assets_path": "."},
+    "checkpoint": {"enable": True, "last_save_model_only": False},
+}
+"""Keys of torchtitan with another default here, which must not be changed either."""
+
+INSTEAD = {
+    "training.dataset": "name the text in data.dataset",
+    "training.dataset_path": "name the text in data.dataset",
+    "training.dtype": "weights stay in float32, bf16 compute is training.mixed_precision_param",
+    "validation.dataset": "name the text in data.heldout",
+    "validation.dataset_path": "name the text in data.heldout",
+    "validation.seq_len": "it is training.seq_len",
+    "validation.local_batch_size": "sequences are taken one by one",
+    "checkpoint.enable": "a run without its last step is lost",
+    "checkpoint.folder": "other commands look for the steps in checkpoint/",
+    "checkpoint.initial_load_path": "give it as --init",
+    "checkpoint.last_save_model_only": "the last step is saved in full, see `slimstate convert`",
+    "checkpoint.last_save_in_hf": "run `slimstate convert` after training",
+    "memory_estimation.enable": "run `slimstate train --estimate`",
+    "parallelism.tensor_parallel_degree": "only data parallelism (FSDP2, HSDP) is supported",
+    "parallelism.pipeline_parallel_degree": "only data parallelism (FSDP2, HSDP) is supported",
+    "parallelism.context_parallel_degree": "only data parallelism (FSDP2, HSDP) is supported",
+    "job.custom_config_module": "no module that a recipe names is ever imported",
+    "experimental.custom_import": "no module that a recipe names is ever imported",
+    "experimental.custom_args_module": "no module that a recipe names is ever imported",
+}
 
 
-@dataclass
-class Model(titan.Model):
-    name: str = "causal_lm"
-    """Train spec; `causal_lm` is any causal language model of transformers or fla."""
-
-    flavor: str = "config"
-    """Unused, as the shape comes from `model.config`."""
-
-    hf_assets_path: str = "."
-    """Unused, as `model.config` and `data.tokenizer` take its place."""
-
-    config: str = ""
-    """Architecture to train: a `config.json`, a folder that has one, or a hub name."""
-
-    init: str = ""
-    """Model whose weights training starts from, at step 0: a run, step, HF folder or hub name."""
+def _combined(name: str, ours: type, theirs: type) -> Any:
+    """Return a dataclass with the keys of both; ours win, and `DEFAULTS` win over torchtitan's."""
+    fixed = DEFAULTS.get(name, {})
+    annotations = {key: type(value) for key, value in fixed.items()}
+    body = {**fixed, "__annotations__": annotations, "__module__": __name__}
+    return dataclasses.dataclass(type(ours.__name__, (ours, theirs), body))
 
 
-@dataclass
-class Lora:
-    rank: int = 0
-    """Rank of the low-rank adapters (peft); 0 trains all parameters."""
-
-    alpha: float = 64.0
-    """Scale of the adapters: the update is `alpha / rank * B @ A`."""
-
-    dropout: float = 0.0
-    """Dropout before the adapters' down-projection; its draws depend on seed, step and rank."""
-
-    dora: bool = False
-    """Train magnitude and direction apart (DoRA, arXiv 2402.09353), with a length for each row."""
-
-    bias: str = "none"
-    """Biases trained beside the adapters, as in peft: `none`, `all` or `lora_only` (of targets)."""
-
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
-    """Linear modules that get an adapter, by the last part of their name."""
-
-    train_also: list[str] = field(default_factory=lambda: ["conv1d", "norm", "bias"])
-    """Parameters trained in full beside the adapters: those whose name contains one of these."""
-
-    init: str = ""
-    """Adapters to start from: a peft folder or a LoRA run; empty for random A and zero B."""
-
-    merge: bool = True
-    """At the end, write the merged model as a run folder `merged/` inside the run."""
+def _job_class() -> Any:
+    theirs: Any = {each.name: each.type for each in dataclasses.fields(titan.JobConfig)}
+    classes = {
+        name: _combined(name, ours, theirs[name]) if name in theirs else ours
+        for name, ours in sections().items()
+    }
+    fields: list[Any] = [
+        (name, of, dataclasses.field(default_factory=of)) for name, of in classes.items()
+    ]
+    return dataclasses.make_dataclass("JobConfig", fields, bases=(titan.JobConfig,))
 
 
-@dataclass
-class Trainable:
-    modules: list[str] = field(default_factory=list)
-    """Train only parameters whose name contains one of these; empty for all. Not with LoRA."""
+JobConfig: Any = _job_class()
+"""torchtitan's job configuration with this project's sections."""
 
 
-@dataclass
-class Distill:
-    """The loss `ce_weight · CE + weight · T² · KL(teacher ‖ student) + hidden_weight · hidden`."""
-
-    teacher: str = ""
-    """Model to learn from: a run, step, Hugging Face folder or hub name; empty for none."""
-
-    temperature: float = 2.0
-    """T, by which both models' logits are divided before the softmax."""
-
-    weight: float = 1.0
-    """Weight of T² · KL(teacher ‖ student)."""
-
-    ce_weight: float = 1.0
-    """Weight of the cross entropy with the text; always 1 without a teacher."""
-
-    hidden_weight: float = 0.0
-    """Weight of the distance between the layers' outputs and the teacher's."""
-
-    chunk_tokens: int = 0
-    """Tokens whose logits are in memory together; 0 for as many as have 2²⁴ logits."""
-
-
-@dataclass
-class Training(titan.Training):
-    max_nonfinite_steps: int = 10
-    """Stop after this many steps in a row whose loss or gradient norm is not finite. Such a step
-    changes no weight; the schedule and the data go on."""
-
-
-@dataclass
-class Checkpoint(titan.Checkpoint):
-    enable: bool = True
-    """Save checkpoints; the last step is always saved, optimizer state included."""
-
-    keep_latest_k: int = 2
-    """Whole checkpoints to keep; 0 keeps all. An old one is deleted when the new one is whole."""
-
-    fallback: bool = False
-    """If the newest step is damaged, resume from the whole step before it instead of stopping."""
-
-    last_save_model_only: bool = False
-    """Refused if set, because the last step is always saved in full."""
-
-
-@dataclass
-class Metrics(titan.Metrics):
-    enable_tensorboard: bool = True
-    """Write TensorBoard events to `metrics.save_tb_folder`."""
-
-    disable_color_printing: bool = True
-    """Plain text log lines."""
-
-
-@dataclass
-class Comm(titan.Comm):
-    trace_buf_size: int = 0
-    """Entries of the NCCL flight recorder; 0 switches it off."""
-
-    train_timeout_seconds: int = 600
-    """Seconds that a rank waits for another, in a step or while a checkpoint is written, once the
-    first step is done. Then the job ends, naming the rank that hangs."""
-
-
-@dataclass
-class ActivationCheckpoint(titan.ActivationCheckpoint):
-    mode: str = "none"
-    """`none`, `full` (every layer) or `selective` (every `selective_ac_option`-th layer)."""
-
-
-@dataclass
-class JobConfig(titan.JobConfig):
-    """torchtitan's job configuration with this project's sections."""
-
-    model: Model = field(default_factory=Model)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: Training = field(default_factory=Training)
-    lora: Lora = field(default_factory=Lora)
-    trainable: Trainable = field(default_factory=Trainable)
-    distill: Distill = field(default_factory=Distill)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    metrics: Metrics = field(default_factory=Metrics)
-    comm: Comm = field(default_factory=Comm)
-    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
-
-
-def parse_job(arguments: list[str]) -> JobConfig:
+def parse_job(arguments: list[str]) -> Any:
     """Return the job of a command line `--job.config_file RECIPE --section.key value …`.
 
     A recipe in a run folder (beside its `checkpoint/`) dumps into that folder, wherever it lies.
@@ -172,35 +83,46 @@ def parse_job(arguments: list[str]) -> JobConfig:
     Raises:
         UserError: the recipe or an override is wrong.
     """
-    recipe = recipe_path(arguments)
-    if recipe is not None:
-        job_from_tables(read_tables(recipe))
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            job = ConfigManager(JobConfig).parse_args(arguments)
-    except SystemExit as error:
-        raise UserError(_boxed_message(said.getvalue())) from error
+    recipe, overrides = recipe_path(arguments), overriding(arguments)
+    job = job_from_tables(read_tables(recipe), overrides)
     if recipe is not None and recipe.name == RECIPE_FILE and _is_run_folder(recipe.parent):
-        if "job.dump_folder" not in map(option_name, arguments):
+        if "dump_folder" not in overrides.get("job", {}):
             job.job.dump_folder = str(recipe.parent)
     return job
 
 
-def job_from_tables(tables: dict[str, Any]) -> JobConfig:
-    """Return the job of a recipe's tables; raise `UserError` for a wrong section, key or type."""
-    job = JobConfig()
-    for section, values in tables.items():
-        if not hasattr(job, section):
-            raise UserError(f"recipe section [{section}] is unknown: {known_fields(JobConfig)}")
-        fill(getattr(job, section), section, values)
+def job_from_tables(*several: Mapping[str, Any]) -> Any:
+    """Return the job of a recipe's tables, and of tables that override them, as a `JobConfig`.
+
+    Raises:
+        UserError: a section or key is unknown or has no effect here, or a value is wrong.
+    """
+    recipe, job = Recipe(), JobConfig()
+    for tables in several:
+        for name, value in fill(recipe, tables).items():
+            _check_foreign(job, name, value)
+    for name, of in sections().items():
+        for key in keys_of(of):
+            setattr(getattr(job, name), key, getattr(getattr(recipe, name), key))
     return job
 
 
-def _boxed_message(text: str) -> str:
-    """Return the message in tyro's printed box, which stands between its first two rules."""
-    parts = re.split(r"[-─]{8,}", re.sub(r"[│╭╮╰╯]", " ", text))
-    return " ".join(parts[min(1, len(parts) - 1)].split()) or "the command line is not understood"
+def _check_foreign(job: Any, name: str, value: Any) -> None:
+    """Raise UserError unless key `name` is torchtitan's and `value` its default in `job`."""
+    default: Any = job
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(default) or part not in vars(default):
+            raise unknown_key(name)
+        default = getattr(default, part)
+    if dataclasses.is_dataclass(default):
+        if not isinstance(value, dict):
+            raise UserError(f"recipe key {name} is not a section: write [{name}]")
+        for key, inner in value.items():
+            _check_foreign(job, f"{name}.{key}", inner)
+    # A value of the command line is text.
+    elif value != default and str(value).lower() != str(default).lower():
+        instead = INSTEAD.get(name, "leave it out")
+        raise UserError(f"{name} is {value!r}, and nothing here reads it: {instead}")
 
 
 def _is_run_folder(folder: Path) -> bool:

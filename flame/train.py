@@ -9,6 +9,9 @@ from flame.errors import UserError
 from flame.options import option, overrides
 from flame.process.atomic_output import made_folder, replacing_files, writer_lock
 from flame.recipe import read_tables, recipe_path
+from flame.recipe.keys import fill
+from flame.recipe.sections import Recipe
+from flame.recipe.words import overriding
 from flame.stage import Stage
 
 
@@ -44,7 +47,9 @@ class Options:
         words += ["--checkpoint.fallback"] if self.fallback else []
         words += self.overrides
         if recipe_path(words) is None:
-            raise UserError("train needs a recipe: --config RECIPE.toml")
+            raise UserError(
+                "train needs a recipe: --config RECIPE.toml (`slimstate recipes` lists some)"
+            )
         return words
 
 
@@ -76,8 +81,9 @@ def answer(options: Options, nproc: int, nnodes: int) -> str | None:
 
 
 def _job(options: Options) -> Any:
-    # A recipe that cannot be read is said before torchtitan is imported, which takes seconds.
-    read_tables(recipe_path(options.arguments))
+    # A mistake in the recipe is said before torchtitan is imported, which takes seconds.
+    for tables in (read_tables(recipe_path(options.arguments)), overriding(options.arguments)):
+        fill(Recipe(), tables)
     from flame.config import parse_job
 
     return parse_job(options.arguments)

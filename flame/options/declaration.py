@@ -30,7 +30,7 @@ class Declaration:
     above: float | None = None
     """The exclusive lower bound."""
     below: float | None = None
-    """The exclusive upper bound; `above` must be given too."""
+    """The exclusive upper bound; a lower one must be given too."""
     choices: Sequence[str] = ()
     """The words that are allowed, where the annotation is no `Literal`."""
     parse: Callable[[str], Any] | None = None
@@ -54,6 +54,8 @@ class Declaration:
 
     def bounds(self) -> str:
         """The bounds in words that follow `a number`; empty for none."""
+        if self.below is not None and self.least is not None:
+            return f" from {self.least} to below {self.below}"
         if self.below is not None:
             return f" between {self.above} and {self.below}"
         if self.above is not None:
@@ -72,11 +74,15 @@ def option(default: Any, help: str, **how: Any) -> Any:
     """A dataclass field that is the option `--name` of a command line.
 
     Args:
-        default: its value where the option is not given; `REQUIRED` if it must be.
+        default: its value where the option is not given; `REQUIRED` if it must be. Each instance
+            gets a list of its own.
         help: one line for the help, which adds the default itself.
         how: fields of `Declaration` from `metavar` to `bare`.
     """
-    return field(default=default, metadata={"declared": Declaration("option", help, **how)})
+    metadata = {"declared": Declaration("option", help, **how)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def argument(metavar: str, help: str) -> Any:

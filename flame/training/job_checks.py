@@ -1,6 +1,7 @@
 """Checking a training job before its first worker starts."""
 
-import math
+import importlib.util
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -9,52 +10,22 @@ from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve, vocabu
 from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
 from flame.process.atomic_output import check_output
+from flame.process.distributed import device_type
+from flame.recipe.keys import check_values
+from flame.training.schedule import check_schedule
 
 BYTES_PER_PARAMETER = 12
 """An fp32 weight and two fp32 moments in a checkpoint."""
 
-ASYNC_MODES = ("disabled", "async")
-
-IGNORED = (
-    "training.dataset",
-    "training.dataset_path",
-    "training.enable_cpu_offload",
-    "training.mixed_precision_reduce",
-    "checkpoint.initial_load_path",
-    "checkpoint.initial_load_in_hf",
-    "checkpoint.exclude_from_loading",
-    "checkpoint.create_seed_checkpoint",
-    "checkpoint.load_only",
-    "checkpoint.export_dtype",
-    "activation_checkpoint.memory_budget",
-    "activation_checkpoint.early_stop",
-    "activation_checkpoint.preserve_rng_state",
-    "fault_tolerance.enable",
-    "memory_estimation.enable",
-    "model.converters",
-    "comm.mode",
-    "job.custom_config_module",
-    "experimental.custom_import",
-    "experimental.custom_args_module",
+INSIDE = (
+    "metrics.save_tb_folder",
+    "profiling.save_traces_folder",
+    "profiling.save_memory_snapshot_folder",
+    "comm.save_traces_folder",
 )
-"""torchtitan's options that this trainer ignores; changing one is an error."""
-
-INSTEAD = {
-    "training.dataset": "name the text in data.dataset",
-    "training.dataset_path": "name the text in data.dataset",
-    "checkpoint.initial_load_path": "give it as --init",
-    "memory_estimation.enable": "run `slimstate train --estimate`",
-}
+"""Keys whose value is a folder inside the run folder."""
 
 LOG_SUFFIXES = (".err", ".log", ".out")
-
-UNSUPPORTED_DEGREES = (
-    "tensor_parallel_degree",
-    "pipeline_parallel_degree",
-    "context_parallel_degree",
-    "expert_parallel_degree",
-    "expert_tensor_parallel_degree",
-)
 
 
 def check_job(job: Any, world_size: int) -> None:
@@ -63,10 +34,8 @@ def check_job(job: Any, world_size: int) -> None:
     Args:
         job: a `flame.config.JobConfig`.
     """
-    check_size(job, world_size)
     check_numbers(job)
-    check_ignored(job)
-    check_checkpoint(job)
+    check_size(job, world_size)
     _check_folder(job)
     _check_model_and_data(job, world_size)
 
@@ -78,12 +47,6 @@ def check_size(job: Any, world_size: int) -> None:
 
 
 def _check_parallelism(parallelism: Any, world_size: int) -> None:
-    for name in UNSUPPORTED_DEGREES:
-        if getattr(parallelism, name) != 1:
-            raise UserError(
-                f"parallelism.{name} is {getattr(parallelism, name)}: only data parallelism "
-                "(FSDP2, HSDP) is supported, set it to 1"
-            )
     replicas, shards = (
         parallelism.data_parallel_replicate_degree,
         parallelism.data_parallel_shard_degree,
@@ -96,38 +59,43 @@ def _check_parallelism(parallelism: Any, world_size: int) -> None:
 
 
 def check_numbers(job: Any) -> None:
-    """Raise UserError for a value of the recipe that is wrong whatever the rest says."""
-    from flame.training.schedule import check_schedule
-
-    positive = {
-        "training.steps": job.training.steps,
-        "training.seq_len": job.training.seq_len,
-        "training.local_batch_size": job.training.local_batch_size,
-        "training.max_norm": job.training.max_norm,
-        "training.max_nonfinite_steps": job.training.max_nonfinite_steps,
-        "optimizer.lr": job.optimizer.lr,
-        "checkpoint.interval": job.checkpoint.interval,
-        "metrics.log_freq": job.metrics.log_freq,
-    }
-    for name, value in positive.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} is {value}: it must be above 0")
-    if job.lora.rank < 0 or (job.lora.rank > 0 and not job.model.init):
+    """Raise UserError for a value of the recipe that is wrong whatever model and data are."""
+    check_values(job)
+    if job.lora.rank > 0 and not job.model.init:
         raise UserError(
             f"lora.rank is {job.lora.rank}: adapters need a base, give --init MODEL (0 for none)"
         )
     check_schedule(job.lr_scheduler, job.training.steps)
     if job.validation.enable:
         raise UserError("validation.enable must be false: measure a run by `slimstate eval`")
-    if job.training.dtype != "float32":
-        raise UserError("training.dtype must be float32: bf16 compute is mixed_precision_param")
-    if job.activation_checkpoint.mode not in ("none", "full", "selective"):
+    if job.validation.steps == 0:
+        raise UserError("validation.steps is 0: give a number of batches, or -1 for all text")
+    every = job.activation_checkpoint.selective_ac_option
+    if not re.fullmatch(r"[1-9]\d{0,8}", every):
         raise UserError(
-            f"activation_checkpoint.mode is {job.activation_checkpoint.mode!r}: "
-            "choose none, full or selective"
+            f"activation_checkpoint.selective_ac_option is {every!r}: it takes a number of layers, "
+            'such as "2"'
         )
-    if not str(job.activation_checkpoint.selective_ac_option).isdigit():
-        raise UserError("activation_checkpoint.selective_ac_option must be a number of layers")
+    _check_tools(job)
+
+
+def _check_tools(job: Any) -> None:
+    """Raise UserError for a profiler's cycle or folder that is wrong, or a tool that is not here."""
+    profiling = job.profiling
+    if profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
+        raise UserError(
+            f"profiling.profile_freq is {profiling.profile_freq}: it must be at least "
+            "profiler_warmup + profiler_active"
+        )
+    for name in ("enable_profiling", "enable_memory_snapshot"):
+        if getattr(profiling, name) and device_type() != "cuda":
+            raise UserError(f"profiling.{name} is true: it needs a GPU")
+    for name in INSIDE:
+        folder = attrgetter(name)(job)
+        if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise UserError(f"{name} is {folder!r}: it must be a folder inside the run folder")
+    if job.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("metrics.enable_wandb is true: install wandb, or leave it out")
 
 
 def _check_batch(job: Any, world_size: int) -> None:
@@ -139,27 +107,6 @@ def _check_batch(job: Any, world_size: int) -> None:
             "training.global_batch_size must be set: the batch must not depend on the processes"
         )
     check_order(job.data.virtual_shards, world_size, batch, local)
-
-
-def check_ignored(job: Any) -> None:
-    default = type(job)()
-    for name in IGNORED:
-        given = attrgetter(name)(job)
-        if given != attrgetter(name)(default):
-            instead = INSTEAD.get(name, "leave it out")
-            raise UserError(f"{name} is {given!r}, and nothing here reads it: {instead}")
-
-
-def check_checkpoint(job: Any) -> None:
-    if job.checkpoint.async_mode not in ASYNC_MODES:
-        raise UserError(
-            f"checkpoint.async_mode is {job.checkpoint.async_mode!r}: choose from "
-            f"{', '.join(ASYNC_MODES)}"
-        )
-    if job.checkpoint.last_save_model_only or job.checkpoint.last_save_in_hf:
-        raise UserError("the last step is saved in full: convert it with `slimstate convert`")
-    if not job.checkpoint.enable:
-        raise UserError("checkpoint.enable must be true: a run without its last step is lost")
 
 
 def _check_folder(job: Any) -> None:

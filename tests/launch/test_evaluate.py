@@ -150,7 +150,7 @@ def test_figures_that_describe_the_model(assets: Path) -> None:
 
 def test_lora_run_is_evaluated_with_its_adapters(assets: Path, tmp_path: Path) -> None:
     from flame.checkpoint.fingerprint import fingerprint
-    from flame.config import Lora
+    from flame.recipe.sections import Lora
     from flame.recovery.lora import write_adapter_files
 
     base, run, merged = assets / "gated_deltanet", tmp_path / "lora", tmp_path / "merged"

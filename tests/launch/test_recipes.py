@@ -55,8 +55,6 @@ def test_recipes_fit_eight_processes(
     job = parse_job(["--job.config_file", str(path)])
     checks.check_size(job, 8)
     checks.check_numbers(job)
-    checks.check_ignored(job)
-    checks.check_checkpoint(job)
     config = json.loads((path.parent / f"{path.stem.removeprefix('recover_')}.json").read_text())
     model = meta_model(config)
     count = count_parameters(model.parameters())

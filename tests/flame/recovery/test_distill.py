@@ -190,7 +190,7 @@ def test_a_teacher_is_sharded_and_says_what_the_whole_model_says(
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
-    from flame.config import Distill
+    from flame.recipe.sections import Distill
     from flame.recovery.distill import Teacher
     from flame.training.objective import Objective
     from tests.flame.tiny import GATED_DELTANET, build

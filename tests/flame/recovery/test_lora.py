@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flame.checkpoint.adapter_names import peft_name
-from flame.config import Lora
 from flame.errors import UserError
+from flame.recipe.sections import Lora
 from flame.recovery.lora import check_targets, initialise_adapters, inject, load_adapters
 from tests.distributed import run_distributed
 from tests.flame.jobs import largest_difference, make_job, tensors_of, train_job

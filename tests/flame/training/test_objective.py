@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flame.config import Distill
 from flame.errors import UserError
+from flame.recipe.sections import Distill
 from flame.training.losses import (
     LOGITS_AT_A_TIME,
     Mix,

@@ -266,7 +266,7 @@ def test_merged_model_equals_base_plus_adapters(
     from flame.checkpoint.convert import convert
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
-    from flame.config import Lora
+    from flame.recipe.sections import Lora
     from flame.recovery.lora import peft_config
 
     adapted = load_model(resolve(str(two_ranks)))
@@ -312,6 +312,10 @@ def test_lora_resumes_bit_for_bit(
         ({"checkpoint__async_mode": "sometimes"}, 1, "async_mode"),
         ({"training__dataset": "c4"}, 1, "nothing here reads it: name the text in data.dataset"),
         ({"training__enable_cpu_offload": True}, 1, "enable_cpu_offload is True, and nothing here"),
+        ({"metrics__save_tb_folder": "/tmp/tb"}, 1, "inside the run folder"),
+        ({"profiling__save_traces_folder": "a/../../b"}, 1, "inside the run folder"),
+        ({"profiling__profile_freq": 3}, 1, "profiler_warmup"),
+        ({"activation_checkpoint__selective_ac_option": "0"}, 1, "number of layers"),
     ],
 )
 def test_bad_jobs_are_refused(

@@ -134,7 +134,7 @@ def test_processes_share_the_requests(
 
 def test_adapters_are_merged_with_their_base(assets: Path, tmp_path: Path) -> None:
     from flame.checkpoint.fingerprint import fingerprint
-    from flame.config import Lora
+    from flame.recipe.sections import Lora
     from flame.recovery.lora import write_adapter_files
 
     base, run, merged = assets / "delta_net", tmp_path / "lora", tmp_path / "merged"
