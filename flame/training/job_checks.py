@@ -80,7 +80,7 @@ def check_numbers(job: Any) -> None:
 
 
 def _check_tools(job: Any) -> None:
-    """Raise UserError for a profiler's cycle or folder that is wrong, or a tool that is not here."""
+    """Raise UserError for a wrong cycle of the profiler, folder, or tool that is not here."""
     profiling = job.profiling
     if profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
         raise UserError(
