@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.data.local_files import local_path
+from flame.data.files.local_files import local_path
 from flame.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from flame.errors import UserError
 from flame.options import argument, option

@@ -9,7 +9,8 @@ from flame.options import option
 class DataConfig:
     dataset: str = option(
         "",
-        "training text: a hub name, a local file or folder (parquet, json, jsonl, txt), or "
+        "training text: a hub name, a local file or folder (parquet, json, jsonl, jsonl.gz, txt, "
+        "or what `save_to_disk` of datasets wrote), or "
         "`python-stdlib`, the running interpreter's own standard-library source, or `mqar:…`, "
         "generated associative recall (`flame.data.mqar.Mqar` has its numbers)",
     )
@@ -25,17 +26,29 @@ class DataConfig:
     )
     subset: str = option("", "configuration of a hub data set, where it has several")
     split: str = option(
-        "train", "split to train on; `train[:90%]` takes a part (not when streaming)"
+        "train",
+        "split to train on; `train[:90%]` takes a part (not when streaming). Local files have only "
+        "`train`, which is all of them, whatever their names",
     )
     revision: str = option("", "revision of a hub data set; empty for its latest")
     text_key: str = option(
         "text", "column that holds the text; a txt file is one document and needs none"
     )
     streaming: bool = option(
-        False, "read documents as they are needed instead of preparing the whole set first"
+        False,
+        "read documents as they are needed instead of preparing the whole set first. Parquet is "
+        "dealt to the virtual shards by row groups, JSON lines by blocks of bytes; compressed and "
+        "other files are read whole",
     )
     max_documents: int = option(
         0, "use only the first documents of a split; 0 uses all", least=0, most=2**62
+    )
+    max_bad_rows: int = option(
+        100,
+        "rows that are no text (another type, half a character, a damaged part of a file) which "
+        "are skipped, in each process; with one more the job stops, after training saved its step",
+        least=0,
+        most=2**62,
     )
     heldout: str = option(
         "", "held-out text, in the forms of `dataset`; empty for another split of `dataset`"

@@ -1,8 +1,9 @@
 """Sets of documents, dealt out to virtual shards.
 
 Document i of an epoch's order belongs to virtual shard i mod V. The order of a set that can be
-indexed is a permutation, drawn anew for each epoch. A stream keeps its own order; where its files
-can be dealt out evenly, each shard reads only its own files.
+indexed is a permutation, drawn anew for each epoch. A stream keeps its own order. Streams of files
+are dealt out in blocks (`flame.data.files.dealt`); others, of the `datasets` library, are read
+whole by each shard, unless their files can be dealt out evenly.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flame.data.files.bad_rows import BadRows
 from flame.errors import UserError, first_line
 
 READ_CHUNK = 64
@@ -75,6 +77,7 @@ class StreamedDocuments:
     text_key: str
     """The column that holds the text."""
 
+    bad_rows: BadRows
     limit: int = 0
     """Read only this many documents; 0 reads all."""
 
@@ -96,7 +99,7 @@ class StreamedDocuments:
 
     def _text(self, row: dict[str, Any]) -> str:
         check_column(self.name, self.text_key, row)
-        return checked_text(row[self.text_key], self.name, self.text_key)
+        return self.bad_rows.text(row[self.text_key])
 
     def _rows(self, shard: int, num_shards: int, start: int) -> Iterator[dict[str, Any]]:
         rows = pickle.loads(self._pristine)
@@ -105,20 +108,6 @@ class StreamedDocuments:
         first = shard + start * num_shards
         stop = max(self.limit - first, 0) if self.limit else None
         return islice(rows.skip(first), 0, stop, num_shards)
-
-
-def checked_text(value: Any, name: str, text_key: str) -> str:
-    """Return a cell of column `text_key` as a document, an empty one for a missing value.
-
-    Raises:
-        UserError: the value is not text; `name` names the set.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        found = type(value).__name__
-        raise UserError(f"column {text_key!r} of {name} holds {found}, not text: set data.text_key")
-    return value
 
 
 def check_column(name: str, text_key: str, columns: Iterable[str]) -> None:
@@ -150,6 +139,8 @@ def reading(name: str) -> Iterator[Any]:
     try:
         yield datasets
     except (DatasetsError, OSError, ValueError) as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         raise UserError(f"cannot read {name}: {first_line(error.__cause__ or error)}") from error
     except StopIteration as error:
         # The JSON reader ends so on a file without a single record.

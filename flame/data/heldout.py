@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,9 @@ from torch import Tensor
 from flame.data import corpus
 from flame.data.config import DataConfig
 from flame.data.documents import Documents
+from flame.data.files.local_files import local_path
 from flame.data.mixing import MixedDocuments, shares, source_configs
+from flame.data.mqar import is_mqar
 from flame.data.mqar_tokens import answers_of
 from flame.data.packing import (
     IGNORE_INDEX,
@@ -90,7 +91,7 @@ def heldout_documents(config: DataConfig) -> Documents:
 def _default_split(config: DataConfig) -> str:
     if (config.heldout or config.dataset) == corpus.NAME:
         return "heldout"
-    if config.heldout and Path(config.heldout).expanduser().exists():
+    if config.heldout and not is_mqar(config.heldout) and local_path(config.heldout) is not None:
         return "train"
     return "validation"
 

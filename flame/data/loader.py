@@ -8,6 +8,7 @@ A rank's state is a cursor per shard and source; merged, the states of all ranks
 that divides V.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 from flame.data.config import DataConfig
 from flame.data.documents import Documents
+from flame.data.files.dealt import DealtDocuments
 from flame.data.loader_checks import check_order, check_shards
 from flame.data.mixing import part_of, parts_of
 from flame.data.mqar_tokens import answers_of
@@ -142,6 +144,9 @@ class PackedLoader:
             "documents": self.documents.size,
         }
         parts = parts_of(self.documents)
+        layouts = [part.layout for part in parts if isinstance(part, DealtDocuments)]
+        if layouts:
+            identity["layout"] = layouts
         if len(parts) > 1:
             identity["sources"] = [[part.name, part.size] for part in parts]
             identity["weights"] = list(self.documents.weights)  # type: ignore[attr-defined]
@@ -171,8 +176,12 @@ class PackedLoader:
 
 
 def _written(cursors: Cursors) -> list[Any]:
-    """Return a shard's cursors as JSON: three numbers, or a list of such for several sources."""
-    numbers = [[cursor.epoch, cursor.document, cursor.token] for cursor in cursors]
+    """Return a shard's cursors as JSON: numbers, or a list of such for several sources.
+
+    They are epoch, document and token, and the block unless it is the first.
+    """
+    numbers = [list(dataclasses.astuple(cursor)) for cursor in cursors]
+    numbers = [own if own[-1] else own[:-1] for own in numbers]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -212,10 +221,28 @@ def _check_state(state: Mapping[str, Any], expected: State) -> None:
     for key in [*expected, *sorted(MIXTURE & state.keys() - expected.keys())]:
         value = expected.get(key)
         if state.get(key) != value:
+            if key == "layout":
+                raise _other_files(state)
             name = "the number of documents" if key == "documents" else f"data.{key}"
             raise UserError(
                 f"cannot resume: {name} is {value}, and was {state.get(key)} when the run was saved"
             )
+    if "layout" in state and "layout" not in expected:
+        raise UserError(
+            "cannot resume: data.streaming was true when the run was saved, set it again"
+        )
     missing = [s for s in range(expected["virtual_shards"]) if str(s) not in state["shards"]]
     if missing:
         raise UserError(f"the data position lacks virtual shard {missing[0]}: merge all ranks'")
+
+
+def _other_files(state: Mapping[str, Any]) -> UserError:
+    if "layout" in state:
+        return UserError(
+            "cannot resume: the files of data.dataset, or their parts, are not those of the run: "
+            "give the same files, or start anew from its last step (--init)"
+        )
+    return UserError(
+        "cannot resume: the data position is of a version that read streams in another order, or "
+        "without data.streaming: resume with that, or start anew from the run's last step (--init)"
+    )

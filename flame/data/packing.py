@@ -7,7 +7,7 @@ begins with its last token. A cursor names the first token of the next row, for 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flame.data.documents import Documents
+from flame.data.files.dealt import DealtDocuments
 from flame.data.tokenizer import Encoder
 from flame.errors import UserError
 
@@ -38,6 +39,9 @@ class Cursor:
     """Number of the document in the shard's order of that epoch."""
     token: int = 0
     """Number of the token in the document."""
+    block: int = 0
+    """Number of the block of the shard that the document is in, where a set has blocks; the
+    document's number is then that in the block."""
 
 
 class Row(NamedTuple):
@@ -99,7 +103,7 @@ class Packer:
             self._pieces.popleft()
             length -= size
         start, tokens = self._pieces[0]
-        self.cursor = Cursor(start.epoch, start.document, start.token + length)
+        self.cursor = replace(start, token=start.token + length)
         self._pieces[0] = self.cursor, tokens[..., length:]
 
 
@@ -128,19 +132,33 @@ def _encoded(
     begin: Cursor,
 ) -> Iterator[tuple[Cursor, Array]]:
     for epoch in count(begin.epoch) if epochs is None else range(begin.epoch, epochs):
-        first = begin.document if epoch == begin.epoch else 0
-        texts = documents.shard(shard, num_shards, epoch, first)
-        empty = first == 0
-        for document, tokens in enumerate(encoder.stream(texts), first):
-            skipped = begin.token if (epoch, document) == (begin.epoch, begin.document) else 0
-            empty = empty and tokens.size == 0
-            if tokens.size > skipped:
-                yield Cursor(epoch, document, skipped), tokens[skipped:]
+        start = begin if epoch == begin.epoch else Cursor(epoch)
+        empty = start.document == start.block == 0
+        for block, first, texts in _blocks(documents, shard, num_shards, start):
+            for document, tokens in enumerate(encoder.stream(texts), first):
+                here = Cursor(epoch, document, 0, block)
+                skipped = start.token if replace(here, token=start.token) == start else 0
+                empty = empty and tokens.size == 0
+                if tokens.size > skipped:
+                    yield replace(here, token=skipped), tokens[skipped:]
         if empty:
             raise UserError(
                 f"virtual shard {shard} of {num_shards} of {documents.name} has no text: "
                 "give more documents, or a smaller data.virtual_shards"
             )
+
+
+def _blocks(
+    documents: Documents, shard: int, num_shards: int, start: Cursor
+) -> Iterator[tuple[int, int, Iterator[str]]]:
+    """Yield the blocks of a shard from `start` on: number, first document, and texts from there."""
+    if not isinstance(documents, DealtDocuments):
+        yield 0, start.document, documents.shard(shard, num_shards, start.epoch, start.document)
+        return
+    for block in range(start.block, documents.num_blocks(shard, num_shards)):
+        first = start.document if block == start.block else 0
+        yield block, first, documents.block(shard, num_shards, block, first)
+    documents.bad_rows.finish()
 
 
 def varlen_batch(rows: list[Row], predicted: Predicted | None = None) -> Batch:

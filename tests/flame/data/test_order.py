@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flame.data.config import DataConfig
 from flame.data.documents import IndexedDocuments, StreamedDocuments
+from flame.data.files.bad_rows import BadRows
 from flame.data.loader import PackedLoader
 from flame.errors import UserError
 from tests.flame.text import listed_documents, random_texts, tiny_tokenizer
@@ -42,7 +43,7 @@ def stream(texts: list[str] = TEXTS, files: int = 1) -> StreamedDocuments:
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=files)
-    return StreamedDocuments("stream", rows, "text")
+    return StreamedDocuments("stream", rows, "text", BadRows("stream", "text", 0))
 
 
 def make_loader(

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flame.data import corpus
@@ -71,10 +73,9 @@ def write(form: str, folder: Path) -> Path:
             (folder / f"{number:03}.txt").write_text(text)
         (folder / ".hidden.txt").write_text("hidden")
         return folder
-    rows.select(range(15)).to_parquet(folder / "train-0.parquet")
+    rows.select(range(15)).to_parquet(folder / "test-0.parquet")
     rows.select(range(15, 40)).to_parquet(folder / "train-1.parquet")
-    rows.select([0]).to_parquet(folder / "test.parquet")
-    (folder / "README.txt").write_text("not data")
+    (folder / "README.md").write_text("not data")
     rows.to_parquet(folder.parent / "all.parquet")
     return folder if form == "parquet folder" else folder.parent / "all.parquet"
 
@@ -93,31 +94,24 @@ def test_local_files_are_read_whole_and_in_order(
     config = DataConfig(dataset=str(path), streaming=streaming, shuffle=False)
     documents = build_documents(config, "train")
     assert list(documents.shard(0, 1, 0, 0)) == TEXTS
-    assert list(documents.shard(1, 3, 0, 3)) == TEXTS[1::3][3:]
+    shards = [list(documents.shard(shard, 3, 0, 0)) for shard in range(3)]
+    assert sorted(text for texts in shards for text in texts) == sorted(TEXTS)
+    assert min(map(len, shards)) > 5
+    assert list(documents.shard(1, 3, 0, 3)) == shards[1][3:]
+    if not streaming:
+        assert shards == [TEXTS[shard::3] for shard in range(3)]
     assert documents.size == (None if streaming else len(TEXTS))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_streams_files_are_dealt_out_to_shards(tmp_path: Path) -> None:
-    path = write("jsonl folder", tmp_path / "data")
-    documents = build_documents(DataConfig(dataset=str(path), streaming=True), "train")
-    assert list(documents.shard(0, 2, 0, 0)) == TEXTS[:15]
-    assert list(documents.shard(1, 2, 0, 20)) == TEXTS[35:]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_split_is_what_file_names_say(tmp_path: Path, streaming: bool) -> None:
+def test_words_in_names_say_nothing(tmp_path: Path) -> None:
+    """All files of a folder are read; no other split is made up."""
     path = write("parquet folder", tmp_path / "data")
-    config = DataConfig(dataset=str(path), streaming=streaming, shuffle=False)
-    assert texts_of(config, "test") == TEXTS[:1]
-    with pytest.raises(UserError, match="no split 'validation'.*train-0.parquet"):
-        build_documents(config, "validation")
-
-
-def test_a_single_file_is_not_taken_for_a_split_that_it_does_not_name(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
-    with pytest.raises(UserError, match="no split 'validation'"):
-        build_documents(DataConfig(dataset=str(path)), "validation")
+    config = DataConfig(dataset=str(path), shuffle=False)
+    assert texts_of(config) == TEXTS
+    for split in ("test", "validation", "test[:50%]"):
+        with pytest.raises(UserError, match="has no split .*data.heldout"):
+            build_documents(config, split)
     named = write_jsonl(tmp_path / "test.jsonl", TEXTS)
     assert texts_of(DataConfig(dataset=str(named), shuffle=False)) == TEXTS
 
@@ -128,6 +122,8 @@ def test_a_slice_of_a_split(tmp_path: Path) -> None:
     assert texts_of(config, "train[:75%]") + texts_of(config, "train[75%:]") == TEXTS
     with pytest.raises(UserError, match="cannot read"):
         texts_of(config, "train[:x%]")
+    with pytest.raises(UserError, match="a stream has no slices"):
+        texts_of(DataConfig(dataset=str(path), streaming=True), "train[:75%]")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -137,7 +133,7 @@ def test_only_the_first_documents(tmp_path: Path, streaming: bool) -> None:
     documents = build_documents(config, "train")
     assert list(documents.shard(0, 1, 0, 0)) == TEXTS[:7]
     shards = [list(documents.shard(shard, 3, 0, 0)) for shard in range(3)]
-    assert shards == [TEXTS[:7][shard::3] for shard in range(3)]
+    assert sorted(text for texts in shards for text in texts) == sorted(TEXTS[:7])
     with pytest.raises(UserError, match="max_documents is -1"):
         build_documents(DataConfig(dataset=str(path), max_documents=-1), "train")
 
@@ -186,7 +182,9 @@ def bad_data(kind: str, folder: Path) -> Path:
         "no record": ("a.jsonl", b""),
         "another column": ("a.jsonl", b'{"body": "x", "title": "y"}\n'),
         "numbers": ("a.jsonl", b'{"text": 1}\n'),
-        "not JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n'),
+        "not JSON": ("a.jsonl", b'{"text": \n{"text": \n'),
+        "half a character": ("a.jsonl", b'{"text": "a \\ud800"}\n'),
+        "numbers in parquet": ("a.parquet", b""),
         "not UTF-8": ("a.txt", b"\xff\xfe\xfa"),
         "damaged parquet": ("a.parquet", b"PAR1 this is none PAR1"),
     }
@@ -196,6 +194,8 @@ def bad_data(kind: str, folder: Path) -> Path:
         return folder / "none.jsonl" if kind == "missing file" else Path("no/such/folder")
     name, content = contents[kind]
     (folder / name).write_bytes(content)
+    if kind == "numbers in parquet":
+        pq.write_table(pa.table({"text": [1, 2]}), folder / name)
     return folder if kind == "unknown kind" else folder / name
 
 
@@ -210,7 +210,9 @@ def bad_data(kind: str, folder: Path) -> Path:
         ("no record", "no documents"),
         ("another column", "no column 'text': set data.text_key to one of body, title"),
         ("numbers", "holds int, not text"),
-        ("not JSON", "cannot read"),
+        ("not JSON", "cannot read .* all 2 rows are no text.*not JSON"),
+        ("half a character", "half a character"),
+        ("numbers in parquet", "holds int64, not text"),
         ("not UTF-8", "cannot read"),
         ("damaged parquet", "cannot read"),
     ],

@@ -172,16 +172,14 @@ def test_held_out_without_varlen_counts_every_token_but_the_very_first(
     assert n_bytes == 6 - first and (labels != -100).all()
 
 
-def test_the_held_out_set_of_a_folder_is_its_validation_split(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_held_out_set_of_a_folder_is_named_or_a_slice(tokenizer: Any, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
-    write_jsonl(folder / "train.jsonl", ["seen " * 20])
+    write_jsonl(folder / "train.jsonl", [*["seen " * 20] * 3, "held out"])
     with pytest.raises(UserError, match="no split 'validation'.*data.heldout"):
         heldout_sequences(DataConfig(dataset=str(folder)), tokenizer, 8)
-    write_jsonl(folder / "validation.jsonl", ["held out"])
-    ((batch, *_),) = heldout_sequences(DataConfig(dataset=str(folder)), tokenizer, 64)
+    config = DataConfig(dataset=str(folder), heldout_split="train[75%:]")
+    ((batch, *_),) = heldout_sequences(config, tokenizer, 64)
     assert tokenizer.decode(batch["input"][0].tolist()) == "held out"
 
 
