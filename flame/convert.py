@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flame.errors import UserError
 from flame.options import REQUIRED, argument, option
 from flame.stage import Stage
 
@@ -18,17 +19,25 @@ class Options:
         "format to write: a Hugging Face folder; a run folder with the model as step 0; or the "
         "adapters of a LoRA run alone, which the other two merge",
     )
+    base: str | None = option(
+        None,
+        "with --to peft: the base model as the adapters shall name it, a Hugging Face folder or a "
+        "hub name (default: the one that they were trained on)",
+        metavar="MODEL",
+    )
     overwrite: bool = option(False, "replace an existing output")
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the source is missing, or the output must not be written."""
-    from flame.checkpoint.peft_folder import check_adapters
     from flame.checkpoint.reference import check_destination, resolve
+    from flame.lora.peft_folder import check_adapters
 
     reference = resolve(options.src)
     if options.to == "peft":
-        check_adapters(reference)
+        check_adapters(reference, options.base)
+    elif options.base is not None:
+        raise UserError(f"--base is for --to peft: --to {options.to} merges the adapters")
     check_destination(reference, options.dst.absolute(), options.overwrite)
 
 
@@ -37,7 +46,7 @@ def run(options: Options) -> None:
     from flame.checkpoint.convert import convert
 
     if int(os.environ.get("RANK", "0")) == 0:
-        done = convert(options.src, options.dst, options.to, options.overwrite)
+        done = convert(options.src, options.dst, options.to, options.overwrite, base=options.base)
         print(f"{options.dst}: {done}", flush=True)
 
 

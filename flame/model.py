@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flame.checkpoint.adapter_names import MAGNITUDE
 from flame.errors import UserError, first_line
+from flame.lora.names import MAGNITUDE
 from flame.process.distributed import rank
 
 REFUSALS = (

@@ -162,8 +162,14 @@ def prepare_run_folder(job: Any) -> None:
 
 
 def _lasting(job: Any) -> Any:
-    """Return `job` without the step to go on from, which holds for one start only."""
-    return replace(job, checkpoint=replace(job.checkpoint, load_step=-1))
+    """Return `job` as it will be gone on with.
+
+    The step to go on from, which holds for one start, is left out; the adapters' scale is the one
+    that is used, which may be that of `lora.init`.
+    """
+    from flame.recovery.adapter_scaling import used
+
+    return replace(job, checkpoint=replace(job.checkpoint, load_step=-1), lora=used(job.lora))
 
 
 def _only_writer(folder: Path) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flame.checkpoint.dcp_source import DcpSource
-from flame.checkpoint.peft_folder import check_adapters, write_adapters
 from flame.checkpoint.reference import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -26,6 +25,12 @@ from flame.hugging_face.companions import copy_companions
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import Recorded, check_ties, write_hf
 from flame.hugging_face.stock_form import stock_form
+from flame.lora.peft_folder import (
+    base_name,
+    check_adapters,
+    loading_line,
+    write_adapters,
+)
 from flame.process.atomic_output import replacing_folder
 from flame.storage.json_file import read_object_if_any, write_object
 
@@ -35,7 +40,12 @@ PLAN_FILE = "plan.json"
 
 
 def convert(
-    src: str | Path, dst: Path, to: Format, overwrite: bool = False, inside_source: bool = False
+    src: str | Path,
+    dst: Path,
+    to: Format,
+    overwrite: bool = False,
+    inside_source: bool = False,
+    base: str | None = None,
 ) -> str:
     """Write the model that `src` names as a Hugging Face folder, a run folder or a peft folder.
 
@@ -45,6 +55,7 @@ def convert(
         to: `"hf"`, `"dcp"`, or `"peft"` for the adapters of a LoRA run alone.
         overwrite: replace an existing `dst`.
         inside_source: allow `dst` in the source's folder, as a run's own `merged/` is.
+        base: with `"peft"`, what to call the base model (`flame.lora.peft_folder.base_name`).
 
     Returns:
         A line that says what was read and written.
@@ -56,13 +67,14 @@ def convert(
     reference = resolve(src)
     check_destination(reference, dst, overwrite, inside_source)
     if to == "peft":
-        check_adapters(reference)
+        check_adapters(reference, base)
         source = reference.own_source()
         check_space(dst, total_bytes(source))
         with replacing_folder(dst, overwrite) as folder:
             copied = copy_companions(reference.folder, folder)
-            write_adapters(folder, reference)
-        return f"the adapters of {_origin(reference)}, {_contents(source_infos(source), copied)}"
+            write_adapters(folder, reference, base_name(reference, base), str(dst))
+        said = f"the adapters of {_origin(reference)}, {_contents(source_infos(source), copied)}"
+        return f"{said}\nload both: {loading_line(dst)}"
     config = complete_config(reference.config)
     source = reference.source()
     infos = source_infos(source)

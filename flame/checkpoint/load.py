@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flame.checkpoint.adapter_names import base_name, is_adapter
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError
 from flame.hugging_face.model_folder import check_tie
 from flame.hugging_face.stock_form import complain
+from flame.lora.names import base_name, is_adapter
 from flame.process.progress import progress
 
 if TYPE_CHECKING:

@@ -14,6 +14,14 @@ from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_st
 from flame.data.hub import download
 from flame.errors import UserError
 from flame.hugging_face.config_file import CONFIG_FILE, check_not_quantised, read_config
+from flame.lora.base import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    BASE_FILE,
+    check_chain,
+    is_peft_folder,
+    recorded_base,
+)
 from flame.process.atomic_output import check_output
 from flame.storage.checksums import METADATA
 from flame.storage.json_file import read_object
@@ -24,9 +32,6 @@ if TYPE_CHECKING:
 CHECKPOINT_FOLDER = "checkpoint"
 RECIPE_FILE = "recipe.toml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-ADAPTER_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FILE = "base.json"
 Form = Literal["hf", "dcp"]
 """How a model lies on the disk: a Hugging Face folder, or a run folder with DCP checkpoints."""
 
@@ -56,6 +61,8 @@ class ModelReference:
     """The folder that holds the tokenizer, if there is one."""
     recipe: Path | None
     """The run's recipe, if it has one."""
+    adapted_by: tuple[Path, ...] = ()
+    """Folders of adapters that this model was looked up for, each the base of the one before it."""
 
     @property
     def kind(self) -> Form:
@@ -71,19 +78,20 @@ class ModelReference:
     def is_lora(self) -> bool:
         """Whether the weights are adapters on another model: a LoRA run or a peft folder."""
         is_run = self.step_folder is not None
-        return (self.folder / ADAPTER_FILE).is_file() and (is_run or _is_peft_folder(self.folder))
+        return (self.folder / ADAPTER_FILE).is_file() and (is_run or is_peft_folder(self.folder))
 
     def source(self) -> "TensorSource":
         """Return the model's tensors under stock names; adapters are merged with their base.
 
         Raises `UserError` if the weights, or the base of adapters, are missing or have changed.
         """
-        from flame.checkpoint.lora_source import LoraSource
+        from flame.lora.source import LoraSource
 
         own = self.own_source()
         if not self.is_lora:
             return own
-        return LoraSource(self._base_source(), own, read_object(self.folder / ADAPTER_FILE))
+        settings = read_object(self.folder / ADAPTER_FILE)
+        return LoraSource(self._base_source(), own, settings, self.config)
 
     def own_source(self) -> "TensorSource":
         """Return the tensors in this folder: for a LoRA run or peft folder, the adapters alone."""
@@ -99,19 +107,23 @@ class ModelReference:
 
     def base(self) -> "ModelReference":
         """Return the model that adapters belong to; raise `UserError` if it cannot be found."""
-        recorded, _ = _recorded_base(self.folder)
-        beside = self.folder / recorded
+        recorded, _ = recorded_base(self.folder)
+        beside, above = self.folder / recorded, (*self.adapted_by, self.folder.resolve())
         try:
-            return resolve(beside if beside.is_dir() else recorded)
+            found = _resolve(beside if beside.is_dir() else recorded, None, above)
         except UserError as error:
+            if len(above) > 1:
+                raise
             raise UserError(
                 f"the adapters of {self.folder} need their base model {recorded}: {error}"
             ) from error
+        check_chain(above, found.folder.resolve())
+        return replace(found, adapted_by=above)
 
     def _base_source(self) -> "TensorSource":
         from flame.checkpoint.fingerprint import fingerprint
 
-        base, (_, recorded) = self.base(), _recorded_base(self.folder)
+        base, (_, recorded) = self.base(), recorded_base(self.folder)
         source = base.source()
         if recorded is not None and fingerprint(base.config, source) != recorded:
             raise UserError(
@@ -127,15 +139,20 @@ def resolve(reference: str | Path, step: int | None = None) -> ModelReference:
     Raises:
         UserError: there is no such folder, config or whole step, or no network for a hub name.
     """
+    return _resolve(reference, step, ())
+
+
+def _resolve(reference: str | Path, step: int | None, above: tuple[Path, ...]) -> ModelReference:
     path = Path(reference).expanduser()
     if path.is_dir():
-        return _resolve_folder(path.absolute(), step)
+        return _resolve_folder(path.absolute(), step, above)
     if path.exists():
         raise UserError(f"{reference} is a file: a model is {_FORMS}")
     if not _may_be_hub_name(str(reference)):
         raise UserError(f"no model at {reference}: no such folder")
     patterns = [CONFIG_FILE, ADAPTER_FILE, "generation_config.json", "*.safetensors*"]
-    return _resolve_hugging_face(download(str(reference), [*patterns, *TOKENIZER_FILES]), step)
+    folder = download(str(reference), [*patterns, *TOKENIZER_FILES])
+    return _resolve_hugging_face(folder, step, above)
 
 
 def check_destination(
@@ -158,33 +175,14 @@ def vocabulary_size(config: dict[str, Any]) -> int:
     return size
 
 
-def _resolve_folder(path: Path, step: int | None) -> ModelReference:
+def _resolve_folder(path: Path, step: int | None, above: tuple[Path, ...]) -> ModelReference:
     if (path / METADATA).exists() or re.fullmatch(r"step-\d+", path.name):
         return _resolve_step(path, step)
     if (path / CHECKPOINT_FOLDER).is_dir():
         return _resolve_run(path, step)
     if path.name == CHECKPOINT_FOLDER and (path.parent / CONFIG_FILE).is_file():
         return _resolve_run(path.parent, step)
-    return _resolve_hugging_face(path, step)
-
-
-def _is_peft_folder(folder: Path) -> bool:
-    return (folder / ADAPTER_FILE).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
-
-
-def _recorded_base(folder: Path) -> tuple[str, str | None]:
-    """Return reference and fingerprint of the base model of the adapters in `folder`.
-
-    The fingerprint is None for folders that peft wrote, which record none.
-    """
-    path = folder / BASE_FILE
-    if not path.is_file() and _is_peft_folder(folder):
-        path = folder / ADAPTER_FILE
-    record = read_object(path)
-    name = record.get("reference" if path.name == BASE_FILE else "base_model_name_or_path")
-    if not isinstance(name, str):
-        raise UserError(f"{path} names no base model")
-    return name, record.get("fingerprint")
+    return _resolve_hugging_face(path, step, above)
 
 
 def _resolve_run(run: Path, step: int | None) -> ModelReference:
@@ -217,11 +215,15 @@ def _of_run(run: Path, step: Path, config: dict[str, Any]) -> ModelReference:
     return ModelReference(run, step, config, _tokenizer(run), recipe if recipe.is_file() else None)
 
 
-def _resolve_hugging_face(folder: Path, step: int | None) -> ModelReference:
+def _resolve_hugging_face(
+    folder: Path, step: int | None, above: tuple[Path, ...]
+) -> ModelReference:
     if step is not None:
         raise UserError(f"{folder} is a Hugging Face folder: it has no step {step}")
-    if _is_peft_folder(folder) and not (folder / CONFIG_FILE).is_file():
-        found = ModelReference(folder, None, {}, _tokenizer(folder), None)
+    if is_peft_folder(folder) and not (folder / CONFIG_FILE).is_file():
+        if above:
+            check_chain(above, folder.resolve())
+        found = ModelReference(folder, None, {}, _tokenizer(folder), None, above)
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
     config = read_config(folder / CONFIG_FILE)

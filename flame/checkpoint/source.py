@@ -1,7 +1,7 @@
 """What every source of tensors offers: tensors by name, read one at a time, whole or by rows.
 
 Sources are a step folder (`dcp_source`), a Hugging Face folder (`safetensors_source`) and a LoRA
-run (`lora_source`). Reading rows (slices of dimension 0) lets a rank read only its own shard.
+run (`flame.lora.source`). Reading rows (slices of dimension 0) lets a rank read only its own shard.
 """
 
 import math

@@ -55,7 +55,7 @@ def write_model_card(
         name=name,
         model_type=model_type,
         made="\n".join(f"- {line}" for line in lines),
-        imports=_imports(model_type),
+        imports=imports_for(model_type),
         tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
         tokenizer=f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n" if has_tokenizer else "",
         notes="\n".join(notes),
@@ -69,7 +69,8 @@ def is_model_card(path: Path) -> bool:
         return stream.read(len(_MARK) + 4) == f"---\n{_MARK}"
 
 
-def _imports(model_type: str) -> str:
+def imports_for(model_type: str) -> str:
+    """Return the line of Python that must precede loading a model of a family, empty for most."""
     from transformers import CONFIG_MAPPING
 
     if model_type in MODULES:

@@ -120,6 +120,9 @@ class Lora:
         0, "rank of low-rank adapters (peft); 0 trains all parameters", least=0, most=2**20
     )
     alpha: float = option(64.0, "scale: the update is `alpha / rank * B @ A`", above=0)
+    rslora: bool = option(
+        False, "scale by `alpha / sqrt(rank)` instead (rank-stabilised, arXiv 2312.03732)"
+    )
     dropout: float = option(
         0.0,
         "dropout before the down-projection; its draws depend on seed, step and rank",
@@ -142,7 +145,8 @@ class Lora:
     )
     init: str = option(
         "",
-        "adapters to start from: a peft folder or a LoRA run; empty for random A and zero B",
+        "adapters to start from, a peft folder or a LoRA run; they keep their own scale (alpha, "
+        "`rslora`, what is set for single modules); empty for random A and zero B",
     )
     merge: bool = option(
         True, "at the end, write the merged model as a run folder `merged/` inside the run"

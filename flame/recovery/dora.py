@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flame.checkpoint.adapter_names import MAGNITUDE
+from flame.lora.names import MAGNITUDE
 from flame.model import copy_full
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from flame.checkpoint.adapter_names import ADAPTER, base_name, is_adapter, peft_name
 from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
+from flame.lora.names import ADAPTER, base_name, is_adapter, peft_name
 from flame.model import copy_full, named_tensors
+from flame.recovery.adapter_scaling import exact_patterns, scaling
 from flame.recovery.dora import initialise_magnitudes, use_own_layers
 from flame.recovery.trainable import suggestion
 from flame.storage.json_file import write_object
@@ -36,25 +37,44 @@ def inject(model: nn.Module, lora: Any) -> None:
 
     check_targets(model, lora.target_modules)
     try:
-        inject_adapter_in_model(
-            peft_config(lora), model, adapter_name=ADAPTER, low_cpu_mem_usage=True
-        )
+        config = peft_config(lora)
+        for name, pattern in exact_patterns(lora, _targets(model, lora.target_modules)).items():
+            setattr(config, name, pattern)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UserError(f"peft refuses the [lora] section: {first_line(error)}") from error
     use_own_layers(model, ADAPTER)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name, lora))
+    call_targets(model)
+    trained = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if _is_trained(name, lora)
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def call_targets(model: nn.Module) -> None:
+    """Make fla's gated MLPs call an adapted `down_proj`; their fused kernel reads its weight alone.
+
+    The fused kernel and the call compute the same.
+    """
+    for module in model.modules():
+        if getattr(module, "fuse_swiglu", False) and hasattr(module.down_proj, "base_layer"):
+            module.fuse_swiglu = False
 
 
 def peft_config(lora: Any, base: str | None = None) -> Any:
-    """Return peft's `LoraConfig` for recipe section `[lora]`; `base` names the base model in it."""
+    """Return peft's `LoraConfig` for recipe section `[lora]`; `base` names the base model in it.
+
+    Adapters that training starts from (`lora.init`) keep their own ranks and scales.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
+        **scaling(lora),
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         bias=lora.bias,
@@ -77,12 +97,28 @@ def initialise_adapters(model: nn.Module, seed: int) -> None:
     initialise_magnitudes(model, ADAPTER)
 
 
+def check_adapters(model: nn.Module, source: TensorSource) -> None:
+    """Raise `UserError` unless adapters have the names and shapes of `model`'s, which may be meta.
+
+    Args:
+        model: with adapters, as `inject` makes it.
+        source: a peft folder or a step.
+    """
+    _matched(model, source)
+
+
 def load_adapters(model: nn.Module, source: TensorSource) -> None:
     """Copy adapters, and what was trained beside them, from a peft folder or a step.
 
     Raises:
         UserError: a tensor is missing on one side, or two shapes differ.
     """
+    for name, target in _matched(model, source).items():
+        copy_full(target, source.read(name))
+
+
+def _matched(model: nn.Module, source: TensorSource) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that `source` has values for, by their names in it."""
     stored = set(source.names())
     targets = {peft_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     for name in sorted(stored | {name for name in targets if is_adapter(name)}):
@@ -92,7 +128,7 @@ def load_adapters(model: nn.Module, source: TensorSource) -> None:
         found, wanted = source.info(name).shape, tuple(targets[name].shape)
         if found != wanted:
             raise UserError(f"lora.init's {name} has shape {found}, [lora] asks for {wanted}")
-        copy_full(targets[name], source.read(name))
+    return {name: target for name, target in targets.items() if name in stored}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Any]:
@@ -115,6 +151,10 @@ def write_adapter_files(
     write_object(folder / ADAPTER_FILE, peft_config(lora, reference).to_dict(), default=_plain)
     base = {"reference": reference, "fingerprint": fingerprint, "config": config}
     write_object(folder / BASE_FILE, base)
+
+
+def _targets(model: nn.Module, targets: list[str]) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
 
 
 def _plain(value: Any) -> Any:

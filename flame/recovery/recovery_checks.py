@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from flame.checkpoint.reference import resolve, vocabulary_size
+from flame.checkpoint.steps import whole_steps
 from flame.errors import UserError
-from flame.recovery.lora import check_targets
-from flame.recovery.trainable import check_modules
+from flame.recovery.adapter_scaling import check_recorded, check_start
+from flame.recovery.lora import check_adapters, check_targets, inject
+from flame.recovery.trainable import check_modules, suggestion
 
 BIASES = ("none", "all", "lora_only")
 
@@ -48,8 +50,29 @@ def _check_lora(job: Any, model: nn.Module) -> None:
     if not lora.target_modules:
         raise UserError("lora.target_modules is empty: name a module, or set lora.rank to 0")
     check_targets(model, lora.target_modules)
-    if lora.init and not resolve(lora.init).is_lora:
-        raise UserError(f"lora.init {lora.init} holds no adapters: give it as --init")
+    check_trained_too(model, lora)
+    if lora.init:
+        start = resolve(lora.init)
+        if not start.is_lora:
+            raise UserError(f"lora.init {lora.init} holds no adapters: give it as --init")
+        check_start(lora)
+        inject(model, lora)
+        check_adapters(model, start.own_source())
+    run = Path(job.job.dump_folder)
+    if whole_steps(run / job.checkpoint.folder):
+        check_recorded(lora, run)
+
+
+def check_trained_too(model: nn.Module, lora: Any) -> None:
+    """Raise UserError for an entry of `lora.train_also`, but its defaults, that names nothing."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for entry in set(lora.train_also) - set(type(lora)().train_also):
+        if not entry or not any(entry in name for name in names):
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise UserError(
+                f"lora.train_also names {entry!r}, which is in no parameter's name: "
+                f"{suggestion(entry, parts)}"
+            )
 
 
 def _check_distill(job: Any, config: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from flame.process.collective_timeout import naming_hung_ranks
 from flame.process.distributed import world_size
 from flame.process.stop_signals import StopSignals
 from flame.recovery.lora import trained_tensors
+from flame.recovery.reached import check_reached, trained_entries
 from flame.training.nonfinite_steps import NonfiniteSteps
 from flame.training.objective import build_objective
 from flame.training.optimizer import clip_gradients
@@ -56,7 +57,7 @@ class Trainer(TitanTrainer):
         self.job_config = job
         model = self.model_parts[0]
         self.objective = build_objective(job, model, training_dtype(job))
-        self.stop_asked = False
+        self.stop_asked, self.first_step = False, 1
         self.signals = StopSignals()
         checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
         state = {"optimizer": self.optimizers, "lr_scheduler": self.lr_schedulers}
@@ -99,6 +100,8 @@ class Trainer(TitanTrainer):
         # The sum runs on the CPU, so that nothing waits for a GPU at work on the last step.
         tokens = max(summed(torch.tensor([local_tokens]))[0], 1)
         losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
+        if self.step == self.first_step:
+            check_reached(self.model_parts[0], *trained_entries(self.job_config))
         local = torch.stack(losses).sum(dim=0)
         parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
         norm = clip_gradients(parameters, training.max_norm)
@@ -144,6 +147,7 @@ class Trainer(TitanTrainer):
     def _steps(self, signals: StopSignals, profilers: list[Any]) -> None:
         self.signals, batches = signals, self.batch_generator(self.dataloader)
         first, last = self.step + 1, self.job_config.training.steps
+        self.first_step = first
         while self.step < last and not self.stop_asked:
             self.step += 1
             self.gc_handler.run(self.step)

@@ -28,7 +28,7 @@ from tests.faults.kill_points import Counter, Moment, Work, kill, processor_time
 WARM = (
     "datasets",
     "flame.checkpoint.convert",
-    "flame.checkpoint.lora_source",
+    "flame.lora.source",
     "flame.checkpoint.save",
     "flame.convert",
     "flame.recovery.lora",

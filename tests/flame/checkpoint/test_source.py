@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.load import load_model, load_weights
-from flame.checkpoint.lora_source import LoraSource
 from flame.checkpoint.reference import resolve
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.errors import UserError
 from flame.hugging_face.safetensors_source import SafetensorsSource
+from flame.lora.source import LoraSource
 from tests.distributed import run_distributed
 from tests.flame.tiny import (
     GATED_DELTANET,
@@ -207,7 +207,7 @@ def _adapted(**options: Any) -> tuple[nn.Module, dict[str, Tensor], Any]:
     """A model with trained adapters and norms, its LoRA run's tensors, and peft's configuration."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from flame.checkpoint.adapter_names import peft_name
+    from flame.lora.names import peft_name
 
     model = build(GATED_DELTANET)
     config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "o_proj"], **options)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flame.checkpoint.adapter_names import peft_name
 from flame.errors import UserError
+from flame.lora.names import peft_name
 from flame.recipe.sections import Lora
 from flame.recovery.lora import check_targets, initialise_adapters, inject, load_adapters
 from tests.distributed import run_distributed
@@ -162,7 +162,7 @@ LLAMA_BIASED = {
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_merging_equals_pefts_to_the_rounding_of_the_dtype(dtype: torch.dtype, dora: bool) -> None:
     """In bf16 the sum is taken in fp32 and rounded once: never further off than peft's own."""
-    from flame.checkpoint.lora_source import LoraSource
+    from flame.lora.source import LoraSource
     from flame.recovery.lora import peft_config
 
     lora = Lora(rank=4, alpha=8.0, dora=dora, target_modules=["q_proj", "o_proj"])

@@ -262,10 +262,10 @@ def test_merged_model_equals_base_plus_adapters(
     from transformers import AutoModelForCausalLM
 
     import flame.register  # noqa: F401
-    from flame.checkpoint.adapter_names import peft_name
     from flame.checkpoint.convert import convert
     from flame.checkpoint.load import load_model
     from flame.checkpoint.reference import resolve
+    from flame.lora.names import peft_name
     from flame.recipe.sections import Lora
     from flame.recovery.lora import peft_config
 

@@ -1,7 +1,5 @@
 """Names of low-rank adapters: as a model with adapters has them, and as peft's files have them."""
 
-import re
-
 ADAPTER = "default"
 """peft's name of the one adapter in a model."""
 
@@ -10,11 +8,6 @@ MAGNITUDE = "lora_magnitude_vector"
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before every name in its adapter files."""
-
-_FILE_NAME = re.compile(
-    rf"{re.escape(PEFT_PREFIX)}(?P<module>.+)\."
-    rf"(?:lora_(?P<part>[AB])(?:\.[^.]+)?\.weight|{MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?)"
-)
 
 
 def is_adapter(name: str) -> bool:
@@ -35,12 +28,20 @@ def peft_name(name: str) -> str:
     return PEFT_PREFIX + name
 
 
-def split_peft_name(name: str) -> tuple[str, str | None]:
-    """Return the base model's parameter that an entry of an adapter file changes, and how.
+def split_peft_name(name: str, mark: str) -> tuple[str, str | None]:
+    """Return what an entry of an adapter file changes in the base model, and how.
 
-    The second item is `A`, `B` or `m`; None for an entry that replaces the whole parameter.
+    Args:
+        name: the entry's name.
+        mark: what names of adapters' tensors begin with, after the module's: `lora_` for LoRA.
+
+    Returns:
+        The module's name and the part of the adapter, such as `lora_A.weight`; or the name of a
+        parameter and None for an entry that replaces the whole parameter.
     """
-    match = _FILE_NAME.fullmatch(name)
-    if match is None:
-        return base_name(name.removeprefix(PEFT_PREFIX)), None
-    return f"{match['module']}.weight", match["part"] or "m"
+    plain = name.removeprefix(PEFT_PREFIX)
+    module, found, part = plain.partition(f".{mark}")
+    if not found:
+        return base_name(plain), None
+    part = f"{mark}{part}.".replace(f".{ADAPTER}.", ".").removesuffix(".")
+    return module, part.removesuffix(".weight") if part.startswith(MAGNITUDE) else part
