@@ -322,7 +322,7 @@ def test_only_adapters_become_a_peft_folder(two_ranks: Path, tmp_path: Path) -> 
         ({"target_modules": []}, "target_modules is empty"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"alpha": 0.0}, "alpha is 0.0"),
-        ({"bias": "some"}, "bias is 'some': choose from none, all, lora_only"),
+        ({"bias": "some"}, "bias is 'some'.*lora_only"),
         ({"rank": 0, "dora": True}, "lora.dora is set and lora.rank is 0"),
         ({"init": "BASE"}, "holds no adapters"),
     ],
@@ -336,9 +336,8 @@ def test_lora_sections_are_refused_before_work(
     if "init" in options:
         options["init"] = str(two_ranks)
     overrides = {f"lora__{name}": value for name, value in options.items()}
-    job = make_job(assets, tmp_path / "run", model__init=str(two_ranks), **overrides)
     with pytest.raises(UserError, match=words):
-        check_job(job, 1)
+        check_job(make_job(assets, tmp_path / "run", model__init=str(two_ranks), **overrides), 1)
     assert not (tmp_path / "run").exists()
 
 
