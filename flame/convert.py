@@ -25,7 +25,7 @@ class Options:
         "hub name (default: the one that they were trained on)",
         metavar="MODEL",
     )
-    overwrite: bool = option(False, "replace an existing output")
+    overwrite: bool = option(False, "replace an existing output that slimstate made")
 
 
 def check(options: Options, world_size: int = 1) -> None:

@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from flame.process.ending import ending_by_signals, exit_status, reported, signal_received
+
 OWN_ERROR_SECONDS = 3.0
 """Seconds after which a rank above 0 reports an error that it may have met alone."""
 
@@ -20,8 +22,9 @@ class UserError(Exception):
 
 
 def run_stage(main: Callable[[], None], checked: bool = False) -> None:
-    """Run `main`; turn a `UserError` into one line on stderr and exit status 1, Ctrl-C into 130.
+    """Run `main`; turn a `UserError` into one line on stderr and exit status 1.
 
+    A signal ends it silently with 128 + its number, whatever exception libraries have made of it.
     Rank 0 reports at once, and the launcher then ends the others. Another rank therefore waits
     first, and speaks only if it is still there: of an error that it alone has met.
 
@@ -29,14 +32,28 @@ def run_stage(main: Callable[[], None], checked: bool = False) -> None:
         main: what to run.
         checked: rank 0 makes no checks in `main`, so that no other rank need wait for them.
     """
+    with ending_by_signals():
+        _run_stage(main, checked)
+
+
+def _run_stage(main: Callable[[], None], checked: bool) -> None:
     try:
         main()
-    except UserError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if signal_received():
+            reported()
+            leave(exit_status())
+        if isinstance(error, KeyboardInterrupt):
+            leave(130)
+        if not isinstance(error, UserError):
+            raise
         wait_for_rank_zero(error, OWN_ERROR_SECONDS if checked else COMMON_ERROR_SECONDS)
         report(error)
         leave(1)
-    except KeyboardInterrupt:
-        leave(130)
+    if signal_received():
+        leave(exit_status())
 
 
 def wait_for_rank_zero(error: UserError, seconds: float) -> None:

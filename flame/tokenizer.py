@@ -7,7 +7,8 @@ from flame.data.files.local_files import local_path
 from flame.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from flame.errors import UserError
 from flame.options import argument, option
-from flame.process.atomic_output import check_output, replacing_folder
+from flame.process.atomic_output import replacing_folder
+from flame.process.output_checks import check_output
 from flame.stage import Stage
 
 
@@ -22,7 +23,7 @@ class Options:
     split: str = option("train", "split of the data set")
     text_key: str = option("text", "column that holds the text")
     max_documents: int = option(0, "read only so many documents; 0 reads all", least=0, metavar="N")
-    overwrite: bool = option(False, "replace an existing output")
+    overwrite: bool = option(False, "replace an existing output that slimstate made")
 
 
 def check(options: Options, world_size: int = 1) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 from flame.errors import UserError
 from flame.options import option, overrides
 from flame.process.atomic_output import made_folder, replacing_files, writer_lock
+from flame.process.output_checks import is_marked_or_new, mark_as_made
 from flame.recipe import read_tables, recipe_path
 from flame.recipe.keys import fill
 from flame.recipe.sections import Recipe
 from flame.recipe.words import overriding
 from flame.stage import Stage
+
+MERGED = "merged"
+"""The folder in a LoRA run to which its model is written, merged."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def merge(run_folder: Path) -> None:
     """Write the merged model of a LoRA run as a run folder `merged/` in it."""
     from flame.checkpoint.convert import convert
 
-    convert(str(run_folder), run_folder / "merged", "dcp", overwrite=True, inside_source=True)
+    convert(str(run_folder), run_folder / MERGED, "dcp", overwrite=True, inside_source=True)
 
 
 def prepare_run_folder(job: Any) -> None:
@@ -147,18 +151,25 @@ def prepare_run_folder(job: Any) -> None:
     from flame.training.train_spec import model_config, tokenizer_of
 
     folder = Path(job.job.dump_folder)
+    ours = is_marked_or_new(folder)
     config, tokenizer = model_config(job), tokenizer_of(job)
     # The recipe marks a folder as a run that may be gone on with; the other says that all is there.
     ends = {"first": RECIPE_FILE, "last": TOKENIZER_CONFIG}
-    with made_folder(folder), replacing_files(folder, **ends) as new:
-        write_object(new / CONFIG_FILE, config, sort_keys=True)
-        tokenizer.save_pretrained(new)
-        copy_run_companions(job, new)
-        (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
-        if job.lora.rank > 0:
-            record_base(job, new, config)
-        if job.distill.teacher:
-            record_teacher(job.distill.teacher, folder, new)
+    made = [job.checkpoint.folder, job.metrics.save_tb_folder, MERGED]
+    with made_folder(folder):
+        if ours:
+            mark_as_made(folder, made)
+        with replacing_files(folder, **ends) as new:
+            write_object(new / CONFIG_FILE, config, sort_keys=True)
+            tokenizer.save_pretrained(new)
+            copy_run_companions(job, new)
+            (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
+            if job.lora.rank > 0:
+                record_base(job, new, config)
+            if job.distill.teacher:
+                record_teacher(job.distill.teacher, folder, new)
+            if ours:
+                mark_as_made(folder, [*made, *os.listdir(new)])
 
 
 def _lasting(job: Any) -> Any:

@@ -49,7 +49,7 @@ class Options:
     per_octave: int = option(
         2, "times measured for each doubling of the tokens", least=1, metavar="N"
     )
-    overwrite: bool = option(False, "replace OUT if it exists")
+    overwrite: bool = option(False, "replace OUT if it exists and slimstate made it")
 
     @property
     def texts(self) -> list[HeldoutOptions]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flame.errors import UserError
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
-from flame.process.atomic_output import check_output
+from flame.process.output_checks import check_file_output
 from flame.stage import Stage
 from launch.reporting.envelope import command_line, enveloped, measuring, write_result
 from launch.speed.bench_table import bench_table, kernel_lines, ratio_of
@@ -67,7 +67,7 @@ def check(options: Options, world_size: int = 1) -> None:
     for name in options.references:
         folder = resolve(name).folder
         if options.json is not None:
-            check_output(options.json, options.overwrite, inside=folder)
+            check_file_output(options.json, options.overwrite, inside=folder)
 
 
 def run(options: Options) -> None:

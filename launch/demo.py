@@ -16,22 +16,24 @@ from typing import Any
 
 from flame.errors import UserError
 from flame.options import option
+from flame.process.output_checks import check_output, check_place, mark_as_made
 from flame.stage import Stage
 from flame.storage.json_file import read_object, read_object_if_any, write_object
 from launch.cli import COMMANDS
 from launch.reporting.demo_summary import (
+    CONTENT,
     DECODING_FILE,
     MODELS,
     PERPLEXITY_FILE,
+    REPORT_FILE,
     SUMMARY_FILE,
+    TIMES_FILE,
     print_summary,
     write_summary,
 )
 from launch.reporting.envelope import command_line
 
 RECIPES = Path(__file__).parent / "recipes"
-REPORT_FILE = "report.html"
-TIMES_FILE = "seconds.json"
 VOCABULARY = 4096
 ALONE = ("tokenizer", "bench", "report")
 """Commands that rank 0 runs alone; the other ranks wait at the end of the step."""
@@ -66,13 +68,11 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError for an unfit number of processes, or an OUT that the demo cannot use."""
-    from flame.process.atomic_output import check_output
-
     if VIRTUAL_SHARDS % world_size:
         raise UserError(f"--nproc {world_size}: the demo runs on 1, 2, 4 or 8 processes")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is a file: choose a folder")
-    check_output(options.out, overwrite=True)
+    check_place(options.out)
     _check_same_demo(options)
 
 
@@ -206,8 +206,10 @@ def _is_finished(options: Options) -> bool:
 def _check_same_demo(options: Options) -> None:
     """Raise UserError if OUT was begun with other options, or holds something else than a demo."""
     begun = options.out / "options.json"
-    if options.overwrite or not begun.is_file():
-        if options.out.is_dir() and any(options.out.iterdir()) and not begun.is_file():
+    if options.overwrite:
+        return check_output(options.out, overwrite=True)
+    if not begun.is_file():
+        if options.out.is_dir() and any(options.out.iterdir()):
             raise UserError(f"{options.out} is not empty and no demo: choose another --out")
         return
     if read_object(begun) != _plain_options(options):
@@ -218,8 +220,9 @@ def _check_same_demo(options: Options) -> None:
 
 def _prepare_folder(options: Options) -> None:
     if options.overwrite:
-        shutil.rmtree(options.out, ignore_errors=True)
+        shutil.rmtree(options.out.resolve(), ignore_errors=True)
     options.out.mkdir(parents=True, exist_ok=True)
+    mark_as_made(options.out, CONTENT)
     write_object(options.out / "options.json", _plain_options(options))
 
 

@@ -15,7 +15,7 @@ from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
-from flame.process.atomic_output import check_output
+from flame.process.output_checks import check_file_output
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
@@ -60,7 +60,7 @@ def check(options: Options, world_size: int = 1) -> None:
     references = [resolve(model) for model in options.models]
     if options.json is not None:
         for reference in references:
-            check_output(options.json, options.overwrite, inside=reference.folder)
+            check_file_output(options.json, options.overwrite, inside=reference.folder)
     task = task_of(options, references[0])
     for reference in references:
         _check_family(reference, options)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from flame.errors import UserError
 from flame.options import argument, option
-from flame.process.atomic_output import check_output, replacing_file
+from flame.process.atomic_output import replacing_file
+from flame.process.output_checks import check_file_output
 from flame.stage import Stage
 from launch.reporting.collect import collect
 from launch.reporting.data import ReportData
@@ -45,7 +46,7 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.file is not None:
         if options.file.suffix not in (".html", ".htm", ".md"):
             raise UserError(f"--out {options.file}: the name must end in .html or .md")
-        check_output(options.file, options.overwrite)
+        check_file_output(options.file, options.overwrite)
 
 
 def run(options: Options) -> None:

@@ -10,8 +10,9 @@ from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.reference import ModelReference, check_destination, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.options import argument, group, option
-from flame.process.atomic_output import check_output, writer_lock
+from flame.process.atomic_output import writer_lock
 from flame.process.distributed import process_group, rank
+from flame.process.output_checks import check_output
 from flame.process.peers import Peers, on_first
 from flame.stage import Stage
 from pruning.adapters import adapter_for

@@ -21,7 +21,7 @@ LARGEST_SEED = 2**63 - 1
 
 MODEL_HELP = "run folder, step folder, Hugging Face folder or hub name"
 BUDGET = "budget (one of --ratio, --width, --state-bytes)"
-OVERWRITE_HELP = "replace an existing output"
+OVERWRITE_HELP = "replace an existing output that slimstate made"
 
 
 def seed_option() -> Any:

@@ -8,8 +8,9 @@ from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.options import argument, group, option
-from flame.process.atomic_output import check_file_output, replacing_file
+from flame.process.atomic_output import replacing_file
 from flame.process.distributed import RANK_ZERO_WORKS, process_group
+from flame.process.output_checks import check_file_output
 from flame.process.peers import on_first
 from flame.stage import Stage
 from pruning.adapters import ADAPTERS, adapter_for

@@ -6,14 +6,13 @@ and given a fresh process group for each call.
 
 import atexit
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.multiprocessing as mp
-
-from flame.process.environment import free_port
 
 _TIMEOUT = 300.0
 
@@ -110,3 +109,10 @@ def _run(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

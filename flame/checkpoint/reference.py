@@ -22,7 +22,7 @@ from flame.lora.base import (
     is_peft_folder,
     recorded_base,
 )
-from flame.process.atomic_output import check_output
+from flame.process.output_checks import check_output, check_place
 from flame.storage.checksums import METADATA
 from flame.storage.json_file import read_object
 
@@ -162,9 +162,10 @@ def check_destination(
 
     `overwrite` allows an existing output; `inside_source` allows one inside the model's folder.
     """
-    check_output(dst, overwrite, None if inside_source else reference.folder)
+    check_place(dst, None if inside_source else reference.folder)
     if reference.weights.resolve().is_relative_to(dst.resolve()):
         raise UserError(f"output {dst} would replace the model {reference.weights}: choose another")
+    check_output(dst, overwrite)
 
 
 def vocabulary_size(config: dict[str, Any]) -> int:

@@ -30,8 +30,8 @@ from torch.futures import Future
 from flame.checkpoint.source import Read
 from flame.checkpoint.steps import TEMPORARY, delete, step_folder
 from flame.errors import UserError
-from flame.process.atomic_output import swap
 from flame.process.peers import Peers, raise_cause
+from flame.process.replacement import swap
 from flame.storage.checksums import METADATA, HashingFile, hash_bytes, write_checksums, write_file
 
 

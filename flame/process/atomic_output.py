@@ -1,93 +1,84 @@
 """Writing outputs whole or not at all.
 
 An output is written to a hidden sibling and renamed when it is complete, so a reader never meets
-half of it. A lock beside the output refuses a second writer. The kernel holds the lock and drops it
-when the process dies; the next writer removes what a killed one left behind.
+half of it. A lock beside the output (file_lock.py) refuses a second writer, and the next writer
+removes what a killed one left behind.
 """
 
-import ctypes
 import errno
-import fcntl
 import os
-import shutil
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TextIO
 
 from flame.errors import UserError
+from flame.process.file_lock import file_lock
+from flame.process.output_checks import check_file_output, check_output, mark_as_made
+from flame.process.replacement import remove, replace, restore_old
 
-_AT_WORKING_DIRECTORY, _EXCHANGE = -100, 2  # of renameat2(2)
-
-
-def check_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
-    """Raise UserError if the file or folder `path` cannot or must not be written.
-
-    Args:
-        overwrite: `path` may exist; it will be replaced.
-        inside: a folder that must not contain `path` or be `path`: the source model's.
-    """
-    path = Path(path)
-    if inside is not None and _is_within(path, inside):
-        raise UserError(f"output {path} lies inside the model's folder {inside}: choose another")
-    if path.exists() and not overwrite:
-        raise UserError(f"output {path} exists: choose another, or pass --overwrite to replace it")
-    parent = _nearest_existing(path.absolute().parent)
-    if not parent.is_dir():
-        raise UserError(f"cannot write {path}: {parent} is not a folder")
-    if not _is_writable(parent):
-        raise UserError(f"cannot write {path}: {parent} is read-only for this user")
-
-
-def check_file_output(path: Path, overwrite: bool = False, inside: Path | None = None) -> None:
-    """`check_output` for a file; a folder of that name raises UserError even with `overwrite`."""
-    if Path(path).is_dir():
-        raise UserError(f"output {path} is a folder: give the name of a file")
-    check_output(path, overwrite, inside)
+_DISK_ERRORS = {
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.EFBIG: "files of this size are not allowed there (ulimit -f says what is)",
+    errno.EIO: "the disk reports a fault",
+    errno.EROFS: "choose another place",
+    errno.ESTALE: "the file system has gone away",
+}
+"""What to say of an error that is the disk's, by the system's number."""
 
 
 @contextmanager
 def replacing_folder(path: Path, overwrite: bool = False, locked: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
 
+    If `path` is a link to a folder, that folder is replaced, on its own disk, and the link stays.
+    The files get the permissions of the umask, whatever the libraries that wrote them gave.
+
     Args:
-        overwrite: replace an existing `path`; without it one raises UserError.
+        overwrite: replace an existing `path`; without it one raises UserError, and so does, in
+            any case, a folder that this program did not make (output_checks.py).
         locked: the caller holds `writer_lock(path)` already.
     """
-    path = Path(path).absolute()
     check_output(path, overwrite)
-    with nullcontext() if locked else writer_lock(path):
-        _restore_old(path)
+    path = Path(path).resolve()
+    with nullcontext() if locked else writer_lock(path), _explaining_disk(path):
+        restore_old(path)
         check_output(path, overwrite)
-        temporary = path.parent / f".{path.name}.tmp"
-        _remove(temporary)
-        temporary.mkdir()
+        temporary = _new_folder(path)
         try:
             yield temporary
-            _replace(temporary, path)
+            mark_as_made(temporary, os.listdir(temporary))
+            _set_permissions(temporary)
+            with _explaining(path):
+                replace(temporary, path)
         except BaseException:
-            _remove(temporary)
+            remove(temporary)
             raise
 
 
 @contextmanager
 def replacing_file(path: Path, overwrite: bool = False, locked: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling file name that becomes `path` when the block ends without error.
+    """Yield a temporary file name that becomes `path` when the block ends without error.
+
+    It lies in a new folder beside `path`, so nothing can wait there under its name. If `path` is a
+    link to a file, that file is replaced, and the link stays.
 
     Args:
         overwrite: replace an existing `path`; without it one raises UserError.
         locked: the caller holds `writer_lock(path)` already.
     """
-    path = Path(path).absolute()
     check_file_output(path, overwrite)
+    path = Path(path).resolve()
     with nullcontext() if locked else writer_lock(path):
-        temporary = path.parent / f".{path.name}.tmp"
+        folder = _new_folder(path)
         try:
-            yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
+            yield folder / path.name
+            _set_permissions(folder)
+            with _explaining(path):
+                os.replace(folder / path.name, path)
+        finally:
+            remove(folder)
 
 
 @contextmanager
@@ -102,7 +93,7 @@ def made_folder(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         if new:
-            _remove(path)
+            remove(path)
         raise
 
 
@@ -114,18 +105,19 @@ def replacing_files(folder: Path, first: str, last: str) -> Iterator[Path]:
     one named `last` after them. Call it under a lock: leftovers of a killed caller are removed.
     """
     new = Path(folder) / ".new"
-    _remove(new)
+    remove(new)
     new.mkdir()
     try:
         yield new
+        _set_permissions(new)
         names = sorted(path.name for path in new.iterdir())
         for path in (new / name for name in sorted(names, key=lambda n: (n != first, n == last))):
             target = Path(folder) / path.name
             if path.is_dir():
-                _remove(target)
+                remove(target)
             os.replace(path, target)
     finally:
-        _remove(new)
+        remove(new)
 
 
 @contextmanager
@@ -133,107 +125,85 @@ def writer_lock(path: Path) -> Iterator[None]:
     """Hold the lock beside `path`, making the folders that it lies in; empty ones go at the end.
 
     Raises:
-        UserError: another process holds the lock, or an error in the block says that the disk is
-            full.
+        UserError: another process holds the lock, or an error in the block comes from the disk:
+            it is full, broken or allows no such file.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     lock_path = path.parent / f".{path.name}.lock"
-    with _opened(lock_path, path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A writer that ended just now may have removed the file that was opened here.
-            if os.stat(lock_path).st_ino != os.fstat(lock.fileno()).st_ino:
-                raise BlockingIOError
-        except OSError as error:
-            raise UserError(f"another job is writing {path}: wait for it to end") from error
-        try:
+    with ExitStack() as stack:
+        with _explaining(path):
+            stack.enter_context(_made_parents(path))
+            holder = stack.enter_context(file_lock(lock_path, remove=True))
+        if holder is not None:
+            who = f" ({holder})" if holder else ""
+            raise UserError(f"another job is writing {path}{who}: wait for it to end")
+        with _explaining_disk(path):
             yield
-        except BaseException as error:
-            if _says_disk_is_full(error):
-                raise UserError(
-                    f"cannot write {path}: No space left on device: make room, or choose another "
-                    "place"
-                ) from error
-            raise
-        finally:
-            lock_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _opened(lock_path: Path, path: Path) -> Iterator[TextIO]:
-    """Open the lock file, making the folders of `path`; remove new ones that end up empty."""
+def _made_parents(path: Path) -> Iterator[None]:
+    """Make the folders that `path` lies in; at the end remove new ones that are empty."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(lock_path, "a")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        with lock:
-            yield lock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
 
 
-def _says_disk_is_full(error: BaseException) -> bool:
-    """Whether `error` is ENOSPC or EDQUOT, or a library's in Rust that quotes ENOSPC."""
-    quoted = f"os error {errno.ENOSPC}" in str(error)
-    return quoted or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-
-
-def swap(one: Path, other: Path) -> bool:
-    """Exchange two names atomically by renameat2(2); return False if the system cannot."""
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that says that `path` is not written."""
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    first, second = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    here = _AT_WORKING_DIRECTORY
-    return renameat2(here, first, here, second, _EXCHANGE) == 0
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`, and remove the old `path`.
-
-    One of them exists at every moment if the system can swap names. If not, the old one is kept
-    aside for `_restore_old` until the new one is in place.
-    """
-    old = path.parent / f".{path.name}.old"
-    _remove(old)
-    if path.exists() and swap(temporary, path):
-        return _remove(temporary)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(temporary, path)
-    _remove(old)
-
-
-def _restore_old(path: Path) -> None:
-    """Put back an output that a job set aside before it was killed between two renames."""
-    old = path.parent / f".{path.name}.old"
-    if old.exists() and not path.exists():
-        os.rename(old, path)
+@contextmanager
+def _explaining_disk(path: Path) -> Iterator[None]:
+    """Turn an error of the disk in the block, which writes `path`, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number not in _DISK_ERRORS:
+            raise
+        file = Path(os.fsdecode(getattr(error, "filename", None) or path))
+        verb = "write" if file.is_relative_to(path.parent) else "read"
+        what = f"{os.strerror(number)}: {_DISK_ERRORS[number]}"
+        raise UserError(f"cannot {verb} {file}: {what}") from error
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error, also of one that a library in Rust quotes."""
+    if isinstance(error, OSError):
+        return error.errno
+    quoted = re.search(r"os error (\d+)", str(error))
+    return int(quoted[1]) if quoted else None
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(Path(folder).resolve())
+def _new_folder(path: Path) -> Path:
+    """Make the empty temporary folder beside `path`, in the place of one that a killed job left."""
+    temporary = path.parent / f".{path.name}.slimstate.tmp"
+    remove(temporary)
+    # It fails if another program has put a link here since.
+    temporary.mkdir()
+    return temporary
 
 
-def _nearest_existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _is_writable(folder: Path) -> bool:
-    # access(2) allows root everything, even on a read-only mount, so the mode's bits count too.
-    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+def _set_permissions(folder: Path) -> None:
+    """Give every file below a new folder the permissions that the umask gave the folder."""
+    allowed = folder.stat().st_mode & 0o666
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(place, name)
+            # Some file systems have no permissions to set.
+            with suppress(OSError):
+                if not os.path.islink(file) and os.stat(file).st_mode & 0o777 != allowed:
+                    os.chmod(file, allowed)

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flame.errors import OWN_ERROR_SECONDS, UserError, wait_for_rank_zero
-from flame.process.environment import free_port
+from flame.process.one_node import node_store, start_alone, stay_on_this_node
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+"""Environment of a process that nothing has started as part of a job."""
 
 RANK_ZERO_WORKS = timedelta(hours=12)
 """Timeout of stages whose other ranks wait while rank 0 reads or writes a model."""
@@ -51,7 +54,8 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
     """Initialise the default process group and destroy it at the end; keep one that is there.
 
     Reads torchrun's environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`).
-    Without it this process is a job of its own.
+    Without it this process is a job of its own. A single process opens no socket, and the processes
+    of one node meet on its loopback interface alone (docs/security.md).
 
     Raises:
         UserError: the node has fewer CUDA devices than processes.
@@ -59,14 +63,19 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    _fill_environment()
-    backend = "gloo"
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ALONE.items()})
     if device_type() == "cuda":
         _check_local_devices()
         torch.cuda.set_device(local_device())
-        backend = "cuda:nccl,cpu:gloo"
-    store, number, size = _store(timeout)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
+    size, node_size = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size == node_size:
+        stay_on_this_node()
+    if size == 1:
+        start_alone()
+    else:
+        backend = "gloo" if device_type() == "cpu" else "cuda:nccl,cpu:gloo"
+        store, number = _store(timeout), int(os.environ["RANK"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
     try:
         yield
     except UserError as error:
@@ -114,33 +123,21 @@ def barrier() -> None:
     gather_objects(None)
 
 
-def _fill_environment() -> None:
-    if "RANK" in os.environ:
-        return
-    defaults = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    os.environ.update(defaults)
-
-
-def _store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return the store in which the processes meet, this one's rank, and their number.
+def _store(timeout: timedelta) -> dist.Store:
+    """Return the store in which the processes meet.
 
     torchrun keeps its store when it restarts the processes. It still holds the addresses of the
     dead, for which the living would wait, so on one node each start has its own keys. Nodes count
     their starts separately, so for several nodes the launcher asks torchrun for fresh stores.
     """
-    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = node_store()
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start-{start}", store)
-    return store, number, size
+    return store
 
 
 def _check_local_devices() -> None:

@@ -1,9 +1,11 @@
-"""Environment variables for a while, and a free port."""
+"""Environment variables: those of this project, and setting some for a while."""
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+STORE_VARIABLE = "SLIMSTATE_STORE"
+"""The file in which the processes of one node meet; the launcher sets it."""
 
 
 @contextmanager
@@ -22,10 +24,3 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def free_port() -> int:
-    """A TCP port of this host that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -9,8 +9,8 @@ from typing import Any
 from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve, vocabulary_size
 from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
-from flame.process.atomic_output import check_output
 from flame.process.distributed import device_type
+from flame.process.output_checks import check_place
 from flame.recipe.keys import check_values
 from flame.training.schedule import check_schedule
 
@@ -116,7 +116,7 @@ def _check_folder(job: Any) -> None:
         raise UserError(f"job.dump_folder {folder} is a file: choose a folder")
     init = resolve(job.model.init).folder if job.model.init else None
     for output in (folder, folder / CONFIG_FILE, checkpoints / "step"):
-        check_output(output, overwrite=True, inside=init)
+        check_place(output, inside=init)
     if not _may_hold_run(folder, checkpoints):
         raise UserError(
             f"job.dump_folder {folder} exists and is no run: choose another (a model to start from "

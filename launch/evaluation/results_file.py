@@ -13,7 +13,7 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
-from flame.process.atomic_output import check_file_output
+from flame.process.output_checks import check_file_output
 from flame.storage.json_file import read_object_if_any
 from launch.evaluation.intervals import differences
 from launch.reporting.envelope import enveloped, write_result

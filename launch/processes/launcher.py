@@ -8,25 +8,25 @@ rank that failed first. `--dry-run` prints the torchrun command that does the sa
 import logging
 import os
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from flame.errors import UserError, first_line
-from flame.process.environment import environment, free_port
+from flame.process.ending import ending_by_signals, others_signals
+from flame.process.environment import STORE_VARIABLE, environment
 from flame.stage import Stage
 from launch.processes import failures
 from launch.processes.topology import Topology, device_count
 
 FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Makes torchrun use a new store after each restart: the old one holds addresses of processes that
-have ended, and new ones would wait for them (flame/process/distributed.py does it for one node)."""
+"""Makes torchrun open no store for the workers before they start. For several nodes that gives each
+restart a new one: the old one holds addresses of processes that have ended, and new ones would wait
+for them. On one node the workers meet in a file (flame/process/one_node.py)."""
 
 STOP_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Where torchrun looks for the seconds between a signal to its workers and their end by SIGKILL;
@@ -78,9 +78,7 @@ class Job:
             self._run_workers()
 
     def _run_here(self) -> None:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        with environment(self._rank_zero() | address), _own_signals():
-            signal.signal(signal.SIGTERM, _leave)
+        with environment(self._rank_zero()), ending_by_signals():
             self.stage.run(self.options)
 
     def _run_workers(self) -> None:
@@ -88,10 +86,12 @@ class Job:
             worker = ["-m", "launch.processes.worker", reports, self.stage.module, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
             defaults = _worker_defaults(self.topology.nproc) | self._stop_time()
-            if self.topology.starts_again:
+            if self.topology.starts_again or self.topology.is_local:
                 defaults |= FRESH_STORES
-            with environment(defaults), _own_signals(), _no_logs():
-                _run_agent([*self.topology.torchrun_options(), *log, *worker], Path(reports))
+            if self.topology.is_local:
+                defaults[STORE_VARIABLE] = f"{reports}/store"
+            with environment(defaults), others_signals(), _no_logs():
+                _run_agent([*self.topology.meeting_in(reports), *log, *worker], Path(reports))
 
     def _stop_time(self) -> dict[str, str]:
         return {STOP_VARIABLE: os.environ.get(STOP_VARIABLE, str(self.stage.stop_seconds))}
@@ -123,18 +123,6 @@ def _worker_defaults(nproc: int) -> dict[str, str]:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Restore this process's signal handlers after the `with` block: the agent sets its own."""
-    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextmanager
 def _no_logs() -> Iterator[None]:
     """Disable logging inside the `with` block: the agent repeats at length what workers say."""
     before = logging.root.manager.disable
@@ -143,11 +131,6 @@ def _no_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit with 128 + the signal's number, so that half-written outputs are removed on the way."""
-    raise SystemExit(128 + number)
 
 
 def _run_agent(arguments: list[str], reports: Path) -> None:

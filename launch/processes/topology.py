@@ -11,6 +11,9 @@ from flame import options
 from flame.errors import UserError
 from flame.options import group, option
 
+LOOPBACK = ("--local-addr", "127.0.0.1")
+"""What the processes of one node call it: its name may not resolve, and they would wait for it."""
+
 STORE_SECONDS = 5.0
 """Seconds in which the store of an earlier node must answer at the rendezvous endpoint."""
 
@@ -49,16 +52,42 @@ class Topology:
             )
         if self.rdzv_endpoint:
             self._check_endpoint()
+            self._check_own_name()
         elif self.nnodes > 1:
             raise UserError(f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT of one node")
+
+    def _check_own_name(self) -> None:
+        """Raise UserError if the other nodes will be told a name of this one that is unknown."""
+        name = socket.getfqdn()
+        try:
+            socket.getaddrinfo(name, None)
+        except socket.gaierror as error:
+            raise UserError(
+                f"this node's name {name} does not resolve, and the nodes of a job reach each "
+                "other by name: add it to /etc/hosts or DNS on every node"
+            ) from error
 
     def smaller_sizes(self) -> list[int]:
         """Return the numbers of processes that the job may shrink to when nodes are lost."""
         return [nodes * self.nproc for nodes in range(self.min_nodes or self.nnodes, self.nnodes)]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all processes are on this node, and no place to meet is given."""
+        return not self.rdzv_endpoint
+
     def torchrun_options(self) -> list[str]:
         """Return the options of torchrun that start these processes."""
         return [*self._meeting(), "--nproc-per-node", str(self.nproc), *self._restarts()]
+
+    def meeting_in(self, folder: str) -> list[str]:
+        """As `torchrun_options`, but processes of one node meet in a file in `folder`."""
+        options = self.torchrun_options()
+        if not self.is_local:
+            return options
+        file = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+        place = ["--rdzv-endpoint", f"{folder}/rendezvous", "--rdzv-id", self.rdzv_id]
+        return [*file, *place, *options[1:]]
 
     def _check_elastic(self) -> None:
         if not self.min_nodes:
@@ -72,7 +101,7 @@ class Topology:
     def _meeting(self) -> list[str]:
         nodes = f"{self.min_nodes}:{self.nnodes}" if self.min_nodes else str(self.nnodes)
         if not self.rdzv_endpoint:
-            return ["--standalone"]
+            return ["--standalone", *LOOPBACK]
         place = ["--rdzv-endpoint", self.rdzv_endpoint, "--rdzv-id", self.rdzv_id]
         if self.node_rank is None:
             return ["--nnodes", nodes, "--rdzv-backend", "c10d", *place]

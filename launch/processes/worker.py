@@ -11,19 +11,14 @@ import ctypes
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import FrameType, TracebackType
 
+from flame.process.ending import SIGNALS, ending_by_signals, signal_received
 from launch.processes.failures import INTERRUPTED, stderr_file, traceback_file
-
-GRACE_SECONDS = 5.0
-"""Seconds to clean up after a signal; a collective that waits for a dead peer never returns."""
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,27 +26,31 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     folder, module, *arguments = sys.argv[1:]
     reports, rank = Path(folder), int(os.environ["RANK"])
-    _report_tracebacks(traceback_file(reports, rank))
     if rank > 0:
         _redirect_output(stderr_file(reports, rank))
-    _end_on_signals()
+    _end_with_launcher()
     sys.argv = [module, *arguments]
-    import_module(module).STAGE.main(arguments, checked=True)
+    # The launcher's own status says which signal it was; 143 of a worker means that it has saved.
+    with ending_by_signals(INTERRUPTED), _reporting_tracebacks(traceback_file(reports, rank)):
+        import_module(module).STAGE.main(arguments, checked=True)
 
 
-def _report_tracebacks(file: Path) -> None:
+@contextmanager
+def _reporting_tracebacks(file: Path) -> Iterator[None]:
+    """Write the traceback of an exception in the block to a file, and end the process."""
     # An earlier attempt under --max-restarts may have left one.
     file.unlink(missing_ok=True)
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # The launcher's signal, when a peer failed first, would end up as an error in this hook.
-        _be_deaf()
-        if kind is KeyboardInterrupt:
-            os._exit(INTERRUPTED)
-        file.write_text("".join(traceback.format_exception(kind, error, trace)))
-        os._exit(1)
-
-    sys.excepthook = hook
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException:  # noqa: BLE001
+        # The launcher's signal, when a peer failed first, would end up as an error in here.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if not signal_received():
+            file.write_text(traceback.format_exc())
+        os._exit(INTERRUPTED if signal_received() else 1)
 
 
 def _redirect_output(stderr: Path) -> None:
@@ -60,37 +59,14 @@ def _redirect_output(stderr: Path) -> None:
     os.dup2(os.open(stderr, flags, 0o600), sys.stderr.fileno())
 
 
-def _end_on_signals() -> None:
-    """Let a signal raise KeyboardInterrupt, and end the process if it still runs 5 s later.
+def _end_with_launcher() -> None:
+    """Ask the kernel for SIGHUP when the launcher dies.
 
-    The exception gives the process time to remove a half-written output. When the launcher dies,
-    the kernel sends SIGHUP. While a training loop runs it handles SIGTERM and SIGINT itself, to
-    save first (`stop_signals.py`), but not SIGHUP: a new job may wait for the run folder.
+    A training loop heeds SIGTERM and SIGINT itself, to save first (`stop_signals.py`), but not
+    SIGHUP: a new job may wait for the run folder.
     """
-    for kind in ENDING:
-        signal.signal(kind, _interrupt)
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing)
-    threading.Thread(target=_leave_later, args=(reading,), daemon=True).start()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _be_deaf()
-    raise KeyboardInterrupt
-
-
-def _be_deaf() -> None:
-    for kind in ENDING:
-        signal.signal(kind, signal.SIG_IGN)
-
-
-def _leave_later(wakeup: int) -> None:
-    os.read(wakeup, 1)
-    time.sleep(GRACE_SECONDS)
-    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,17 @@ from launch.reporting.tables import summary_table
 SUMMARY_FILE = "summary.json"
 PERPLEXITY_FILE = "perplexity.json"
 DECODING_FILE = "decoding.json"
+REPORT_FILE = "report.html"
+TIMES_FILE = "seconds.json"
 
 MODELS = ("dense", "dense_continued", "pruned", "random", "recovered")
 """Rows of the summary, and the folders of their models."""
+
+CONTENT = (
+    "analysis", "bench.json", "export", "fidelity.json", "options.json", "statistics", "tokenizer",
+    *MODELS, DECODING_FILE, PERPLEXITY_FILE, REPORT_FILE, SUMMARY_FILE, TIMES_FILE,
+)  # fmt: skip
+"""What a demo makes in its folder."""
 
 SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
 

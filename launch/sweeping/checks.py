@@ -11,7 +11,7 @@ from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.checkpoint.source import total_bytes
 from flame.errors import UserError
 from flame.options import words
-from flame.process.atomic_output import check_file_output
+from flame.process.output_checks import check_file_output
 from flame.recipe import read_tables
 from launch.evaluation.heldout_text import check_text, heldout_text
 from launch.sweeping.folder import FORMAT

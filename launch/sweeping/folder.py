@@ -12,7 +12,6 @@ A point that failed has points/NAME.failed with the reason, until the sweep runs
 belongs to the process that holds the lock .claims/NAME; the lock goes with the process.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from flame.process.atomic_output import check_output, replacing_file
+from flame.process.atomic_output import replacing_file
+from flame.process.file_lock import file_lock
+from flame.process.output_checks import MADE, check_made_here, check_place, mark_as_made
 from flame.storage.json_file import read_object, read_object_if_any
 
 SETTINGS_FILE = "sweep.json"
@@ -30,6 +31,12 @@ FORMAT = 2
 """Version of what records hold; a sweep that another version began is refused."""
 
 KIND = "sweep"
+
+CONTENT = (
+    SETTINGS_FILE, "statistics", "points", "plans", "logs", "models", ".claims", "sweep.html",
+    *(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex")),
+)  # fmt: skip
+"""What a sweep makes in its folder."""
 
 Record = dict[str, Any]
 
@@ -56,7 +63,7 @@ class SweepFolder:
             overwrite: the folder's content will be removed.
             inside: the model's folder, which the sweep must not lie in.
         """
-        check_output(self.path, overwrite=True, inside=inside)
+        check_place(self.path, inside=inside)
         if inside.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"output {self.path} holds the model {inside}: choose another")
         if self.path.exists() and not self.path.is_dir():
@@ -65,7 +72,7 @@ class SweepFolder:
             return
         begun = self._settings()
         if overwrite:
-            return
+            return check_made_here(self.path)
         for key, value in _plain(settings).items():
             if begun.get(key) != value:
                 raise UserError(
@@ -80,6 +87,7 @@ class SweepFolder:
         # First, so that a folder without it is somebody else's.
         if not (self.path / SETTINGS_FILE).is_file():
             _write(self.path / SETTINGS_FILE, {"kind": f"{KIND} settings", **settings})
+        mark_as_made(self.path, CONTENT)
         for name in ("points", "plans", "logs", ".claims"):
             (self.path / name).mkdir(exist_ok=True)
         for failed in (self.path / "points").glob("*.failed"):
@@ -91,11 +99,11 @@ class SweepFolder:
             self._remove()
 
     def _remove(self) -> None:
-        """Remove the folder, its settings last: a job that is killed here leaves a sweep."""
+        """Remove the folder, what marks it last: a job that is killed here leaves a sweep."""
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != SETTINGS_FILE:
+            elif path.name not in (SETTINGS_FILE, MADE):
                 path.unlink()
         shutil.rmtree(self.path)
 
@@ -130,13 +138,8 @@ class SweepFolder:
 
     @contextmanager
     def _claim(self, name: str) -> Iterator[bool]:
-        with open(self.path / ".claims" / name, "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with file_lock(self.path / ".claims" / name) as holder:
+            yield holder is None
 
     def keep_plan(self, name: str, pruned: Path) -> Record:
         """Copy the plan out of a pruned model; returns its content."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
-from flame.process.environment import environment, free_port
+from flame.process.ending import signal_received
+from flame.process.environment import environment
 from launch.evaluation.heldout_text import HeldoutText
 from launch.sweeping.folder import Record, SweepFolder
 from launch.sweeping.points import Point
@@ -33,7 +34,7 @@ the disk is full, a computation has no answer, or a kernel does not take a width
 MEASURED = (
     "perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes", "error", "documents",
 )  # fmt: skip
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 """Environment of a job of one process; LOCAL_RANK stays, which says the device."""
 
 
@@ -89,6 +90,8 @@ class Work:
             self._discard(models)
             self.folder.keep(name, record)
         except FAILURES as error:
+            if signal_received():
+                raise
             self.folder.fail(name, first_line(error))
         finally:
             self._discard(models)
@@ -173,9 +176,7 @@ def alone() -> Iterator[None]:
     from flame.process.distributed import process_group
 
     assert not dist.is_initialized()
-    # torchrun's agent keeps the store of its own job; a job of one process opens its own.
-    place = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    with environment({**ALONE, **place}), process_group():
+    with environment(ALONE), process_group():
         yield
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from flame.process.environment import free_port
+from tests.distributed import free_port
 from tests.faults.kill_points import Counter, Moment, Work, kill, processor_time
 
 WARM = (
@@ -173,6 +173,8 @@ def _be(job: Job, rank: int, port: int) -> None:
         job.function(*job.arguments)
         (log / f"work-{rank}").write_text(json.dumps(asdict(counter.work())))
         status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
     except UserError as error:
         print(f"slimstate: error: {error}", file=sys.stderr)
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flame.process.output_checks import MADE, mark_as_made
 from tests.faults.bench import Bench, digests
 from tests.faults.fork_server import Job
 from tests.faults.kill_points import Moment, Work
@@ -17,10 +18,10 @@ from tests.faults.tasks import RECIPE
 
 def replace(out: Path, can_swap: bool) -> None:
     """Write a folder in the place of another."""
-    from flame.process import atomic_output
+    from flame.process import atomic_output, replacement
 
     if not can_swap:
-        atomic_output.swap = lambda one, other: False  # type: ignore[assignment]
+        replacement.swap = lambda one, other: False  # type: ignore[assignment]
     with atomic_output.replacing_folder(out, overwrite=True) as folder:
         for name in ("a", "b"):
             (folder / name).write_text("new")
@@ -36,6 +37,7 @@ def test_an_output_killed_while_it_is_replaced(
         out = place / "work" / "out"
         out.mkdir(parents=True)
         (out / "a").write_text("old")
+        mark_as_made(out, ["a"])
         moment, work = Moment("files", number / 100, 0, whole=True), (Work(100, 0, 0),)
         outcome = bench.server.run(Job(replace, (out, can_swap), 1, place, moment, work))
         if can_swap:
@@ -73,4 +75,4 @@ def test_a_run_folder_killed_while_it_is_made(bench: Bench, tmp_path: Path) -> N
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != MADE}

@@ -46,6 +46,42 @@ def _environment(rank: int, folder: str) -> None:
     print(f"stderr of rank {rank}", file=sys.stderr)
 
 
+def _meet(rank: int, folder: str) -> None:
+    from flame.process.distributed import barrier, process_group
+
+    with process_group():
+        barrier()
+    Path(folder, f"rank-{rank}").touch()
+
+
+def _sockets(rank: int, folder: str) -> None:
+    """Write where this process and its launcher can be reached while the ranks have met."""
+    from flame.process.distributed import barrier, process_group
+
+    with process_group():
+        barrier()
+        processes = [os.getpid(), *([os.getppid()] if os.environ["WORLD_SIZE"] != "1" else [])]
+        places = {place for process in processes for place in _listening(process)}
+        barrier()
+    Path(folder, f"rank-{rank}").write_text("\n".join(sorted(places)))
+
+
+def _listening(pid: int) -> list[str]:
+    """The addresses of the network sockets that a process has."""
+    import ipaddress
+
+    mine = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    places = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            local, inode = line.split()[1], line.split()[9]
+            if f"socket:[{inode}]" in mine:
+                words = bytes.fromhex(local.partition(":")[0])
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                places.append(str(ipaddress.ip_address(address)))
+    return places
+
+
 def _misuse(rank: int) -> None:
     raise UserError("every rank sees that the ratio is 2")
 

@@ -574,7 +574,7 @@ def test_killed_worker(folder: Path) -> None:
 
 
 def started(command: str) -> bool:
-    return Path("out/recipe.toml" if command == "train" else ".out.tmp").exists()
+    return Path("out/recipe.toml" if command == "train" else ".out.slimstate.tmp").exists()
 
 
 def workers_of(pid: int) -> list[int]:

@@ -351,8 +351,11 @@ def test_outputs_that_must_not_be_written_are_refused(home: Path, tmp_path: Path
     read_only = tmp_path / "locked"
     read_only.mkdir(mode=0o555)
     assert "is read-only for this user" in refused(home, read_only / "out")
-    stage("prune", home / "model", out, "--method", "l1", "--ratio", "0.5", "--overwrite")
-    assert not (out / "precious").exists()
+    words = ["prune", home / "model", out, "--method", "l1", "--ratio", "0.5", "--overwrite"]
+    with pytest.raises(UserError, match="was not made by slimstate"):
+        stage(*words)
+    (out / "precious").unlink()
+    stage(*words)
     assert resolve(out).config["head_dim"] == 16
 
 

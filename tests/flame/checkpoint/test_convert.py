@@ -24,6 +24,7 @@ from flame.errors import UserError
 from flame.hugging_face import model_folder
 from flame.hugging_face.model_folder import write_hf
 from flame.hugging_face.safetensors_source import SafetensorsSource
+from flame.process.output_checks import MADE
 from flame.storage.checksums import CHECKSUMS
 from flame.storage.safe_reader import load_step
 from tests.flame.damage import Bomb, rewrite
@@ -141,7 +142,7 @@ def test_a_model_goes_to_dcp_and_back_bit_for_bit(tmp_path: Path, config: dict[s
     convert(source, tmp_path / "run", "dcp")
     convert(tmp_path / "run", tmp_path / "back", "hf")
     assert _identical(load_file(tmp_path / "back" / "model.safetensors"), tensors)
-    assert set(os.listdir(tmp_path / "back")) - set(os.listdir(source)) == {"README.md"}
+    assert set(os.listdir(tmp_path / "back")) - set(os.listdir(source)) == {MADE, "README.md"}
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         for folder in ("run", "back"):

@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 
 from flame.errors import UserError
-from flame.process.environment import free_port
 from launch.processes import failures
 from launch.processes.launcher import Job
 from launch.processes.topology import Topology, split_options
+from tests.distributed import free_port
 from tests.launch import probe_stage
 from tests.launch.probe_stage import start
 
 ROOT = Path(__file__).parents[3]
+UNSHARE_REFUSED = 77
+NAMELESS = ("unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"', "sh")
+"""Runs a command on a host whose name does not resolve."""
 
 
 @pytest.fixture
@@ -64,9 +67,33 @@ def test_one_process_runs_in_place(tmp_path: Path) -> None:
     found = _environment(tmp_path / "rank-0")
     assert found["pid"] == str(os.getpid())
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("0", "1", "0")
-    assert found["MASTER_ADDR"] == "127.0.0.1"
-    assert int(found["MASTER_PORT"]) > 0
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_job_of_one_node_cannot_be_reached_from_outside(tmp_path: Path, nproc: int) -> None:
+    """The launcher, its workers, and all that they have inherited."""
+    process = _job(f"Topology(nproc={nproc})", "sockets", tmp_path)
+    assert process.communicate(timeout=100)[1] == "" and process.returncode == 0
+    found = [line for file in tmp_path.glob("rank-*") for line in file.read_text().splitlines()]
+    assert bool(found) == (nproc > 1)
+    assert all(line.startswith(("127.0.0.1", "::1")) for line in found), found
+
+
+def test_a_host_whose_name_does_not_resolve_is_no_hindrance(tmp_path: Path) -> None:
+    process = _job("Topology(nproc=2)", "meet", tmp_path, nameless=True)
+    out = process.communicate(timeout=100)
+    if process.returncode == UNSHARE_REFUSED:
+        pytest.skip("this machine lets nobody take another name")
+    assert (process.returncode, out[1]) == (0, "")
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0", "rank-1"]
+
+
+def test_nodes_whose_names_do_not_resolve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: "no-such-host.invalid")
+    topology = Topology(nnodes=2, node_rank=0, rdzv_endpoint=f"127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="this node's name no-such-host.invalid does not resolve"):
+        topology.check()
 
 
 def test_mistake_seen_by_all_ranks_is_one_line(fails: Callable[..., str]) -> None:
@@ -145,8 +172,11 @@ def test_two_nodes_meet(tmp_path: Path, ranks: tuple[int | None, ...]) -> None:
 @pytest.mark.parametrize(
     ("topology", "expected"),
     [
-        (Topology(), "--standalone --nproc-per-node 1"),
-        (Topology(nproc=8, max_restarts=2), "--standalone --nproc-per-node 8 --max-restarts 2"),
+        (Topology(), "--standalone --local-addr 127.0.0.1 --nproc-per-node 1"),
+        (
+            Topology(nproc=8, max_restarts=2),
+            "--standalone --local-addr 127.0.0.1 --nproc-per-node 8 --max-restarts 2",
+        ),
         (
             Topology(nproc=8, nnodes=2, rdzv_endpoint="a:29500"),
             "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id slimstate"
@@ -255,7 +285,7 @@ def _environment(file: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
-def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
+def _job(topology: str, *arguments: object, nameless: bool = False) -> subprocess.Popen[str]:
     words = [str(argument) for argument in arguments]
     code = (
         "from flame.errors import run_stage; from launch.processes.topology import Topology; "
@@ -265,7 +295,7 @@ def _job(topology: str, *arguments: object) -> subprocess.Popen[str]:
     temporary = Path(str(arguments[-1]), "tmp")
     temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [*(NAMELESS if nameless else ()), sys.executable, "-c", code],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(temporary)},
         stderr=subprocess.PIPE,

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from flame.process.environment import free_port
-from tests.distributed import run_distributed
+from tests.distributed import free_port, run_distributed
 from tests.flame.jobs import (
     TINY,
     largest_difference,
