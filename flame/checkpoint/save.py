@@ -31,8 +31,8 @@ from flame.checkpoint.source import Read
 from flame.checkpoint.steps import TEMPORARY, delete, step_folder
 from flame.errors import UserError
 from flame.process.peers import Peers, raise_cause
-from flame.process.replacement import swap
 from flame.storage.checksums import METADATA, HashingFile, hash_bytes, write_checksums, write_file
+from flame.storage.replacement import swap
 
 
 def save_step(

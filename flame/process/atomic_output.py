@@ -15,7 +15,7 @@ from pathlib import Path
 from flame.errors import UserError
 from flame.process.file_lock import file_lock
 from flame.process.output_checks import check_file_output, check_output, mark_as_made
-from flame.process.replacement import remove, replace, restore_old
+from flame.storage.replacement import remove, replace, restore_old
 
 _DISK_ERRORS = {
     errno.ENOSPC: "make room, or choose another place",

@@ -18,7 +18,8 @@ from tests.faults.tasks import RECIPE
 
 def replace(out: Path, can_swap: bool) -> None:
     """Write a folder in the place of another."""
-    from flame.process import atomic_output, replacement
+    from flame.process import atomic_output
+    from flame.storage import replacement
 
     if not can_swap:
         replacement.swap = lambda one, other: False  # type: ignore[assignment]
