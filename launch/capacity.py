@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError
 from flame.options import argument, option
-from flame.process.atomic_output import check_output, replacing_file
+from flame.process.atomic_output import replacing_file
+from flame.process.output_checks import check_file_output
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
 from launch.reporting.envelope import command_line, enveloped, write_result
@@ -73,7 +74,7 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.plot is not None and options.plot.suffix != ".svg":
         raise UserError(f"--plot {options.plot}: the name must end in .svg")
     for output in filter(None, (options.plot, options.json)):
-        check_output(output, options.overwrite)
+        check_file_output(output, options.overwrite)
 
 
 def run(options: Options) -> None:

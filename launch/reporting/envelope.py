@@ -12,7 +12,8 @@ from typing import Any
 
 from flame.errors import UserError
 from flame.options import words
-from flame.process.atomic_output import check_file_output, replacing_file, writer_lock
+from flame.process.atomic_output import replacing_file, writer_lock
+from flame.process.output_checks import check_file_output
 from flame.storage.json_file import read_object_if_any, write_object
 from flame.versions import versions
 
