@@ -1,5 +1,6 @@
 """The error for mistakes that a person can mend, and how a stage reports it on one line."""
 
+import io
 import os
 import sys
 import time
@@ -32,6 +33,10 @@ def run_stage(main: Callable[[], None], checked: bool = False) -> None:
         main: what to run.
         checked: rank 0 makes no checks in `main`, so that no other rank need wait for them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that is not in UTF-8 shows question marks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with ending_by_signals():
         _run_stage(main, checked)
 

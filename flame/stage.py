@@ -62,9 +62,14 @@ class Stage(Generic[T]):
     def program(self) -> str:
         return f"slimstate {self.name}"
 
-    def parse(self, argv: Sequence[str]) -> T:
-        """Return the options of a command line; raise UserError for one that cannot be read."""
-        return options.parse(self.options, self.program, argv)
+    def parse(self, argv: Sequence[str], others: Sequence[str] = ()) -> T:
+        """Return the options of a command line; raise UserError for one that cannot be read.
+
+        Args:
+            argv: the words.
+            others: options that are none of the stage's but may have been meant.
+        """
+        return options.parse(self.options, self.program, argv, others)
 
     def help_text(self) -> str:
         """Return the text of `--help`."""

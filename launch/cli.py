@@ -93,7 +93,7 @@ def _run(command: Command, arguments: list[str]) -> None:
         print(f"{stage.help_text()}\n{topology.options_help()}")
         return
     processes, dry_run, rest = topology.split_options(arguments, command.nproc)
-    options = stage.parse(rest)
+    options = stage.parse(rest, topology.FLAGS)
     said = stage.answer(options, processes.nproc, processes.nnodes)
     if said is not None:
         print(said)

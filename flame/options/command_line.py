@@ -17,21 +17,30 @@ OVERRIDE = re.compile(r"--[\w-]+\.[\w.-]+(=|$)")
 """A word such as `--training.steps` or `--training.steps=200`."""
 
 
-def parse(of: type[T], program: str, argv: Sequence[str]) -> T:
+def parse(of: type[T], program: str, argv: Sequence[str], others: Sequence[str] = ()) -> T:
     """An instance of the dataclass `of` from the words of a command line.
 
     Args:
         of: the dataclass of options.
         program: what messages call the program, such as `slimstate plan`.
         argv: the words, without the program's name.
+        others: options of others that may have been meant, such as `--nproc`.
 
     Raises:
         UserError: a word is no option, a value cannot be read, or something is missing.
     """
+    flags = [entry.flag for entry in entries(of)]
+    _, rest = _take_overrides(of, argv)
+    # Before anything else: a misspelt option looks like one that is missing.
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in flags:
+            near = difflib.get_close_matches(name, [*flags, *others], n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            _Parser(program).error(f"unrecognized arguments: {name}{hint}")
     found, unknown = parse_known(of, program, argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [entry.flag for entry in entries(of)], n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
+        hint = ": lists are written with commas, as A,B" if _has_lists(of) else ""
         _Parser(program).error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return found
 
@@ -39,8 +48,20 @@ def parse(of: type[T], program: str, argv: Sequence[str]) -> T:
 def parse_known(of: type[T], program: str, argv: Sequence[str]) -> tuple[T, list[str]]:
     """As `parse`, and the words that are no options of `of`, instead of an error for them."""
     overridden, rest = _take_overrides(of, argv)
-    values, unknown = _parser(of, program).parse_known_args(rest)
+    try:
+        values, unknown = _parser(of, program).parse_known_args(rest)
+    except UserError:
+        # `--perplexity MODEL`: the word is the argument that is missing, not the option's value.
+        bare = {entry.flag for entry in entries(of) if entry.declared.bare is not None}
+        ordered = sorted(rest, key=lambda word: word in bare)
+        if ordered == rest or not bare & set(rest):
+            raise
+        values, unknown = _parser(of, program).parse_known_args(ordered)
     return _built(of, vars(values), overridden), unknown
+
+
+def _has_lists(of: type) -> bool:
+    return any(entry.is_list and entry.declared.form == "option" for entry in entries(of))
 
 
 def help_text(of: type, program: str, description: str, epilog: str = "") -> str:

@@ -37,7 +37,8 @@ class Declaration:
     """Reads the whole word instead of the annotation's reader; a ValueError or a UserError says why
     it cannot."""
     bare: Any = None
-    """The value of the option without a word after it; None if it needs one."""
+    """The value of the option without a word after it; None if it needs one. A word after it that
+    the command's arguments cannot do without is an argument."""
     classes: Mapping[str, Any] = field(default_factory=dict)
     """The dataclasses of `options_of` by name; of a `group` its one class."""
     without: Sequence[str] = ()

@@ -7,7 +7,7 @@ does not have.
 """
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 ERROR_PREFIX = "slimstate: error: "
@@ -28,7 +28,7 @@ def stderr_file(reports: Path, rank: int) -> Path:
     return reports / f"rank-{rank}.stderr"
 
 
-def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
+def explain(exit_codes: Mapping[int, int], reports: Path, killed: Collection[int] = ()) -> str:
     """Return what to print on stderr for failed ranks; empty if rank 0 has printed it already.
 
     It is the first that exists of: a person's mistake, a signal from outside, the earliest
@@ -38,7 +38,13 @@ def explain(exit_codes: Mapping[int, int], reports: Path) -> str:
         exit_codes: by rank, for failed ranks of this node; negative for a signal, as in
             `subprocess`.
         reports: the folder that the workers wrote to.
+        killed: ranks that were told to end after another had failed, and did not.
     """
+    if killed:
+        others = {rank: code for rank, code in exit_codes.items() if rank not in killed}
+        ranks = ", ".join(map(str, sorted(killed)))
+        hangs = f"{ERROR_PREFIX}rank {ranks} hung or was stopped, and had to be killed\n"
+        return (explain(others, reports) if others else "") + hangs
     if _rank_zero_spoke(exit_codes, reports):
         return ""
     if set(exit_codes.values()) == {STOPPED}:

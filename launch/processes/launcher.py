@@ -8,9 +8,9 @@ rank that failed first. `--dry-run` prints the torchrun command that does the sa
 import logging
 import os
 import shlex
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from flame.process.ending import ending_by_signals, others_signals
 from flame.process.environment import STORE_VARIABLE, environment
 from flame.stage import Stage
 from launch.processes import failures
+from launch.processes.leftovers import job_folder
 from launch.processes.topology import Topology, device_count
 
 FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -82,7 +83,8 @@ class Job:
             self.stage.run(self.options)
 
     def _run_workers(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="slimstate-") as reports:
+        with job_folder() as folder:
+            reports = str(folder)
             worker = ["-m", "launch.processes.worker", reports, self.stage.module, *self.arguments]
             log = ["--log-dir", f"{reports}/agent"]
             defaults = _worker_defaults(self.topology.nproc) | self._stop_time()
@@ -91,7 +93,7 @@ class Job:
             if self.topology.is_local:
                 defaults[STORE_VARIABLE] = f"{reports}/store"
             with environment(defaults), others_signals(), _no_logs():
-                _run_agent([*self.topology.meeting_in(reports), *log, *worker], Path(reports))
+                _run_agent([*self.topology.meeting_in(reports), *log, *worker], folder)
 
     def _stop_time(self) -> dict[str, str]:
         return {STOP_VARIABLE: os.environ.get(STOP_VARIABLE, str(self.stage.stop_seconds))}
@@ -133,6 +135,15 @@ def _no_logs() -> Iterator[None]:
         logging.disable(before)
 
 
+def _killed_by_agent(failed: Mapping[int, Any]) -> set[int]:
+    """Return the ranks that the agent ended by SIGKILL, after its patience with them."""
+    first = min(failure.timestamp for failure in failed.values())
+    # Times are whole seconds.
+    patience = int(os.environ[STOP_VARIABLE]) - 1
+    late = {rank for rank, failure in failed.items() if failure.timestamp - first >= patience}
+    return {rank for rank in late if failed[rank].exitcode == -signal.SIGKILL}
+
+
 def _run_agent(arguments: list[str], reports: Path) -> None:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -143,7 +154,7 @@ def _run_agent(arguments: list[str], reports: Path) -> None:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        sys.stderr.write(failures.explain(codes, reports))
+        sys.stderr.write(failures.explain(codes, reports, _killed_by_agent(error.failures)))
         raise SystemExit(failures.status(codes)) from None
     except SignalException as error:
         raise SystemExit(128 + int(error.sigval)) from None

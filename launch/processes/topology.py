@@ -149,6 +149,10 @@ class LauncherOptions:
     dry_run: bool = option(False, "check, print the torchrun command, and stop")
 
 
+FLAGS = tuple(entry.flag for entry in options.entries(LauncherOptions))
+"""The launcher's options as they are written."""
+
+
 def split_options(arguments: Sequence[str], nproc: int = 1) -> tuple[Topology, bool, list[str]]:
     """Split a command line into topology, whether it is a dry run, and the stage's own words.
 

@@ -82,7 +82,7 @@ def test_defaults_and_annotations_say_how_words_are_read() -> None:
 def test_groups_share_an_option_and_keep_what_is_no_option() -> None:
     found = read("m x --to hf --seed 3 --seq-len 9")
     assert (found.seed, found.data) == (3, Data("", 9, 3))
-    with pytest.raises(UserError, match="unrecognized arguments: --data d"):
+    with pytest.raises(UserError, match="unrecognized arguments: --data"):
         read("m x --to hf --data d")
 
 
@@ -112,7 +112,9 @@ def test_an_override_takes_one_value_beside_arguments_and_else_all() -> None:
     [
         ("m x", "the following arguments are required: --to (slimstate toy --help)"),
         ("m --to hf", "the following arguments are required: OTHER (slimstate toy --help)"),
-        ("m x --to hf --rati 1", "unrecognized arguments: --rati 1: did you mean --ratio?"),
+        ("m x --to hf --rati 1", "unrecognized arguments: --rati: did you mean --ratio?"),
+        ("m x --oto hf", "unrecognized arguments: --oto: did you mean --to?"),
+        ("m x --to hf --seq_len=9", "unrecognized arguments: --seq_len: did you mean --seq-len?"),
         ("m x --to gguf", "--to: unknown 'gguf': choose from hf, dcp"),
         ("m x --to hf --ratio 1", "--ratio: 1 is not a number between 0 and 1"),
         ("m x --to hf --ratio nan", "--ratio: nan is not a number between 0 and 1"),
@@ -132,6 +134,25 @@ def test_a_mistake_is_named(line: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         read(line)
     assert str(error.value).startswith(message)
+
+
+def test_an_option_with_a_value_or_none_does_not_take_an_argument_away() -> None:
+    for line in ("--text m x --to hf", "m --to hf --text x", "m x --to hf --text"):
+        found = read(line)
+        assert (found.model, found.others, found.text) == ("m", (Path("x"),), "")
+    found = read("m --text t x --to hf")
+    assert (found.others, found.text) == ((Path("x"),), "t")
+
+
+def test_a_list_with_spaces_says_how_lists_are_written() -> None:
+    with pytest.raises(UserError, match=r"unrecognized arguments: b: lists are written with comm"):
+        parse(Lists, "toy", ["m", "--names", "a", "b"])
+
+
+@dataclass(frozen=True)
+class Lists:
+    model: str = argument("MODEL", "a model")
+    names: tuple[str, ...] = option((), "names")
 
 
 def test_words_that_are_not_known_can_be_left() -> None:

@@ -123,6 +123,14 @@ def _killed(rank: int) -> None:
     time.sleep(60)
 
 
+def _stopped(rank: int) -> None:
+    """Rank 0 is stopped, as by Ctrl-Z; rank 1 gives up on it."""
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)
+    raise TimeoutError("no answer of rank 0")
+
+
 def _status(rank: int) -> None:
     if rank == 1:
         print("words of rank 1", file=sys.stderr)

@@ -55,8 +55,9 @@ def test_overview_imports_nothing_heavy() -> None:
         (["--nproc", "2"], "unknown command --nproc: choose from"),
         (
             ["toy", "--size", "3", "--color", "red"],
-            "unrecognized arguments: --color red (slimstate toy --help)",
+            "unrecognized arguments: --color (slimstate toy --help)",
         ),
+        (["toy", "--nprocs", "2"], "unrecognized arguments: --nprocs: did you mean --nproc?"),
         (["toy", "--size", "big"], "--size: big is not a whole number"),
         (["toy"], "the following arguments are required: --size (slimstate toy --help)"),
         (["toy", "--size", "3", "--nproc", "0"], "--nproc: 0 is not a whole number of at least 1"),
@@ -86,7 +87,8 @@ def test_dry_run_checks_and_prints(toy: Any, capsys: pytest.CaptureFixture[str])
     assert toy.ran == []
     assert toy.checked == [4]
     out = capsys.readouterr().out
-    assert out == "torchrun --standalone --nproc-per-node 4 -m toy_stage --size 3 --note 'a b'\n"
+    options = "--standalone --local-addr 127.0.0.1 --nproc-per-node 4"
+    assert out == f"torchrun {options} -m toy_stage --size 3 --note 'a b'\n"
 
 
 def test_demo_takes_two_processes_by_default(
@@ -164,3 +166,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
 def _children_cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("words", ["--help", "prune --help"])
+def test_a_terminal_without_utf8_shows_the_help(words: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    line = [sys.executable, "-m", "launch.cli", *words.split()]
+    done = subprocess.run(line, capture_output=True, env=environment, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"") and b"usage: " in done.stdout

@@ -138,7 +138,7 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
     [
         ("--methods magic --ratios 0.5", "unknown method 'magic': choose from drrqr"),
         ("--methods l1", "l1@key has no ratio: give --ratios"),
-        ("--methods l1 --ratio 0.5", "--ratio 0.5: did you mean --ratios?"),
+        ("--methods l1 --ratio 0.5", "--ratio: did you mean --ratios?"),
         ("--methods l1, --ratios 0.5", "--methods: 'l1,' has an empty part"),
         ("--methods l1,l1 --ratios 0.5", "--methods: l1,l1 names l1 twice"),
         ("--methods l1,l1@key --ratios 0.5", "l1@key=0.5 is in the sweep twice"),

@@ -120,6 +120,15 @@ def test_killed_worker_is_named(fails: Callable[..., str]) -> None:
     assert fails("killed") == line
 
 
+def test_a_stopped_worker_is_not_called_out_of_memory(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
+    err = fails("stopped")
+    assert err.startswith("slimstate: rank 1 failed:\n") and "memory" not in err
+    assert err.endswith("error: rank 0 hung or was stopped, and had to be killed\n")
+
+
 def test_exit_status_comes_with_last_words(fails: Callable[..., str]) -> None:
     assert fails("status") == "words of rank 1\nslimstate: error: rank 1 ended with status 7\n"
 
@@ -156,6 +165,10 @@ def test_death_of_the_launcher_ends_the_workers(tmp_path: Path) -> None:
     process.communicate(timeout=30)
     _wait_until(lambda: not any(map(_alive, pids)))
     _assert_nothing_left(tmp_path, pids, temporary=False)
+    assert list((tmp_path / "tmp").iterdir())
+    again = _job("Topology(nproc=2)", "environment", tmp_path)
+    assert again.communicate(timeout=60) and again.returncode == 0
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (None, None)], ids=["static", "c10d"])
