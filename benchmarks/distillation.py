@@ -12,6 +12,7 @@ tensors that were given; the plain way computes both models' full logits.
 import argparse
 import gc
 import json
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,18 +81,15 @@ def parse() -> argparse.Namespace:
 
 def teacher_bytes(processes: int, config: Path) -> list[int]:
     """What a teacher of this architecture holds on each rank after it was asked."""
-    from flame.process.environment import free_port
-
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    port = free_port()
-    torch.multiprocessing.spawn(
-        _hold_teacher, (processes, port, str(config), queue), nprocs=processes, join=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        what = (processes, f"{folder}/store", str(config), queue)
+        torch.multiprocessing.spawn(_hold_teacher, what, nprocs=processes, join=True)
     return [held for _, held in sorted(queue.get() for _ in range(processes))]
 
 
-def _hold_teacher(rank: int, processes: int, port: int, config: str, queue: object) -> None:
+def _hold_teacher(rank: int, processes: int, store: str, config: str, queue: object) -> None:
     import os
 
     os.environ.update(
@@ -99,8 +97,7 @@ def _hold_teacher(rank: int, processes: int, port: int, config: str, queue: obje
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        SLIMSTATE_STORE=store,
     )
     import flame.register  # noqa: F401
     from flame.model import initialise, meta_model, restore_after_to_empty, shard
