@@ -168,6 +168,27 @@ def test_adapters_are_merged_with_their_base(assets: Path, tmp_path: Path) -> No
     assert adapted != pytest.approx(plain, rel=1e-3)
 
 
+def test_a_pad_token_behind_the_embedding_changes_no_answer(assets: Path, tmp_path: Path) -> None:
+    model, pad = tmp_path / "padded", "<|pad|>"
+    shutil.copytree(assets / "gated_deltanet", model)
+    tokenizer = load_tokenizer(str(model))
+    names = [f"<|{n}|>" for n in range(len(tokenizer), VOCABULARY)]
+    tokenizer.add_tokens(names, special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id >= VOCABULARY
+    asked = requests("generate_until")
+    for number, request in enumerate(asked):
+        # The name of the token in a text is text.
+        request.arguments = (f"{pad} {number} {request.args[0]}", request.args[1])
+    with process_group():
+        padded, plain = (
+            our_lm(folder, batch=8).generate_until(asked)
+            for folder in (model, assets / "gated_deltanet")
+        )
+    assert padded == plain
+
+
 def ranks_scores(model: Path, tasks: Path, placement: Placement, limit: int) -> dict[str, Any]:
     loaded = load_tasks(TaskOptions(NAMES, tasks))
     return evaluate_tasks(our_lm(model, placement), loaded, limit)
