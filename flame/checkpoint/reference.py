@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
 from flame.data.hub import download
 from flame.errors import UserError
-from flame.hugging_face.config_file import CONFIG_FILE, check_not_quantised, read_config
+from flame.hugging_face.config_file import CONFIG_FILE, check_plain_folder, read_config
 from flame.lora.base import (
     ADAPTER_FILE,
     ADAPTER_WEIGHTS,
@@ -228,7 +228,7 @@ def _resolve_hugging_face(
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
     config = read_config(folder / CONFIG_FILE)
-    check_not_quantised(folder, config)
+    check_plain_folder(folder)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
     return ModelReference(folder, None, config, _tokenizer(folder), None)

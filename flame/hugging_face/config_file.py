@@ -38,7 +38,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a model's `config.json`.
 
     Raises:
-        UserError: the file is missing or damaged, names no family, or has a size that no model has.
+        UserError: the file is missing or damaged, names no family, has a size that no model has, or
+            is of a quantised model.
     """
     config = read_object(
         path,
@@ -49,6 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no model_type: it is not a model's configuration")
     for key, value in _values(config):
         check_size(path, key, value)
+    _check_not_quantised(path, config)
     return config
 
 
@@ -63,36 +65,39 @@ def check_size(path: Path, key: str, value: Any) -> None:
         raise UserError(f"{path}: {key} is {_shown(value)}, expected 0 to {largest:,}")
 
 
-def check_not_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `UserError` if a Hugging Face folder says that its weights are quantised."""
-    for key, value in _settings(config):
-        if key in _QUANTISATION_KEYS and value:
-            method = value.get("quant_method") if isinstance(value, dict) else value
-            method = str(method or "bitsandbytes")
-            raise UserError(f"{folder} is quantised by {method}; {dequantise_advice(method)}")
+def check_plain_folder(folder: Path) -> None:
+    """Raise `UserError` if a file of a Hugging Face folder says that its weights are quantised."""
     for name in _QUANTISER_FILES:
         if (folder / name).is_file():
             raise UserError(f"{folder} is quantised, as {name} says; {dequantise_advice()}")
 
 
+def _check_not_quantised(path: Path, config: Mapping[str, Any]) -> None:
+    for key, value in _values(config):
+        name = key.rpartition(".")[2]
+        if name in _QUANTISATION_KEYS and value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            method = str(method or "bitsandbytes")
+            raise UserError(
+                f"{path.parent} is quantised by {method}, as {key} in {path.name} says; "
+                f"{dequantise_advice(method)}"
+            )
+
+
 def dequantise_advice(method: str = "") -> str:
-    """Return, for an error line, how to get plain weights out of a quantised model."""
+    """Return, for an error line, how to get plain weights out of a quantised model.
+
+    Without `save_original_format=False` transformers quantises again, and saves no scales.
+    """
     if method in _ON_LOAD:
         how = f"from_pretrained(MODEL, quantization_config={_ON_LOAD[method]})"
     else:
         how = "from_pretrained(MODEL).dequantize()"
     return (
         "take the publisher's plain weights, or dequantise it first: "
-        f"transformers.AutoModelForCausalLM.{how}.save_pretrained(PLAIN)"
+        f"transformers.AutoModelForCausalLM.{how}"
+        ".save_pretrained(PLAIN, save_original_format=False)"
     )
-
-
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a config, and those of the configs of its parts (`text_config`)."""
-    yield from config.items()
-    for key, part in config.items():
-        if key.endswith("_config") and key not in _QUANTISATION_KEYS and isinstance(part, dict):
-            yield from part.items()
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,9 @@
 """A Hugging Face folder as transformers loads it; one written as it saves it, and read back."""
 
+import logging
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from flame.storage.json_file import write_object
 from flame.storage.safetensors_file import write_safetensors
 
 MAX_SHARD_SIZE = "5GB"
+
+log = logging.getLogger(__name__)
+
 _QUANTISED = (
     "weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "input_scale",
     "absmax", "quant_map", "qweight", "qzeros", "scales", "g_idx", "SCB", "qdata",
@@ -44,7 +49,11 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> TensorSource:
     """
     stored = SafetensorsSource(folder, weights_name(config))
     form = stock_form(config)
-    groups = {g.name: g for g in form.on_load(stored.names()) if not form.is_unused(g.name)}
+    groups = {group.name: group for group in form.on_load(stored.names())}
+    unused = tuple(name for name in groups if form.is_unused(name))
+    _say_unused(folder, unused)
+    for name in unused:
+        del groups[name]
     _check_plain(folder, stored, form, groups.values())
     for twin, own in form.ties.items():
         if twin not in groups:
@@ -156,6 +165,19 @@ def _hash(tensor: Tensor) -> str:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@cache
+def _say_unused(folder: Path, names: tuple[str, ...]) -> None:
+    """Say once that parts of a checkpoint, such as a tower for images, are left out."""
+    names = tuple(name for name in names if not name.endswith((".inv_freq", ".position_ids")))
+    if names:
+        log.warning(
+            "slimstate: note: %s has tensors for which a causal language model has no use, so they "
+            "are left out: %s",
+            folder,
+            some(names, 3),
+        )
 
 
 def _check_plain(

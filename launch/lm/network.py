@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from flame.checkpoint.load import build_sharded, load_model
+from flame.errors import UserError, first_line
+from flame.hugging_face.companions import GENERATION_CONFIG
 from flame.model import count_parameters, meta_model
 from flame.process.distributed import (
     data_parallel_mesh,
@@ -25,6 +27,7 @@ from flame.process.distributed import (
     rank,
     world_size,
 )
+from flame.storage.json_file import read_object
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -91,11 +94,20 @@ def load_network(
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
-    """Let the model stop where its publisher says, if that differs from `config.json`."""
+    """Let the model stop where its publisher says, if that differs from `config.json`.
+
+    Raises:
+        UserError: the file is damaged or transformers refuses what it says.
+    """
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        content = read_object(path)
+        try:
+            model.generation_config = GenerationConfig.from_dict(content)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is refused: {first_line(error)}") from error
 
 
 def fits_whole(config: dict[str, Any], dtype: torch.dtype) -> bool:

@@ -1,6 +1,7 @@
 """Folders in every form that people have: read as transformers loads them, or refused in a line."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,15 @@ from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.hugging_face import model_folder
-from tests.flame.tiny import GATED_DELTANET, LLAMA, build, stored_tensors, write_hf_folder
+from tests.distributed import run_distributed
+from tests.flame.tiny import (
+    GATED_DELTANET,
+    LLAMA,
+    build,
+    stored_tensors,
+    write_hf_folder,
+    write_run,
+)
 
 TIED = {**GATED_DELTANET, "tie_word_embeddings": True}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -244,7 +253,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
     "fp8 by config": (
         GATED_DELTANET,
         _config(quantization_config={"quant_method": "fp8"}),
-        r"quantised by fp8; .*FineGrainedFP8Config\(dequantize=True\)",
+        r"quantised by fp8, .*FineGrainedFP8Config\(dequantize=True\)",
     ),
     "compressed-tensors": (
         GATED_DELTANET,
@@ -352,6 +361,138 @@ def test_names_of_the_disk_are_read_and_written_as_stock_does(tmp_path: Path, fa
     _assert_same(dict(loaded.state_dict()), expected)
     run = resolve(tmp_path / "run")
     assert fingerprint(run.config, run.source()) == fingerprint(reference.config, source)
+
+
+def test_the_text_model_of_a_model_that_sees_is_what_transformers_loads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForImageTextToText, Qwen3_5Config
+
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    config = Qwen3_5Config(text_config=HYBRID, vision_config={**vision, "out_hidden_size": 32})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "hf")
+    expected, missing = _of_transformers(tmp_path / "hf")
+    assert not missing
+    _assert_same(dict(load_model(resolve(tmp_path / "hf")).state_dict()), expected)
+    assert "visual" in caplog.text and "left out" in caplog.text
+    convert(tmp_path / "hf", tmp_path / "run", "dcp")
+    convert(tmp_path / "run", tmp_path / "back", "hf")
+    _assert_same(_of_transformers(tmp_path / "back")[0], expected)
+
+
+def test_a_step_with_one_of_two_tied_tensors_is_whole(tmp_path: Path) -> None:
+    state = dict(build(TIED).state_dict())
+    for kept, lost in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        only = {name: tensor for name, tensor in state.items() if name != lost}
+        run = write_run(tmp_path / kept, TIED, only)
+        _assert_same(dict(load_model(resolve(run)).state_dict()), state)
+        convert(run, tmp_path / f"{kept}-hf", "hf")
+        exported, missing = _of_transformers(tmp_path / f"{kept}-hf")
+        assert not missing
+        _assert_same(exported, state)
+    run = write_run(tmp_path / "differ", TIED, {**state, HEAD: state[HEAD] + 1})
+    for read in (lambda: load_model(resolve(run)), lambda: convert(run, tmp_path / "out", "hf")):
+        with pytest.raises(UserError, match="their values differ"):
+            read()
+
+
+def _sharded_tensors(folder: Path) -> dict[str, Tensor]:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from flame.checkpoint.load import build_sharded
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    state = build_sharded(resolve(folder), mesh).state_dict()
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid"])
+def test_ranks_read_their_rows_of_stacked_experts(tmp_path: Path, family: str) -> None:
+    model = build({"model_type": family, **RENAMED[family]})
+    model.save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    for found in run_distributed(_sharded_tensors, 2, tmp_path / "m"):
+        _assert_same(found, dict(model.state_dict()))
+
+
+JUNK: list[Any] = [
+    None,
+    0,
+    -1,
+    2**70,
+    1.5,
+    "",
+    "x",
+    "../model.safetensors",
+    [],
+    {},
+    [[]],
+    "\0",
+    "é" * 99,
+]
+
+
+def _mutated(content: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """A JSON object with one key or value, at any depth, replaced, added or removed."""
+    content = json.loads(json.dumps(content))
+    inner = content
+    while True:
+        parts = [value for value in inner.values() if isinstance(value, dict) and value]
+        if not parts or generator.random() < 0.3:
+            break
+        inner = generator.choice(parts)
+    key, junk = generator.choice(list(inner)), generator.choice(JUNK)
+    kind = generator.randrange(3)
+    if kind == 0:
+        inner[key] = junk
+    elif kind == 1:
+        inner[generator.choice(["", "model.x", "__metadata__", str(junk)])] = inner.pop(key)
+    else:
+        del inner[key]
+    return content
+
+
+def _damage(folder: Path, generator: random.Random) -> None:
+    """Change the index, a header, the config or bytes of one file of a folder."""
+    kind = generator.choice(["index", "header", "header", "config", "bytes", "cut"])
+    path = folder / "model-1.safetensors"
+    data = path.read_bytes()
+    if kind in ("index", "config"):
+        file = folder / (INDEX if kind == "index" else "config.json")
+        file.write_text(json.dumps(_mutated(json.loads(file.read_text()), generator)))
+    elif kind == "header":
+        length = int.from_bytes(data[:8], "little")
+        header = json.dumps(_mutated(json.loads(data[8 : 8 + length]), generator)).encode()
+        size = len(header) if generator.random() < 0.8 else generator.choice([0, 7, 2**40, 2**63])
+        path.write_bytes(size.to_bytes(8, "little") + header + data[8 + length :])
+    elif kind == "cut":
+        path.write_bytes(data[: generator.randrange(len(data))])
+    else:
+        position = generator.randrange(min(len(data), 4000))
+        path.write_bytes(data[:position] + generator.randbytes(3) + data[position + 3 :])
+
+
+@pytest.mark.slow
+def test_damaged_folders_are_refused_or_whole(tmp_path: Path) -> None:
+    whole = _folder(tmp_path, GATED_DELTANET, _sharded())
+    generator, refused = random.Random(7), 0
+    names = sorted(resolve(whole).source().names())
+    for number in range(600):
+        folder = tmp_path / "damaged"
+        shutil.copytree(whole, folder)
+        _damage(folder, generator)
+        try:
+            convert(folder, tmp_path / "out", "hf")
+            assert sorted(resolve(tmp_path / "out").source().names()) == names
+        except UserError as error:
+            assert "\n" not in str(error), number
+            refused += 1
+            assert not (tmp_path / "out").exists()
+        assert {path.name for path in tmp_path.iterdir()} <= {"hf", "damaged", "out"}
+        shutil.rmtree(folder)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > 300
 
 
 def test_experts_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
