@@ -9,6 +9,7 @@ from flame.errors import UserError
 from flame.options import option, overrides
 from flame.process.atomic_output import made_folder, replacing_files, writer_lock
 from flame.process.output_checks import is_marked_or_new, mark_as_made
+from flame.process.progress import phase
 from flame.recipe import read_tables, recipe_path
 from flame.recipe.keys import fill
 from flame.recipe.sections import Recipe
@@ -100,12 +101,13 @@ def run(options: Options) -> None:
 
 def train(job: Any) -> None:
     """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
-    import flame.register  # noqa: F401
-    from flame.process import logs
-    from flame.process.distributed import process_group
-    from flame.process.peers import on_first
-    from flame.process.shared_folder import check_shared
-    from flame.training.start_checks import check_start
+    with phase("importing torchtitan and fla"):
+        import flame.register  # noqa: F401
+        from flame.process import logs
+        from flame.process.distributed import process_group
+        from flame.process.peers import on_first
+        from flame.process.shared_folder import check_shared
+        from flame.training.start_checks import check_start
 
     logs.configure()
     with process_group(), _only_writer(Path(job.job.dump_folder)):
@@ -121,7 +123,8 @@ def train(job: Any) -> None:
 def _train(job: Any) -> None:
     from flame.training.trainer import Trainer
 
-    trainer = Trainer(job)
+    with phase("building the model and its optimizer"):
+        trainer = Trainer(job)
     try:
         trainer.train()
     finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from flame.errors import UserError, run_stage
+from flame.process.progress import phase
 from flame.stage import Stage
 from launch.processes import launcher, topology
 
@@ -88,7 +89,8 @@ def _command(name: str) -> Command:
 
 
 def _run(command: Command, arguments: list[str]) -> None:
-    stage: Stage = import_module(command.module).STAGE
+    with phase("loading the command"):
+        stage: Stage = import_module(command.module).STAGE
     if {"-h", "--help"} & set(arguments):
         print(f"{stage.help_text()}\n{topology.options_help()}")
         return
@@ -99,7 +101,8 @@ def _run(command: Command, arguments: list[str]) -> None:
         print(said)
         return
     job = launcher.Job(stage, rest, options, processes)
-    job.check()
+    with phase("checking the options, the model and the data"):
+        job.check()
     if dry_run:
         print(job.command_line())
     else:

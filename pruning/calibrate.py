@@ -12,6 +12,7 @@ from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.process.atomic_output import writer_lock
 from flame.process.distributed import process_group, rank
+from flame.process.ending import signal_received
 from flame.process.output_checks import check_output
 from flame.process.peers import Peers, on_first
 from flame.stage import Stage
@@ -19,6 +20,7 @@ from pruning.adapters import adapter_for
 from pruning.calibration.collect import Resumed, ResumePoints, collect
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.stats_file import (
+    META_FILE,
     AddGradient,
     Collected,
     Meta,
@@ -56,6 +58,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, the output, the data or a resume cannot work."""
     kinds_of(options.methods)
     reference = resolve(options.model)
+    _offer_resume(options)
     check_destination(reference, options.stats, options.overwrite or options.resume)
     adapter_for(reference.config)
     data = calibration_data(reference, options.data)
@@ -70,7 +73,8 @@ def run(options: Options) -> None:
         on_first(lambda: stack.enter_context(_claimed(options)))
         reference = resolve(options.model)
         data = calibration_data(reference, options.data)
-        collected, meta = calibrate(reference, kinds_of(options.methods), data, options)
+        with _saying_how_to_go_on(options):
+            collected, meta = calibrate(reference, kinds_of(options.methods), data, options)
 
         def save() -> None:
             save_statistics(options.stats, collected, meta, overwrite=True, locked=True)
@@ -149,6 +153,37 @@ def kinds_of(methods: tuple[str, ...]) -> tuple[type[Statistic], ...]:
     if not kinds:
         raise UserError(f"{', '.join(methods)} needs no statistics: there is nothing to calibrate")
     return tuple(kinds[name] for name in sorted(kinds))
+
+
+def _offer_resume(options: Options) -> None:
+    """Raise UserError if the statistics were begun before and the options do not say what to do."""
+    if options.resume or options.overwrite or not (options.stats / META_FILE).is_file():
+        return
+    meta = read_meta(options.stats)
+    if not meta.is_complete:
+        raise UserError(
+            f"{options.stats} exists, and holds {meta.sequences} of {meta.wanted} sequences of a "
+            "calibration that was cut short: pass --resume to go on, or --overwrite to begin again"
+        )
+
+
+@contextmanager
+def _saying_how_to_go_on(options: Options) -> Iterator[None]:
+    """Say at a signal in the block what is kept of a calibration, on rank 0."""
+    try:
+        yield
+    finally:
+        if signal_received() and rank() == 0:
+            _say_what_is_kept(options)
+
+
+def _say_what_is_kept(options: Options) -> None:
+    if not (options.stats / META_FILE).is_file():
+        kept = "nothing is kept (--save-every N keeps what was done)"
+    else:
+        meta = read_meta(options.stats)
+        kept = f"{meta.sequences} of {meta.wanted} sequences are kept: --resume goes on from there"
+    print(f"stopped; {kept}", flush=True)
 
 
 def _check_resume(options: Options, data: CalibrationData) -> None:

@@ -13,7 +13,7 @@ from flame.errors import UserError
 from flame.hugging_face.model_folder import check_tie
 from flame.hugging_face.stock_form import complain
 from flame.lora.names import base_name, is_adapter
-from flame.process.progress import progress
+from flame.process.progress import phase, progress
 
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
@@ -60,7 +60,8 @@ def load_model(
     """
     from flame.model import full_precision_parameters, meta_model
 
-    model = meta_model(reference.config)
+    with phase("building the model"):
+        model = meta_model(reference.config)
     kept = full_precision_parameters(model)
     for name, parameter in model.named_parameters():
         if name not in kept:
@@ -78,7 +79,9 @@ def build_sharded(
     from flame.model import meta_model, shard
     from flame.process.distributed import local_device
 
-    return _filled(shard(meta_model(reference.config), mesh, dtype), reference, local_device())
+    with phase("building the model"):
+        model = shard(meta_model(reference.config), mesh, dtype)
+    return _filled(model, reference, local_device())
 
 
 def _filled(model: nn.Module, reference: "ModelReference", device: torch.device | str) -> nn.Module:

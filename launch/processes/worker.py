@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from flame.process.ending import SIGNALS, ending_by_signals, signal_received
+from flame.process.progress import phase
 from launch.processes.failures import INTERRUPTED, stderr_file, traceback_file
 
 _PR_SET_PDEATHSIG = 1
@@ -32,7 +33,9 @@ def main() -> None:
     sys.argv = [module, *arguments]
     # The launcher's own status says which signal it was; 143 of a worker means that it has saved.
     with ending_by_signals(INTERRUPTED), _reporting_tracebacks(traceback_file(reports, rank)):
-        import_module(module).STAGE.main(arguments, checked=True)
+        with phase("importing torch and the models"):
+            stage = import_module(module).STAGE
+        stage.main(arguments, checked=True)
 
 
 @contextmanager

@@ -60,6 +60,41 @@ def test_a_signal_while_writing(bench: Bench, tmp_path: Path, task: str, number:
     check(bench, task, number, tmp_path, SOME[task, signal.Signals(number)])
 
 
+def calibrate(inputs: Path, stats: Path, number: int, point: int) -> None:
+    """Calibrate, and send itself a signal when resume point `point` begins to be written."""
+    from flame.errors import run_stage
+    from pruning import calibrate as stage
+
+    seen = 0
+
+    def on_event(event: str, values: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "os.mkdir" and str(values[0]).endswith(".tmp"):
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), number)
+
+    words = [str(inputs / "dense"), str(stats), "--methods", "drrqr", "--sequences", "20"]
+    options = stage.STAGE.parse([*words, "--seq-len", "16", "--save-every", "8"])
+    sys.addaudithook(on_event)
+    run_stage(lambda: stage.run(options))
+
+
+@pytest.mark.parametrize(
+    ("point", "says"),
+    [
+        (1, "stopped; nothing is kept (--save-every N keeps what was done)\n"),
+        (2, "stopped; 8 of 20 sequences are kept: --resume goes on from there\n"),
+    ],
+)
+def test_a_calibration_that_is_stopped_says_how_to_go_on(
+    bench: Bench, tmp_path: Path, point: int, says: str
+) -> None:
+    job = Job(calibrate, (bench.inputs, tmp_path / "stats", signal.SIGINT, point), 1, tmp_path)
+    outcome = bench.server.run(job)
+    assert (outcome.statuses, outcome.words) == ((130,), says)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("task", ["convert to dcp", "convert to hf", "apply to dcp", "apply to hf"])
