@@ -64,7 +64,7 @@ class Statistic(ABC):
             device: where the sums are.
         """
         sizes = {"H": space.num_heads, "d": space.head_dim, "hidden": hidden_size}
-        if space.kind != "key":
+        if cls.source is Source.OUTPUT:
             size = output_axis(space).layout.size
             sizes |= {"out": size, "block": size // space.head_dim}
         sums = {}
