@@ -31,10 +31,11 @@ class Options:
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the source is missing, or the output must not be written."""
     from flame.checkpoint.reference import check_destination, resolve
-    from flame.lora.peft_folder import check_adapters
 
     reference = resolve(options.src)
     if options.to == "peft":
+        from flame.lora.peft_folder import check_adapters
+
         check_adapters(reference, options.base)
     elif options.base is not None:
         raise UserError(f"--base is for --to peft: --to {options.to} merges the adapters")

@@ -287,13 +287,13 @@ def test_the_disk_must_be_large_enough(tmp_path: Path, hf: Path, monkeypatch: An
 
 def test_the_command_line_is_checked_before_work(tmp_path: Path, run: Path, hf: Path) -> None:
     options = STAGE.parse([str(hf), str(tmp_path / "out"), "--to", "dcp", "--overwrite"])
-    assert options == Options(str(hf), tmp_path / "out", "dcp", True)
+    assert options == Options(str(hf), tmp_path / "out", "dcp", overwrite=True)
     check(options)
     refused = {
         "exists": Options(str(hf), run, "dcp"),
         "inside the model's folder": Options(str(run), run / "hf", "hf"),
         "would replace the model": Options(
-            str(run / "checkpoint" / "step-3"), tmp_path, "hf", True
+            str(run / "checkpoint" / "step-3"), tmp_path, "hf", overwrite=True
         ),
         "no such folder": Options(str(tmp_path / "no"), tmp_path / "out", "hf"),
     }
