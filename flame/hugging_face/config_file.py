@@ -100,6 +100,16 @@ def dequantise_advice(method: str = "") -> str:
     )
 
 
+def keeps_documents_apart(config: Mapping[str, Any]) -> bool:
+    """Return whether the class of `config` takes `cu_seqlens` and packs documents by them.
+
+    fla's classes and ours do. Those of transformers ignore it, or refuse it in their convolution.
+    """
+    from flame.model import stock_config
+
+    return type(stock_config(dict(config))).__module__.startswith(("fla.", "flame."))
+
+
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the items of a config and of its parts, with the part's name before the key."""
     yield from config.items()

@@ -8,6 +8,9 @@ from flame.hugging_face.companions import GENERATION_CONFIG, README_FILE, SOURCE
 from flame.models import MODULES
 from flame.versions import versions
 
+GENERATING = ">=5.6.2,<5.24"
+"""Releases of transformers in which fla's models, and ours, generate with their cache."""
+
 _MARK = "library_name: transformers\ntags:\n- slimstate\n"
 
 _CARD = """---
@@ -83,6 +86,11 @@ def _notes(folder: Path, model_type: str) -> list[str]:
     notes = []
     if model_type in MODULES:
         notes.append("Without the first line transformers refuses `model_type` in config.json.")
+    if imports_for(model_type):
+        notes.append(
+            f"Right with transformers {GENERATING}. With fla 0.6, `generate` of 5.24 starts every "
+            "token from an empty state, without a word."
+        )
     if (folder / GENERATION_CONFIG).is_file():
         notes.append(f"Generation stops as `{GENERATION_CONFIG}` says.")
     if (folder / "plan.json").is_file():

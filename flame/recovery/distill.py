@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference
+from flame.private.torch_names import parameter_groups
 from flame.training.headless import output_head, run_headless
 
 
@@ -55,6 +56,6 @@ def _forget_forward_order(model: nn.Module) -> None:
     """Empty FSDP2's record of forward passes, which grows with every batch without a backward."""
     state = model._get_fsdp_state()  # type: ignore[operator]
     for part in state._state_ctx.all_states:
-        for group in part._fsdp_param_groups:
+        for group in parameter_groups(part):
             group._post_forward_indices.clear()
     state._comm_ctx.post_forward_order.clear()

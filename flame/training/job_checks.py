@@ -146,6 +146,7 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     from flame.data.loader_checks import check_enough
     from flame.data.sources import build_documents
     from flame.data.tokenizer import check_vocabulary
+    from flame.hugging_face.config_file import keeps_documents_apart
     from flame.model import count_parameters, meta_model
     from flame.recovery.recovery_checks import check_recovery
     from flame.training.train_spec import model_config, tokenizer_of
@@ -153,6 +154,11 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     config = model_config(job)
     tokenizer = tokenizer_of(job)
     check_vocabulary(tokenizer, vocabulary_size(config))
+    if job.data.varlen and not keeps_documents_apart(config):
+        raise UserError(
+            f"data.varlen is set, and transformers' {config['model_type']!r} does not keep packed "
+            "documents apart here: set it to false, a row is one text then"
+        )
     model = meta_model(config)
     check_recovery(job, model, config)
     checkpoints = Path(job.job.dump_folder).absolute() / job.checkpoint.folder

@@ -72,7 +72,7 @@ def measure_fidelity(
     Raises:
         UserError: the text cannot be used, or a model's logits are not finite.
     """
-    from launch.evaluation.heldout_text import keeps_documents_apart
+    from flame.hugging_face.config_file import keeps_documents_apart
 
     apart = all(keeps_documents_apart(each.config) for each in (reference, dense))
     rows = text.sequences(vocabulary_size(reference.config), apart)

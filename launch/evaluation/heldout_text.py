@@ -110,13 +110,6 @@ def heldout_text(reference: ModelReference, options: HeldoutOptions) -> HeldoutT
     return HeldoutText(config, tokenizer, seq_len, options.max_sequences)
 
 
-def keeps_documents_apart(config: dict[str, Any]) -> bool:
-    """Whether the model takes `cu_seqlens`: fla's and ours do; others read a row as one text."""
-    from flame.model import stock_config
-
-    return type(stock_config(config)).__module__.startswith(("fla.", "flame."))
-
-
 def tokenizer_name(reference: ModelReference, given: str = "") -> str:
     """The folder or hub name of a model's tokenizer: `given`, its own or its recipe's.
 

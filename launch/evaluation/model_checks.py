@@ -6,7 +6,8 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference, vocabulary_size
 from flame.errors import UserError
-from launch.evaluation.heldout_text import keeps_documents_apart, tokenizer_name
+from flame.hugging_face.config_file import keeps_documents_apart
+from launch.evaluation.heldout_text import tokenizer_name
 
 
 def check_tokenizer(reference: ModelReference, given: str) -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
+from flame.hugging_face.config_file import keeps_documents_apart
 from flame.versions import versions
 from launch.evaluation.heldout_text import (
     HeldoutOptions,
     HeldoutText,
     heldout_text,
-    keeps_documents_apart,
 )
 from launch.evaluation.intervals import DocumentLosses, joined, standard_error
 from pruning.adapters import state_bytes

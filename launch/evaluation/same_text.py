@@ -6,12 +6,12 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference, vocabulary_size
 from flame.errors import UserError
+from flame.hugging_face.config_file import keeps_documents_apart
 from launch.evaluation.heldout_text import (
     HeldoutOptions,
     HeldoutText,
     check_text,
     heldout_text,
-    keeps_documents_apart,
 )
 
 

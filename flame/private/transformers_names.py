@@ -1,0 +1,24 @@
+"""Private names of transformers."""
+
+from flame.private.names import PrivateName
+
+NAMES = (
+    PrivateName(
+        "transformers:AutoModelForCausalLM._model_mapping",
+        "5.23",
+        "checkpoint.convert: the class of a config; launch.serving.footprint has another's",
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel._no_split_modules",
+        "5.23",
+        "model: classes of blocks, which FSDP2 groups",
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+        "5.23",
+        "hugging_face.stock_form: tensors that a class leaves out",
+    ),
+)
+
+MARKS = ("_is_hf_initialized", "_no_weight_decay", "_is_attnres_proj")
+"""Attributes that our model classes set on parameters, for transformers and fla to read."""
