@@ -63,6 +63,11 @@ NAMES = (
         "process.collective_timeout: the store in which ranks say that they live",
     ),
     PrivateName(
+        "torch.testing._internal.distributed:fake_pg",
+        "2.13",
+        "process.one_node: a process group of one process, without a socket",
+    ),
+    PrivateName(
         "torch:Tensor._is_view", "2.11 to 2.13", "training.headless: views lose FSDP2's hooks"
     ),
     PrivateName(
@@ -90,7 +95,7 @@ NAMES = (
         "torch:UntypedStorage()._cdata", "2.11 to 2.13", "launch.speed.peak_memory: its identity"
     ),
 )
-"""Names that are there in every release of torch that this project allows."""
+"""Names that torch has; those with 2.11 were looked up in 2.11.0, 2.12.0 and 2.13.0."""
 
 BY_INSTANCE = ("_step_count", "_last_lr", "_post_forward_indices", "_fsdp_param_groups")
 """Attributes that only an object at work, or only some release, has (2.11 to 2.13; the last from

@@ -9,6 +9,11 @@ NAMES = (
         "training.train_spec: whether the spec is registered already",
     ),
     PrivateName(
+        "torchtitan.components.optimizer:OptimizersContainer._post_init",
+        "0.2.2",
+        "training.optimizer: what torchtitan's constructor ends with",
+    ),
+    PrivateName(
         "torchtitan.tools.utils:device_type", "0.2.2", "process.titan_cpu: set when it is imported"
     ),
     PrivateName(
