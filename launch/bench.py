@@ -59,13 +59,18 @@ class Options:
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if a model or the output cannot work, or for more than one process."""
     from flame.checkpoint.reference import resolve
+    from flame.models.gpu_limits import check_backward, check_dtype
 
     if world_size != 1:
         raise UserError(f"--nproc {world_size}: bench measures one device, run it on 1 process")
     if not options.measure:
         raise UserError(f"--measure names nothing: choose from {', '.join(PARTS)}")
     for name in options.references:
-        folder = resolve(name).folder
+        reference = resolve(name)
+        folder = reference.folder
+        check_dtype(reference.config, options.dtype)
+        if "train" in options.measure:
+            check_backward(reference.config)
         if options.json is not None:
             check_file_output(options.json, options.overwrite, inside=folder)
 

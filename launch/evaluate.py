@@ -11,6 +11,7 @@ from typing import Any
 
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
+from flame.models.gpu_limits import check_dtype
 from flame.options import argument, group, option
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
@@ -74,6 +75,7 @@ def check(options: Options, world_size: int = 1) -> None:
     references = list(by_name.values())
     for reference in references:
         _check_model(reference, measures)
+        check_dtype(reference.config, measures.dtype)
     if measures.reads_text:
         text = same_text(by_name, measures.text)
         check_same_tokens(by_name, text, from_recipe=not measures.text.data)

@@ -13,6 +13,7 @@ from typing import Any
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
+from flame.models.gpu_limits import check_dtype
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType
 from flame.process.output_checks import check_file_output
@@ -64,6 +65,7 @@ def check(options: Options, world_size: int = 1) -> None:
     task = task_of(options, references[0])
     for reference in references:
         _check_family(reference, options)
+        check_dtype(reference.config, options.dtype)
         encode = encoder_of(options, reference)
         for word in (f"k{task.keys - 1}", f"v{task.values - 1}"):
             encode(word)

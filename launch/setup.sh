@@ -27,6 +27,10 @@ set_up() {
     exec 9>&-
 }
 
+has_gpu() {
+    [[ -e /dev/nvidia0 ]]
+}
+
 is_current() {
     [[ -f $STAMP && -x $VENV/bin/python && -x $VENV/bin/slimstate && $(cat "$STAMP") == "$(wanted)" ]]
 }
@@ -66,7 +70,7 @@ check_venv() {
 
 # Triton compiles its kernels' launchers at run time; nothing is compiled on a machine without a GPU.
 check_compiler() {
-    [[ -e /dev/nvidia0 ]] || return 0
+    has_gpu || return 0
     command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
         fail "no C compiler found, which Triton needs on a GPU: apt-get install build-essential"
     "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||

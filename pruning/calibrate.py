@@ -19,6 +19,7 @@ from flame.stage import Stage
 from pruning.adapters import adapter_for
 from pruning.calibration.collect import Resumed, ResumePoints, collect
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
+from pruning.calibration.gradients import check_gradients
 from pruning.calibration.stats_file import (
     META_FILE,
     AddGradient,
@@ -61,6 +62,7 @@ def check(options: Options, world_size: int = 1) -> None:
     _offer_resume(options)
     check_destination(reference, options.stats, options.overwrite or options.resume)
     adapter_for(reference.config)
+    check_gradients(kinds_of(options.methods), reference.config)
     data = calibration_data(reference, options.data)
     if options.resume:
         _check_resume(options, data)

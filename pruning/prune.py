@@ -23,6 +23,7 @@ from flame.stage import Stage
 from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
 from pruning.calibration.data import calibration_data, check_data
+from pruning.calibration.gradients import check_gradients
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
 from pruning.plan import check_stats, planned, summary
@@ -59,6 +60,7 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.stats is not None:
         _check_no_data(options)
     elif options.method.needs:
+        check_gradients(options.method.needs, reference.config)
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
         # Also in the plan's notes; here it is said before the work.

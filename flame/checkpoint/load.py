@@ -13,6 +13,7 @@ from flame.errors import UserError
 from flame.hugging_face.model_folder import check_tie
 from flame.hugging_face.stock_form import complain
 from flame.lora.names import base_name, is_adapter
+from flame.models.gpu_limits import check_dtype
 from flame.process.progress import phase, progress
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def load_model(
     """
     from flame.model import full_precision_parameters, meta_model
 
+    check_dtype(reference.config, dtype if torch.device(device).type == "cuda" else "auto")
     with phase("building the model"):
         model = meta_model(reference.config)
     kept = full_precision_parameters(model)
@@ -79,6 +81,7 @@ def build_sharded(
     from flame.model import meta_model, shard
     from flame.process.distributed import local_device
 
+    check_dtype(reference.config, dtype)
     with phase("building the model"):
         model = shard(meta_model(reference.config), mesh, dtype)
     return _filled(model, reference, local_device())

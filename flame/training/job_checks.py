@@ -148,10 +148,13 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     from flame.data.tokenizer import check_vocabulary
     from flame.hugging_face.config_file import keeps_documents_apart
     from flame.model import count_parameters, meta_model
+    from flame.models.gpu_limits import check_backward, check_dtype
     from flame.recovery.recovery_checks import check_recovery
     from flame.training.train_spec import model_config, tokenizer_of
 
     config = model_config(job)
+    check_dtype(config, job.training.mixed_precision_param, "training.mixed_precision_param")
+    check_backward(config)
     tokenizer = tokenizer_of(job)
     check_vocabulary(tokenizer, vocabulary_size(config))
     if job.data.varlen and not keeps_documents_apart(config):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
+from flame.models.gpu_limits import float32_advice
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,7 +83,7 @@ def measure_fidelity(
     if not math.isfinite(kl):
         raise UserError(
             f"{reference.weights} or {dense.weights} gives logits that are not finite: "
-            "try --dtype float32"
+            f"{float32_advice(reference.config)}"
         )
     return Fidelity(
         kl=kl / tokens,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 from flame.hugging_face.config_file import keeps_documents_apart
+from flame.models.gpu_limits import float32_advice
 from flame.versions import versions
 from launch.evaluation.heldout_text import (
     HeldoutOptions,
@@ -243,5 +244,5 @@ def _check_finite(sums: Sums, reference: "ModelReference") -> None:
         check_finite(reference.source())
         raise UserError(
             f"{reference.weights} gives logits that are not finite, though its weights are: "
-            "try --dtype float32"
+            f"{float32_advice(reference.config)}"
         )

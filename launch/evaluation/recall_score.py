@@ -70,7 +70,10 @@ def right_answers(
     tokens, _ = token_rows(examples, encode)
     logits = model(input_ids=tokens, use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
-        raise UserError("the model gives logits that are not finite: try --dtype float32")
+        raise UserError(
+            "the model gives logits that are not finite: try --dtype float32, "
+            "on the CPU if the GPU's kernels refuse it"
+        )
     hit = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).cpu()
     return [
         bool(hit[row, begin - 1 : end - 1].all())

@@ -256,4 +256,7 @@ class SlimstateLM(TemplateLM):
 def _check_finite(answers: Any) -> None:
     values = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
     if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-        raise NotFiniteError("the model gives logits that are not finite: try --dtype float32")
+        raise NotFiniteError(
+            "the model gives logits that are not finite: try --dtype float32, "
+            "on the CPU if the GPU's kernels refuse it"
+        )

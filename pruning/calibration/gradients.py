@@ -6,7 +6,7 @@ the weights, so each process holds its own rows only.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flame.errors import UserError
+from flame.models.gpu_limits import check_backward
 from flame.training.objective import next_token_loss
 from pruning.spaces import Space
-from pruning.statistics import GradientShare, Shard
+from pruning.statistics import GradientShare, Shard, Source, Statistic
 from pruning.statistics.gradients import projections
 
 ReadRows = Callable[[str, slice], Tensor]
 """Rows of a saved tensor."""
+
+
+def check_gradients(kinds: Iterable[type[Statistic]], config: Mapping[str, Any]) -> None:
+    """Raise UserError if statistics need a backward pass that this machine's kernels refuse."""
+    if any(kind.source is Source.WEIGHT_GRADIENT for kind in kinds):
+        check_backward(config)
 
 
 class WeightGradients:

@@ -25,7 +25,7 @@ case "$*" in
         [[ -z $STUB_PIP_FAILS || ${!#} != "$STUB_PIP_FAILS" ]] || exit 1
         printf '#!/bin/bash\\necho "slimstate $*"\\n' >.venv/bin/slimstate
         chmod +x .venv/bin/slimstate ;;
-    "-m pytest "*) echo "$*" ;;
+    "-m pytest "*) echo "${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES= }$*" ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
 """
@@ -58,6 +58,23 @@ def test_tests_are_run_without_the_slow_ones(checkout: Path) -> None:
     done = _run(checkout, "launch/test.sh", "-k", "table")
     assert done.stdout == "-m pytest -m not slow -k table\n"
     assert _calls(checkout) == INSTALLED
+
+
+def test_with_a_gpu_the_tests_of_cpus_see_no_device(checkout: Path) -> None:
+    with (checkout / "launch/setup.sh").open("a") as file:
+        file.write("has_gpu() { true; }\ncheck_compiler() { true; }\n")
+    done = _run(checkout, "launch/test.sh", "-k", "table")
+    assert done.stdout.splitlines() == [
+        "CUDA_VISIBLE_DEVICES= -m pytest -m not slow and not gpu -k table",
+        "-m pytest -m not slow and gpu -k table",
+    ]
+
+
+def test_every_test_that_needs_a_gpu_carries_the_mark() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        text = file.read_text()
+        if "skipif(not torch.cuda" in text:
+            assert "pytest.mark.gpu" in text, file
 
 
 def test_changed_requirements_are_installed(checkout: Path) -> None:

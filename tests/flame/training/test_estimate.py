@@ -102,6 +102,7 @@ def peak_on_gpu(assets: Path, out: Path, options: dict[str, Any]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_total_is_near_the_peak_on_a_gpu(assets: Path, tmp_path: Path) -> None:
     """Not run so far: written where there is no GPU."""

@@ -141,14 +141,15 @@ def test_slurm_script_starts_each_node_and_queues_again(
         "SLURM_JOB_ID": "123456",
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "48",
         "STUB_STATUS": str(status),
     }
     words = ["bash", str(ROOT / "launch/slurm.sbatch"), "--config", "a b.toml"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert lines[0] == (
-        "srun --kill-on-bad-exit=1 .venv/bin/slimstate train --nproc 4 --nnodes 2 "
-        "--rdzv-endpoint node7:23456 --rdzv-id 123456 --config a b.toml"
+        "srun --kill-on-bad-exit=1 --cpus-per-task 48 .venv/bin/slimstate train "
+        "--nproc 4 --nnodes 2 --rdzv-endpoint node7:23456 --rdzv-id 123456 --config a b.toml"
     )
     assert lines[1:] == (["scontrol requeue 123456"] if status == 143 else [])
     assert (done.returncode, done.stderr) == (expected, "")
