@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from flame.errors import UserError, run_stage
+from flame.process.environment import DRY_RUN_VARIABLE, environment
 from flame.process.progress import phase
 from flame.stage import Stage
 from launch.processes import launcher, topology
@@ -101,7 +102,8 @@ def _run(command: Command, arguments: list[str]) -> None:
         print(said)
         return
     job = launcher.Job(stage, rest, options, processes)
-    with phase("checking the options, the model and the data"):
+    dry = {DRY_RUN_VARIABLE: "1"} if dry_run else {}
+    with phase("checking the options, the model and the data"), environment(dry):
         job.check()
     if dry_run:
         print(job.command_line())

@@ -13,6 +13,7 @@ from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.models.gpu_limits import check_dtype
 from flame.options import argument, group, option
+from flame.process.environment import is_dry_run
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
 from launch.evaluation.intervals import differences
@@ -89,7 +90,9 @@ def check(options: Options, world_size: int = 1) -> None:
             check_comparable(reference, other)
     if measures.tasks.tasks:
         check_tasks(measures.tasks)
-        loaded_tasks(measures.tasks)
+        if not is_dry_run():
+            # This runs what the task files name by `!function`.
+            loaded_tasks(measures.tasks)
         if len(by_name) > 1 and measures.max_length is None:
             check_same_length(by_name, measures.text.tokenizer)
 

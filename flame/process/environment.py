@@ -7,6 +7,14 @@ from contextlib import contextmanager
 STORE_VARIABLE = "SLIMSTATE_STORE"
 """The file in which the processes of one node meet; the launcher sets it."""
 
+DRY_RUN_VARIABLE = "SLIMSTATE_DRY_RUN"
+"""Set while `--dry-run` checks a command line."""
+
+
+def is_dry_run() -> bool:
+    """Whether the checks run for `--dry-run`: they must run no code of others then."""
+    return DRY_RUN_VARIABLE in os.environ
+
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:

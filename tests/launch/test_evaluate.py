@@ -304,3 +304,24 @@ def test_nan_weights_are_named_and_nothing_is_written(assets: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"layers\.1\.attn\.v_proj\.weight holds 1 NaN"):
         evaluate.run(STAGE.parse(argv))
     assert not out.exists()
+
+
+def test_a_dry_run_runs_no_code_of_task_files(assets: Path, tmp_path: Path) -> None:
+    """Loading a task runs the modules that it names by `!function`."""
+    from launch import cli
+
+    (tmp_path / "code.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('has-run').touch()\ntext = str\n"
+    )
+    (tmp_path / "local_code.yaml").write_text(
+        "task: local_code\ndataset_path: json\ndataset_kwargs:\n  data_files: data.jsonl\n"
+        "test_split: train\noutput_type: loglikelihood\ndoc_to_text: !function code.text\n"
+        'doc_to_target: "{{text}}"\n'
+    )
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    words = ["eval", str(assets / "delta_net"), "--tasks", "local_code"]
+    words += ["--task-path", str(tmp_path)]
+    cli.main([*words, "--dry-run"])
+    assert not (tmp_path / "has-run").exists()
+    check(STAGE.parse(words[1:]))
+    assert (tmp_path / "has-run").exists()
