@@ -45,10 +45,12 @@ def explain(exit_codes: Mapping[int, int], reports: Path, killed: Collection[int
         ranks = ", ".join(map(str, sorted(killed)))
         hangs = f"{ERROR_PREFIX}rank {ranks} hung or was stopped, and had to be killed\n"
         return (explain(others, reports) if others else "") + hangs
+    if _stopped(exit_codes):
+        # Rank 0 has said so, on its node.
+        elsewhere = f"{ERROR_PREFIX}stopped by a signal on another node, after saving\n"
+        return "" if 0 in exit_codes else elsewhere
     if _rank_zero_spoke(exit_codes, reports):
         return ""
-    if set(exit_codes.values()) == {STOPPED}:
-        return f"{ERROR_PREFIX}stopped by a signal on another node, after saving\n"
     line = next(filter(None, (_error_line(reports, rank) for rank in sorted(exit_codes))), "")
     if line:
         return f"{line}\n"
@@ -60,8 +62,18 @@ def explain(exit_codes: Mapping[int, int], reports: Path, killed: Collection[int
 
 def status(exit_codes: Mapping[int, int]) -> int:
     """Return the job's exit status: 1, or the workers' own if all of them were told to end."""
+    if _stopped(exit_codes):
+        return STOPPED
+    return INTERRUPTED if set(exit_codes.values()) == {INTERRUPTED} else 1
+
+
+def _stopped(exit_codes: Mapping[int, int]) -> bool:
+    """Whether the ranks saved because one of them was told to end.
+
+    The agent tells the others when the first has ended, and may meet them on their own way out.
+    """
     codes = set(exit_codes.values())
-    return min(codes) if codes <= {INTERRUPTED, STOPPED} else 1
+    return STOPPED in codes and codes <= {STOPPED, INTERRUPTED, -signal.SIGTERM}
 
 
 def _rank_zero_spoke(exit_codes: Mapping[int, int], reports: Path) -> bool:

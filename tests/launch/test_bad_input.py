@@ -499,6 +499,57 @@ def slimstate(line: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+PIPES = {
+    "recipe.toml": "train --config recipe.toml",
+    "model/config.json": ON_MODEL["convert"],
+    "model/recipe.toml": ON_MODEL["calibrate"],
+    "model/tokenizer.json": ON_MODEL["calibrate"],
+    "model/tokenizer_config.json": ON_MODEL["calibrate"],
+    "model/checkpoint/step-7/.metadata": ON_MODEL["convert"],
+    "model/checkpoint/step-7/checksums.json": ON_MODEL["convert"],
+    "model/checkpoint/step-7/__0_0.distcp": ON_MODEL["convert"],
+    "hf/model.safetensors": ON_OUTPUT["convert"].format(output="out"),
+    "hf/config.json": ON_OUTPUT["convert"].format(output="out"),
+    "hf/generation_config.json": "eval hf --perplexity text.jsonl --seq-len 64",
+    "plan.json": ON_OUTPUT["apply"].format(output="out"),
+    "text.jsonl": ON_DATA["calibrate"],
+    "result.json": "eval hf --perplexity text.jsonl --json result.json --seq-len 64",
+    "out.toml": "sweep hf out --methods l1 --ratios 0.5 --recover out.toml",
+    "stats/meta.json": "plan hf out --method drrqr --ratio 0.5 --stats stats",
+    "adapter/adapter_config.json": "convert adapter out --to hf",
+    "adapter/adapter_model.safetensors": "convert adapter out --to hf",
+}
+"""Files in whose place a pipe waits for a writer who never comes, and who reads them."""
+
+
+QUICK = ("recipe.toml", "text.jsonl", "hf/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "file", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in PIPES]
+)
+def test_nobody_waits_for_a_pipe_in_the_place_of_a_file(
+    folder: Path, capfd: pytest.CaptureFixture[str], file: str
+) -> None:
+    """It is refused in one line, or taken for a file that is not there."""
+    path = Path(file)
+    path.parent.mkdir(exist_ok=True)
+    if path.parent.name == "adapter":
+        (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "hf"}')
+        (path.parent / "adapter_model.safetensors").write_bytes(b"")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for a writer"))
+    signal.alarm(60)
+    try:
+        cli.main(shlex.split(PIPES[file].format(model="model")))
+    except SystemExit as end:
+        said = capfd.readouterr().err
+        assert end.code == 1 and re.fullmatch(r"slimstate: error: [^\n]+\n", said)
+    finally:
+        signal.alarm(0)
+
+
 DISAGREEING = {
     "calibrate model out --methods drrqr --sequences 4 --seq-len 64": (
         bad.hostile_metadata,
@@ -570,6 +621,19 @@ def test_killed_worker(folder: Path) -> None:
     assert (
         err == "slimstate: error: rank 1 was ended by SIGKILL: the machine may be out of memory\n"
     )
+    assert not [name for name in os.listdir() if "lock" in name or "tmp" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_worker_alone_saves(folder: Path, rank: int) -> None:
+    process = slimstate(f"{LONG['train']} --nproc 2")
+    wait_until(lambda: started("train"))
+    time.sleep(6)
+    os.kill(workers_of(process.pid)[rank], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert len(list(Path("out/checkpoint").glob("step-*"))) == 1
     assert not [name for name in os.listdir() if "lock" in name or "tmp" in name]
 
 

@@ -168,9 +168,8 @@ def _children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("words", ["--help", "prune --help"])
-def test_a_terminal_without_utf8_shows_the_help(words: str) -> None:
+def test_a_terminal_without_utf8_shows_the_help() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    line = [sys.executable, "-m", "launch.cli", *words.split()]
+    line = [sys.executable, "-m", "launch.cli", "--help"]
     done = subprocess.run(line, capture_output=True, env=environment, timeout=100)
     assert (done.returncode, done.stderr) == (0, b"") and b"usage: " in done.stdout

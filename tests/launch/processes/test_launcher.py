@@ -80,6 +80,7 @@ def test_a_job_of_one_node_cannot_be_reached_from_outside(tmp_path: Path, nproc:
     assert all(line.startswith(("127.0.0.1", "::1")) for line in found), found
 
 
+@pytest.mark.slow
 def test_a_host_whose_name_does_not_resolve_is_no_hindrance(tmp_path: Path) -> None:
     process = _job("Topology(nproc=2)", "meet", tmp_path, nameless=True)
     out = process.communicate(timeout=100)
@@ -120,6 +121,7 @@ def test_killed_worker_is_named(fails: Callable[..., str]) -> None:
     assert fails("killed") == line
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_not_called_out_of_memory(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
