@@ -8,7 +8,6 @@ A rank's state is a cursor per shard and source; merged, the states of all ranks
 that divides V.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,22 +19,24 @@ from flame.data.config import DataConfig
 from flame.data.documents import Documents
 from flame.data.files.dealt import DealtDocuments
 from flame.data.loader_checks import check_order, check_shards
+from flame.data.loader_state import (
+    FORMAT,
+    Cursors,
+    State,
+    check_state,
+    read_cursors,
+    written_cursors,
+)
 from flame.data.mixing import part_of, parts_of
 from flame.data.mqar_tokens import answers_of
 from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
 from flame.data.tokenizer import Encoder
-from flame.errors import UserError
 
-FORMAT = 1
-"""Format of a loader's state."""
-MIXTURE = {"sources", "weights"}
-"""Keys that only the state of several sources has."""
 PREFETCH = 4
 """Batches made ahead of the consumer."""
 
-State = dict[str, Any]
-Cursors = tuple[Cursor, ...]
-"""The positions in one virtual shard, one for each source."""
+Position = tuple[int, dict[int, Cursors]]
+"""The next sequence of a rank, and where each of its virtual shards stands."""
 Packers = list[Packer]
 """The packers of one virtual shard, one for each source."""
 
@@ -105,7 +106,7 @@ class PackedLoader:
 
     def state_dict(self) -> State:
         """Return this rank's position after the last batch taken, as values that fit into JSON."""
-        shards = {str(shard): _written(cursors) for shard, cursors in self._cursors.items()}
+        shards = {str(shard): written_cursors(cursors) for shard, cursors in self._cursors.items()}
         position = {"next_sequence": self._sequence, "shards": shards}
         return {"format": FORMAT, **self._identity(), **position}
 
@@ -115,11 +116,13 @@ class PackedLoader:
         Raises:
             UserError: the state is of other data, another order or another format.
         """
-        _check_state(state, self._identity())
+        check_state(state, self._identity())
         self.close()
         first = state["next_sequence"]
         self._sequence = first + (self.rank - first) % self.world_size
-        self._cursors = {shard: _read(state["shards"][str(shard)]) for shard in self._cursors}
+        self._cursors = {
+            shard: read_cursors(state["shards"][str(shard)]) for shard in self._cursors
+        }
 
     @staticmethod
     def merge_states(states: Sequence[State]) -> State:
@@ -127,6 +130,16 @@ class PackedLoader:
         shards = {shard: own for state in states for shard, own in state["shards"].items()}
         first = min(state["next_sequence"] for state in states)
         return {**states[0], "next_sequence": first, "shards": shards}
+
+    @property
+    def position(self) -> Position:
+        """This rank's position after the last batch taken, to come back to with `rewind`."""
+        return self._sequence, self._cursors
+
+    def rewind(self, position: Position) -> None:
+        """Continue from an earlier `position` of this loader."""
+        self.close()
+        self._sequence, self._cursors = position
 
     def close(self) -> None:
         """Stop the thread; the next use of the loader continues after the last batch taken."""
@@ -175,21 +188,6 @@ class PackedLoader:
         return self._pool.submit(next, self._batches, None)
 
 
-def _written(cursors: Cursors) -> list[Any]:
-    """Return a shard's cursors as JSON: numbers, or a list of such for several sources.
-
-    They are epoch, document and token, and the block unless it is the first.
-    """
-    numbers = [list(dataclasses.astuple(cursor)) for cursor in cursors]
-    numbers = [own if own[-1] else own[:-1] for own in numbers]
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _read(numbers: list[Any]) -> Cursors:
-    several = isinstance(numbers[0], list)
-    return tuple(Cursor(*own) for own in (numbers if several else [numbers]))
-
-
 def _rows(
     packers: dict[int, Packers], part: Callable[[int], int], first: int, stride: int, seq_len: int
 ) -> Iterator[tuple[Row, int]]:
@@ -210,39 +208,3 @@ def _batches(
     while len(group := list(islice(rows, size))) == size:
         cursors = {shard: tuple(packer.cursor for packer in own) for shard, own in packers.items()}
         yield collate([row for row, _ in group]), group[-1][1], cursors
-
-
-def _check_state(state: Mapping[str, Any], expected: State) -> None:
-    if state.get("format") != FORMAT:
-        raise UserError(
-            f"the data position has format {state.get('format')!r}, this version reads {FORMAT}: "
-            "resume with the version that saved it"
-        )
-    for key in [*expected, *sorted(MIXTURE & state.keys() - expected.keys())]:
-        value = expected.get(key)
-        if state.get(key) != value:
-            if key == "layout":
-                raise _other_files(state)
-            name = "the number of documents" if key == "documents" else f"data.{key}"
-            raise UserError(
-                f"cannot resume: {name} is {value}, and was {state.get(key)} when the run was saved"
-            )
-    if "layout" in state and "layout" not in expected:
-        raise UserError(
-            "cannot resume: data.streaming was true when the run was saved, set it again"
-        )
-    missing = [s for s in range(expected["virtual_shards"]) if str(s) not in state["shards"]]
-    if missing:
-        raise UserError(f"the data position lacks virtual shard {missing[0]}: merge all ranks'")
-
-
-def _other_files(state: Mapping[str, Any]) -> UserError:
-    if "layout" in state:
-        return UserError(
-            "cannot resume: the files of data.dataset, or their parts, are not those of the run: "
-            "give the same files, or start anew from its last step (--init)"
-        )
-    return UserError(
-        "cannot resume: the data position is of a version that read streams in another order, or "
-        "without data.streaming: resume with that, or start anew from the run's last step (--init)"
-    )

@@ -100,6 +100,13 @@ def data_parallel_mesh() -> DeviceMesh:
     return init_device_mesh(device_type(), (world_size(),), mesh_dim_names=("world",))
 
 
+def summed(values: torch.Tensor) -> list[float]:
+    """Sum `values` over all ranks, in place, and return them as numbers. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the `value` of every rank of `group` (default: all), in rank order. Collective."""
     if world_size(group) == 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -53,7 +54,10 @@ def _check_union(value: Any, shape: Any, name: str) -> None:
     fitting = [one for one in get_args(shape) if _is(value, _plain(one))]
     if not fitting:
         raise ValueError(f"{name or 'it'} is {_said(value)}, not {_expected(shape)}")
-    check_shape(value, fitting[0], name)
+    for one in fitting[:-1]:
+        with suppress(ValueError):
+            return check_shape(value, one, name)
+    check_shape(value, fitting[-1], name)
 
 
 def _check_keys(value: Any, shape: Any, name: str) -> None:

@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 from flame.checkpoint.manager import CheckpointManager
+from flame.errors import UserError
 from flame.process.collective_timeout import naming_hung_ranks
-from flame.process.distributed import world_size
+from flame.process.distributed import summed, world_size
 from flame.process.stop_signals import StopSignals
 from flame.recovery.lora import trained_tensors
 from flame.recovery.reached import check_reached, trained_entries
+from flame.training.batches import DataError, take_batches
 from flame.training.nonfinite_steps import NonfiniteSteps
 from flame.training.objective import build_objective
 from flame.training.optimizer import clip_gradients
@@ -95,10 +95,10 @@ class Trainer(TitanTrainer):
         training = self.job_config.training
         self.optimizers.zero_grad()
         seed_step(self.job_config.debug.seed or 0, self.step)
-        batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-        # The sum runs on the CPU, so that nothing waits for a GPU at work on the last step.
-        tokens = max(summed(torch.tensor([local_tokens]))[0], 1)
+        batches, local_tokens, all_tokens = take_batches(
+            self.dataloader, data_iterator, self.gradient_accumulation_steps
+        )
+        tokens = max(all_tokens, 1)
         losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
         if self.step == self.first_step:
             check_reached(self.model_parts[0], *trained_entries(self.job_config))
@@ -148,14 +148,16 @@ class Trainer(TitanTrainer):
         self.signals, batches = signals, self.batch_generator(self.dataloader)
         first, last = self.step + 1, self.job_config.training.steps
         self.first_step = first
+        ending: Exception | None = None
         while self.step < last and not self.stop_asked:
             self.step += 1
             self.gc_handler.run(self.step)
             try:
                 with naming_hung_ranks(self.step):
                     self.train_step(batches)
-            except DataloaderExhaustedError:
+            except (DataloaderExhaustedError, DataError) as error:
                 log.warning("the data ended before step %d", self.step)
+                ending = error
                 self.step -= 1
                 break
             # Weights after which steps are not finite may be the cause: do not save them.
@@ -167,6 +169,9 @@ class Trainer(TitanTrainer):
                 self._shorten_timeouts()
         if self.step >= first:
             self._save(last_step=True)
+        if isinstance(ending, DataError):
+            saved = f"; step {self.step} is saved" if self.step >= first else ""
+            raise UserError(f"{ending}{saved}") from ending
 
     def _save(self, last_step: bool = False) -> None:
         with naming_hung_ranks(self.step):
@@ -230,13 +235,6 @@ class Trainer(TitanTrainer):
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def summed(values: Tensor) -> list[float]:
-    """Sum `values` over all ranks, in place, and return them as numbers. Collective."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values.tolist()
 
 
 def without_checkpoints(job: Any) -> Any:

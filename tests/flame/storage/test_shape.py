@@ -19,6 +19,7 @@ class File(TypedDict):
     inner: Inner | None
     free: NotRequired[Any]
     on: NotRequired[bool]
+    rows: NotRequired[list[int] | list[list[int]]]
 
 
 @dataclass
@@ -34,6 +35,8 @@ def test_what_fits_passes() -> None:
     check_shape(RIGHT, File)
     check_shape({**RIGHT, "inner": None, "free": [1], "on": True, "unknown": 1}, File)
     check_shape({"name": "n"}, Record)
+    check_shape({**RIGHT, "rows": [1]}, File)
+    check_shape({**RIGHT, "rows": [[1], []]}, File)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,7 @@ def test_what_fits_passes() -> None:
         ({"inner": 1}, "inner is 1"),
         ({"inner": {}}, "inner.size is missing"),
         ({"on": 1}, "on is 1"),
+        ({"rows": [[1], 2]}, r"rows\[1\] is 2"),
     ],
 )
 def test_the_place_that_differs_is_named(change: dict[str, Any], place: str) -> None:
