@@ -1,14 +1,14 @@
 """Loading, training and applying tokenizers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flame.data.hub import hub_problem
+from flame.data.hub import download, hub_problem
+from flame.data.tokenizing.loading import FILES, load_folder, one_line
 from flame.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,50 +33,18 @@ def load_tokenizer(reference: str) -> Any:
         raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
     path = Path(reference).expanduser()
     if path.exists():
-        return _local_tokenizer(path)
+        return load_folder(path)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise UserError(f"tokenizer folder {reference} does not exist")
-    problem = hub_problem()
     try:
-        return _from_pretrained(reference, local_files_only=problem is not None)
-    except (OSError, ValueError, KeyError) as error:
-        reason = problem or first_line(error)
+        folder = download(reference, FILES)
+    except UserError as error:
+        reason = hub_problem() or first_line(error)
         raise UserError(
             f"cannot load tokenizer {reference!r}: it is no local folder, and as a hub name it "
             f"cannot be loaded: {reason}"
         ) from error
-
-
-def _local_tokenizer(path: Path) -> Any:
-    folder = path if path.is_dir() else path.parent
-    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
-        raise UserError(f"{folder} has no tokenizer (tokenizer.json): give data.tokenizer")
-    try:
-        return _from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
-
-
-def _from_pretrained(reference: str, local_files_only: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    with _without_warnings():
-        return AutoTokenizer.from_pretrained(
-            reference, local_files_only=local_files_only, trust_remote_code=False
-        )
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence transformers in the block: without fla it warns of unknown model families."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    return load_folder(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Any:
@@ -115,10 +83,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise `UserError` if the tokenizer may give ids of `vocab_size` or more, padding aside."""
-    padding = tokenizer.pad_token_id
-    ids = (i for i in tokenizer.get_vocab().values() if i != padding or i == tokenizer.eos_token_id)
-    largest = max(ids, default=-1)
+    """Raise `UserError` if the tokenizer may give text ids of `vocab_size` or more."""
+    largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer has token ids up to {largest}, beyond the model's vocabulary of "
@@ -126,11 +92,24 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
+def largest_id(tokenizer: Any) -> int:
+    """Return the largest id that text can have.
+
+    A padding token is not counted if it is a special one, as text that spells it is encoded like
+    any other (`Encoder`).
+    """
+    padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spared = {padding} & special - {end}
+    return max((i for i in tokenizer.get_vocab().values() if i not in spared), default=-1)
+
+
 class Encoder:
     """Turns texts into token ids, with an end-of-text token after each if `add_eos`.
 
-    No token is put before a text, and an empty text has no tokens. Raises `UserError` if the
-    tokenizer lacks the end-of-text token that is asked for.
+    No token is put before a text, and an empty text has no tokens. Text that spells a special token
+    is encoded like any other: only the end-of-text token that is asked for is special. Raises
+    `UserError` if the tokenizer lacks it, or cannot encode a text.
     """
 
     def __init__(self, tokenizer: Any, add_eos: bool) -> None:
@@ -138,12 +117,13 @@ class Encoder:
             raise UserError("the tokenizer has no end-of-text token: set data.add_eos to false")
         self.tokenizer = tokenizer
         self.end = [tokenizer.eos_token_id] if add_eos else []
+        self._largest = largest_id(tokenizer)
 
     def stream(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
         """Yield the token ids `[n]` of each text; n is 0 for an empty one."""
         for chunk in chunks(texts):
             for ids in self._encode(chunk)["input_ids"]:
-                yield np.array([*ids, *self.end] if ids else [], dtype=np.int64)
+                yield self._checked(np.array([*ids, *self.end] if ids else [], dtype=np.int64))
 
     def stream_with_bytes(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
         """Yield ids and UTF-8 bytes `[2, n]` of each text's tokens; the bytes sum to the text's.
@@ -160,17 +140,28 @@ class Encoder:
             ):
                 end = self.end if ids else []
                 sizes = [*token_bytes(text, spans), *([0] * len(end))]
+                self._checked(np.array(ids, dtype=np.int64))
                 yield np.array([[*ids, *end], sizes], dtype=np.int64)
 
     def _encode(self, texts: list[str], **options: Any) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )
+        with one_line("the tokenizer cannot encode a text"):
+            return self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+                **options,
+            )
+
+    def _checked(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        if ids.size and not 0 <= ids.min() <= ids.max() <= self._largest:
+            raise UserError(
+                f"the tokenizer gives id {ids.max()}, beyond its own vocabulary's largest, "
+                f"{self._largest}: use another tokenizer"
+            )
+        return ids
 
 
 def token_bytes(text: str, spans: list[tuple[int, int]]) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Tokenizers, held-out text and the bytes it stands for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,48 @@ def test_a_folder_without_a_readable_tokenizer_is_one_line(
     with pytest.raises(UserError, match="tokenizer") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_text_that_spells_a_special_token_is_plain_text(tokenizer: Any, tmp_path: Path) -> None:
+    """Also one that lies behind the model's embedding, as padding tokens do that users add."""
+    tokenizer.save_pretrained(str(tmp_path))
+    padded = load_tokenizer(str(tmp_path))
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    padded.save_pretrained(str(tmp_path))
+    padded = load_tokenizer(str(tmp_path))
+    size = len(tokenizer)
+    assert padded.pad_token_id >= size
+    check_vocabulary(padded, size)
+    text = f"a <pad> b {END_OF_TEXT} c"
+    (ids,) = Encoder(padded, True).stream(iter([text]))
+    assert ids.max() < size
+    assert (ids == padded.eos_token_id).tolist() == [False] * (ids.size - 1) + [True]
+    assert padded.decode(ids[:-1]) == text
+    ((_, sizes),) = Encoder(padded, False).stream_with_bytes(iter([text]))
+    assert sizes.sum() == len(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}},
+         "its normalizers make more than 64 characters of one"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaa"}] * 3}},
+         "its normalizers make more than 64"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}}, "puts more than 64"),
+        ({"normalizer": {"type": "Unknown"}}, "cannot load the tokenizer"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "cannot load the tokenizer"),
+        ({"added_tokens": [{"id": "0", "content": "x"}]}, r"added_tokens\[0\].id is '0'"),
+        ({"model": []}, "model is a list, not a table"),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_one_line(
+    tokenizer: Any, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    tokenizer.save_pretrained(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=words) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
