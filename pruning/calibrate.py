@@ -10,7 +10,7 @@ from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.reference import ModelReference, check_destination, resolve, vocabulary_size
 from flame.errors import UserError
 from flame.options import argument, group, option
-from flame.process.atomic_output import writer_lock
+from flame.process.atomic_output import clear_leftovers, writer_lock
 from flame.process.distributed import process_group, rank
 from flame.process.ending import signal_received
 from flame.process.output_checks import check_output
@@ -191,6 +191,8 @@ def _say_what_is_kept(options: Options) -> None:
 def _check_resume(options: Options, data: CalibrationData) -> None:
     meta = read_meta(options.stats)
     if meta.is_complete:
+        # Its job may have been killed after the last word.
+        clear_leftovers(options.stats)
         raise UserError(f"{options.stats} is complete: there is nothing to resume")
     asked = {
         "data": data.record(),

@@ -81,6 +81,14 @@ def replacing_file(path: Path, overwrite: bool = False, locked: bool = False) ->
             remove(folder)
 
 
+def clear_leftovers(path: Path) -> None:
+    """Remove what a job left that was killed while it replaced `path`; another writer's is kept."""
+    path = Path(path).resolve()
+    with writer_lock(path):
+        restore_old(path)
+        remove(_temporary(path))
+
+
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
     """Make the folder `path` and its parents; an error in the block removes `path` if it is new.
@@ -188,9 +196,13 @@ def _error_number(error: Exception) -> int | None:
     return int(quoted[1]) if quoted else None
 
 
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.slimstate.tmp"
+
+
 def _new_folder(path: Path) -> Path:
     """Make the empty temporary folder beside `path`, in the place of one that a killed job left."""
-    temporary = path.parent / f".{path.name}.slimstate.tmp"
+    temporary = _temporary(path)
     remove(temporary)
     # It fails if another program has put a link here since.
     temporary.mkdir()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame.errors import UserError
+
 SMALL: dict[str, Any] = {
     "model_type": "gated_deltanet",
     "architectures": ["GatedDeltaNetForCausalLM"],
@@ -101,6 +103,9 @@ def calibrate(inputs: Path, place: Path) -> None:
         from pruning.calibration.stats_file import read_meta
 
         if read_meta(stats).is_complete:
+            if os.environ["RANK"] == "0":
+                with contextlib.suppress(UserError):
+                    stage.check(stage.STAGE.parse([*words, "--resume"]))
             return
         words.append("--resume")
     options = stage.STAGE.parse(words)
