@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.errors import UserError
-from flame.options import REQUIRED, argument, option
+from flame.options import REQUIRED, argument, group, option
 from flame.stage import Stage
 
 
@@ -26,13 +27,14 @@ class Options:
         metavar="MODEL",
     )
     overwrite: bool = option(False, "replace an existing output that slimstate made")
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the source is missing, or the output must not be written."""
-    from flame.checkpoint.reference import check_destination, resolve
+    from flame.checkpoint.reference import check_destination
 
-    reference = resolve(options.src)
+    reference = options.given.resolve(options.src)
     if options.to == "peft":
         from flame.lora.peft_folder import check_adapters
 
@@ -47,7 +49,8 @@ def run(options: Options) -> None:
     from flame.checkpoint.convert import convert
 
     if int(os.environ.get("RANK", "0")) == 0:
-        done = convert(options.src, options.dst, options.to, options.overwrite, base=options.base)
+        source = options.given.resolve(options.src)
+        done = convert(source, options.dst, options.to, options.overwrite, base=options.base)
         print(f"{options.dst}: {done}", flush=True)
 
 

@@ -64,6 +64,11 @@ class Options:
         """The models, patterns expanded; raises UserError for a pattern that matches nothing."""
         return expanded(self.models)
 
+    @property
+    def found(self) -> dict[str, ModelReference]:
+        """The models by name; raises UserError for one that is not there."""
+        return {name: resolve(name, given=self.measures.given) for name in self.names}
+
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if a model, the text, a tokenizer, a task or the output cannot work."""
@@ -72,7 +77,7 @@ def check(options: Options, world_size: int = 1) -> None:
         raise UserError(
             "say what to measure: --perplexity or --perplexity DATA, --tasks NAMES, --against MODEL"
         )
-    by_name = {name: resolve(name) for name in options.names}
+    by_name = options.found
     references = list(by_name.values())
     for reference in references:
         _check_model(reference, measures)
@@ -80,7 +85,8 @@ def check(options: Options, world_size: int = 1) -> None:
     if measures.reads_text:
         text = same_text(by_name, measures.text)
         check_same_tokens(by_name, text, from_recipe=not measures.text.data)
-    dense = [resolve(measures.against)] if measures.against else []
+    dense = [resolve(measures.against, given=measures.given)] if measures.against else []
+    measures.given.check_needed([*references, *dense])
     _results(options).check([reference.folder for reference in [*references, *dense]])
     for other in dense:
         from launch.evaluation.fidelity import check_comparable
@@ -137,7 +143,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, str]:
 def _results(options: Options) -> ResultsFile:
     return ResultsFile(
         path=options.json,
-        settings=options.measures.settings({name: resolve(name) for name in options.names}),
+        settings=options.measures.settings(options.found),
         several=len(options.names) > 1,
         command=command_line("eval", options),
         overwrite=options.overwrite,

@@ -4,10 +4,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.checkpoint.reference import Form, ModelReference, check_destination, resolve
+from flame.checkpoint.foreign import GIVEN, GivenFiles
+from flame.checkpoint.reference import Form, ModelReference, check_destination
 from flame.errors import UserError
 from flame.models.widths import kernel_warning
-from flame.options import argument, option
+from flame.options import argument, group, option
 from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, process_group
 from flame.process.peers import on_first
@@ -33,11 +34,12 @@ class Options:
     to: Form | None = option(None, "format to write (default: the model's)")
     pad: bool = option(False, PAD_HELP)
     overwrite: bool = option(False, OVERWRITE_HELP)
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the plan does not fit the model, or the output must not be written."""
-    reference = resolve(options.model)
+    reference = options.given.resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     adapter_for(reference.config)
     plan = read_plan(options.plan)
@@ -48,7 +50,7 @@ def check(options: Options, world_size: int = 1) -> None:
 def run(options: Options) -> None:
     """Write the pruned model. Collective; rank 0 works and the others wait."""
     with process_group(RANK_ZERO_WORKS):
-        reference = resolve(options.model)
+        reference = options.given.resolve(options.model)
         on_first(lambda: _apply(options, reference))
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flame.checkpoint.fingerprint import check_finite, fingerprint
-from flame.checkpoint.reference import ModelReference, check_destination, resolve, vocabulary_size
+from flame.checkpoint.foreign import GIVEN, GivenFiles
+from flame.checkpoint.reference import ModelReference, check_destination, vocabulary_size
 from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.process.atomic_output import clear_leftovers, writer_lock
@@ -53,12 +54,13 @@ class Options:
     resume: bool = option(False, "finish a calibration that was cut short")
     overwrite: bool = option(False, OVERWRITE_HELP)
     data: DataOptions = group(DataOptions, "calibration")
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, the output, the data or a resume cannot work."""
     kinds_of(options.methods)
-    reference = resolve(options.model)
+    reference = options.given.resolve(options.model)
     _offer_resume(options)
     check_destination(reference, options.stats, options.overwrite or options.resume)
     adapter_for(reference.config)
@@ -73,7 +75,7 @@ def run(options: Options) -> None:
     """Write the statistics. Collective; starts a process group unless one is running."""
     with process_group(), ExitStack() as stack:
         on_first(lambda: stack.enter_context(_claimed(options)))
-        reference = resolve(options.model)
+        reference = options.given.resolve(options.model)
         data = calibration_data(reference, options.data)
         with _saying_how_to_go_on(options):
             collected, meta = calibrate(reference, kinds_of(options.methods), data, options)

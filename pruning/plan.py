@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flame.checkpoint.fingerprint import check_finite, fingerprint
-from flame.checkpoint.reference import ModelReference, resolve
+from flame.checkpoint.foreign import GIVEN, GivenFiles
+from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.process.atomic_output import replacing_file
@@ -33,6 +34,7 @@ class Options:
     seed: int = seed_option()
     choice: MethodOptions = group(MethodOptions, "method")
     budget: Budget = group(Budget, BUDGET)
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
     @property
     def method(self) -> Method:
@@ -42,7 +44,7 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics or output cannot work."""
-    reference = resolve(options.model)
+    reference = options.given.resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config, options.method)
     if hasattr(options.method, "new_tensors"):
@@ -54,7 +56,9 @@ def run(options: Options) -> None:
     """Write the plan and print what it does. Collective; rank 0 works and the others wait."""
 
     def write() -> None:
-        plan = planned(resolve(options.model), options.method, options.budget, options.stats)
+        plan = planned(
+            options.given.resolve(options.model), options.method, options.budget, options.stats
+        )
         with ExitStack() as stack:
             file = stack.enter_context(replacing_file(options.plan, options.overwrite))
             if plan.new_tensors:

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import (
     Form,
     ModelReference,
     check_destination,
-    resolve,
     vocabulary_size,
 )
 from flame.errors import UserError
@@ -43,6 +43,7 @@ class Options:
     choice: MethodOptions = group(MethodOptions, "method")
     budget: Budget = group(Budget, BUDGET)
     data: DataOptions = group(DataOptions, "calibration")
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
     @property
     def method(self) -> Method:
@@ -52,7 +53,7 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
-    reference = resolve(options.model)
+    reference = options.given.resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
     widths = check_budget(options.budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
@@ -79,7 +80,7 @@ def _check_no_data(options: Options) -> None:
 
 def run(options: Options) -> None:
     """Write the pruned model. Collective; starts a process group unless one is running."""
-    reference, out = resolve(options.model), options.out.absolute()
+    reference, out = options.given.resolve(options.model), options.out.absolute()
     form = form_of(options.to, reference)
     with process_group(RANK_ZERO_WORKS), ExitStack() as stack:
         output = replacing_folder(out, options.overwrite)

@@ -21,7 +21,12 @@ from flame.checkpoint.reference import (
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import Read, TensorInfo, TensorSource, total_bytes
 from flame.errors import UserError
-from flame.hugging_face.companions import copy_companions
+from flame.hugging_face.companions import (
+    companions,
+    copy_companions,
+    copy_tokenizer,
+    is_tokenizer_part,
+)
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import Recorded, check_ties, write_hf
 from flame.hugging_face.stock_form import stock_form
@@ -40,7 +45,7 @@ PLAN_FILE = "plan.json"
 
 
 def convert(
-    src: str | Path,
+    src: str | Path | ModelReference,
     dst: Path,
     to: Format,
     overwrite: bool = False,
@@ -50,7 +55,7 @@ def convert(
     """Write the model that `src` names as a Hugging Face folder, a run folder or a peft folder.
 
     Args:
-        src: any model reference.
+        src: any model reference, or the name of one.
         dst: the folder to write; a run folder gets the model as `checkpoint/step-0`.
         to: `"hf"`, `"dcp"`, or `"peft"` for the adapters of a LoRA run alone.
         overwrite: replace an existing `dst`.
@@ -64,7 +69,7 @@ def convert(
         UserError: the source is damaged, the output is refused, or the disk is too small.
     """
     dst = Path(dst).absolute()
-    reference = resolve(src)
+    reference = src if isinstance(src, ModelReference) else resolve(src)
     check_destination(reference, dst, overwrite, inside_source)
     if to == "peft":
         check_adapters(reference, base)
@@ -80,7 +85,7 @@ def convert(
     infos = source_infos(source)
     check_space(dst, sum(info.nbytes for info in infos.values()))
     with replacing_folder(dst, overwrite) as folder:
-        copied = copy_companions(reference.folder, folder) + copy_plan(reference.folder, folder)
+        copied = copy_beside(reference, folder) + copy_plan(reference.folder, folder)
         if to == "hf":
             write_hf(folder, config, infos, source.read)
             write_model_card(folder, dst.name, config, made_from(reference, folder))
@@ -110,11 +115,25 @@ def made_from(reference: ModelReference, folder: Path) -> list[str]:
     return lines
 
 
+def copy_beside(reference: ModelReference, folder: Path) -> list[str]:
+    """Copy what belongs to a model into `folder`, and return the names of the copies.
+
+    Beside another program's step lie the files of its run; of them only the tokenizer is copied.
+    """
+    if not reference.unverified:
+        return copy_companions(reference.folder, folder)
+    if reference.tokenizer is None:
+        return []
+    copy_tokenizer(reference.tokenizer, folder)
+    return sorted(path.name for path in companions(folder) if is_tokenizer_part(path))
+
+
 def _origin(reference: ModelReference) -> str:
     """Say which model a reference is, by the names of its folders alone."""
     if reference.step_folder is None:
         return f"the folder `{reference.folder.name}`"
-    return f"{reference.step_folder.name} of the run `{reference.folder.name}`"
+    unverified = " (unverified: it has no checksums)" if reference.unverified else ""
+    return f"{reference.step_folder.name} of the run `{reference.folder.name}`{unverified}"
 
 
 def _contents(infos: Mapping[str, TensorInfo], copied: list[str]) -> str:

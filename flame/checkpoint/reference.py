@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flame.checkpoint.foreign import GivenFiles, files_of, find_step, say_unverified
 from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
-from flame.data.hub import download
+from flame.data.hub import download, may_be_hub_name
 from flame.errors import UserError
+from flame.hugging_face.companions import TOKENIZER_FILES, tokenizer_folder
 from flame.hugging_face.config_file import CONFIG_FILE, check_plain_folder, read_config
 from flame.lora.base import (
     ADAPTER_FILE,
@@ -35,15 +37,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 Form = Literal["hf", "dcp"]
 """How a model lies on the disk: a Hugging Face folder, or a run folder with DCP checkpoints."""
 
-_TOKENIZER_PROOF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""Files of which a folder with a tokenizer has one."""
-TOKENIZER_FILES = (
-    *_TOKENIZER_PROOF,
-    TOKENIZER_CONFIG,
-    *("special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FORMS = "a run folder, a step folder, a Hugging Face folder or a hub name"
 
 
@@ -63,6 +56,8 @@ class ModelReference:
     """The run's recipe, if it has one."""
     adapted_by: tuple[Path, ...] = ()
     """Folders of adapters that this model was looked up for, each the base of the one before it."""
+    unverified: bool = False
+    """Whether another program wrote the step: it has no hashes, and names of its own."""
 
     @property
     def kind(self) -> Form:
@@ -78,7 +73,9 @@ class ModelReference:
     def is_lora(self) -> bool:
         """Whether the weights are adapters on another model: a LoRA run or a peft folder."""
         is_run = self.step_folder is not None
-        return (self.folder / ADAPTER_FILE).is_file() and (is_run or is_peft_folder(self.folder))
+        if self.unverified or not (self.folder / ADAPTER_FILE).is_file():
+            return False
+        return is_run or is_peft_folder(self.folder)
 
     def source(self) -> "TensorSource":
         """Return the model's tensors under stock names; adapters are merged with their base.
@@ -100,7 +97,10 @@ class ModelReference:
         from flame.hugging_face.safetensors_source import SafetensorsSource
 
         if self.step_folder is not None:
-            return DcpSource(self.step_folder)
+            source = DcpSource(self.step_folder, check="unverified" if self.unverified else "first")
+            if self.unverified:
+                say_unverified(self.step_folder)
+            return source
         if self.is_lora:
             return SafetensorsSource(self.folder, ADAPTER_WEIGHTS)
         return open_folder(self.folder, self.config)
@@ -133,23 +133,39 @@ class ModelReference:
         return source
 
 
-def resolve(reference: str | Path, step: int | None = None) -> ModelReference:
-    """Find the model that `reference` names; `step` picks a step of a run instead of its latest.
+def resolve(
+    reference: str | Path, step: int | None = None, given: GivenFiles | None = None
+) -> ModelReference:
+    """Find the model that `reference` names.
+
+    Args:
+        reference: a run folder, step folder, Hugging Face folder or hub name.
+        step: a step of a run instead of its latest.
+        given: files for a step that another program wrote; not used for other models.
 
     Raises:
         UserError: there is no such folder, config or whole step, or no network for a hub name.
     """
-    return _resolve(reference, step, ())
+    return _resolve(reference, step, (), given)
 
 
-def _resolve(reference: str | Path, step: int | None, above: tuple[Path, ...]) -> ModelReference:
+def _resolve(
+    reference: str | Path,
+    step: int | None,
+    above: tuple[Path, ...],
+    given: GivenFiles | None = None,
+) -> ModelReference:
     path = Path(reference).expanduser()
     if path.is_dir():
-        return _resolve_folder(path.absolute(), step, above)
-    if path.exists():
-        raise UserError(f"{reference} is a file: a model is {_FORMS}")
-    if not _may_be_hub_name(str(reference)):
-        raise UserError(f"no model at {reference}: no such folder")
+        path = path.absolute()
+        foreign = find_step(path, step)
+        if foreign is not None:
+            run, config, tokenizer = files_of(foreign, given or GivenFiles())
+            return ModelReference(run, foreign, config, tokenizer, None, unverified=True)
+        return _resolve_folder(path, step, above)
+    if path.exists() or not may_be_hub_name(str(reference)):
+        problem = f"it is a file, a model is {_FORMS}" if path.exists() else "no such folder"
+        raise UserError(f"no model at {reference}: {problem}")
     patterns = [CONFIG_FILE, ADAPTER_FILE, "generation_config.json", "*.safetensors*"]
     folder = download(str(reference), [*patterns, *TOKENIZER_FILES])
     return _resolve_hugging_face(folder, step, above)
@@ -203,17 +219,16 @@ def _resolve_step(path: Path, step: int | None) -> ModelReference:
     if step is not None:
         raise UserError(f"{path} is a step already: leave out the step number {step}")
     run = path.parent.parent if path.parent.name == CHECKPOINT_FOLDER else path.parent
-    config = read_config(run / CONFIG_FILE)
     if not is_whole(path):
         others = ", ".join(f"step-{number}" for number in whole_steps(path.parent))
         known = f": whole are {others}" if others else ""
         raise UserError(f"{path} is half-written or damaged{known}")
-    return _of_run(run, path, config)
+    return _of_run(run, path, read_config(run / CONFIG_FILE))
 
 
 def _of_run(run: Path, step: Path, config: dict[str, Any]) -> ModelReference:
-    recipe = run / RECIPE_FILE
-    return ModelReference(run, step, config, _tokenizer(run), recipe if recipe.is_file() else None)
+    recipe = run / RECIPE_FILE if (run / RECIPE_FILE).is_file() else None
+    return ModelReference(run, step, config, tokenizer_folder(run), recipe)
 
 
 def _resolve_hugging_face(
@@ -224,20 +239,11 @@ def _resolve_hugging_face(
     if is_peft_folder(folder) and not (folder / CONFIG_FILE).is_file():
         if above:
             check_chain(above, folder.resolve())
-        found = ModelReference(folder, None, {}, _tokenizer(folder), None, above)
+        found = ModelReference(folder, None, {}, tokenizer_folder(folder), None, above)
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
     config = read_config(folder / CONFIG_FILE)
     check_plain_folder(folder)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
-    return ModelReference(folder, None, config, _tokenizer(folder), None)
-
-
-def _tokenizer(folder: Path) -> Path | None:
-    return folder if any((folder / name).is_file() for name in _TOKENIZER_PROOF) else None
-
-
-def _may_be_hub_name(reference: str) -> bool:
-    parent = Path(reference).parent
-    return bool(_HUB_NAME.fullmatch(reference)) and (str(parent) == "." or not parent.is_dir())
+    return ModelReference(folder, None, config, tokenizer_folder(folder), None)

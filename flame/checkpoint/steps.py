@@ -50,6 +50,21 @@ def is_whole(step: Path) -> bool:
         return False
 
 
+def is_foreign(step: Path) -> bool:
+    """Return whether another program wrote a step: DCP's index is there, and no hashes.
+
+    A step without hashes beside steps that have some is ours, and damaged.
+    """
+    if not (step / METADATA).is_file():
+        return False
+    return not any((other / CHECKSUMS).exists() for other in (step, *step.parent.glob("step-*")))
+
+
+def foreign_steps(folder: Path) -> list[int]:
+    """Return the numbers of the steps in a folder that another program wrote, increasing."""
+    return [step for step in _numbers(folder) if is_foreign(step_folder(folder, step))]
+
+
 def verify_step(step: Path, first: int = 0, stride: int = 1) -> None:
     """Check the hash of every file of a step; raise `UserError` naming the first that differs.
 

@@ -4,6 +4,7 @@ The hub's own clients retry for 20 to 50 s before they say that there is no netw
 takes seconds.
 """
 
+import re
 import socket
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from flame.errors import UserError, first_line
 
 TIMEOUT = 5.0
 """Seconds to wait for a name server and a connection."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def hub_problem() -> str | None:
@@ -71,3 +74,9 @@ def _connects(host: str, port: int, timeout: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def may_be_hub_name(reference: str) -> bool:
+    """Return whether a word has the form of a hub name, and is no path on this machine."""
+    parent = Path(reference).parent
+    return bool(_HUB_NAME.fullmatch(reference)) and (str(parent) == "." or not parent.is_dir())

@@ -32,6 +32,15 @@ _TOKENIZER_NAMES = (
 )  # fmt: skip
 """Beginnings of the names of a tokenizer's files."""
 
+_TOKENIZER_PROOF = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of which a folder with a tokenizer has one."""
+TOKENIZER_FILES = (
+    *_TOKENIZER_PROOF,
+    "tokenizer_config.json",
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
 _OURS = frozenset({
     CONFIG_FILE, README_FILE, "recipe.toml", "plan.json", "base.json", "teacher.json",
     "adapter_config.json", "checksums.json", "meta.json", "dataloader.json",
@@ -65,6 +74,11 @@ def copy_companions(folder: Path, into: Path, with_tokenizer: bool = True) -> li
             _copy(path, into / path.name)
             copied.append(path.name)
     return copied + _copy_readme(folder, into)
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Return `folder` if it holds a tokenizer, else None."""
+    return folder if any((folder / name).is_file() for name in _TOKENIZER_PROOF) else None
 
 
 def copy_tokenizer(folder: Path, into: Path) -> None:

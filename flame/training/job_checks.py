@@ -6,13 +6,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, resolve, vocabulary_size
+from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, vocabulary_size
 from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
 from flame.process.distributed import device_type
 from flame.process.output_checks import check_place
 from flame.recipe.keys import check_values
 from flame.training.schedule import check_schedule
+from flame.training.start_model import start_model
 
 BYTES_PER_PARAMETER = 12
 """An fp32 weight and two fp32 moments in a checkpoint."""
@@ -114,7 +115,13 @@ def _check_folder(job: Any) -> None:
     checkpoints = folder / job.checkpoint.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"job.dump_folder {folder} is a file: choose a folder")
-    init = resolve(job.model.init).folder if job.model.init else None
+    start = start_model(job) if job.model.init else None
+    if start is not None and start.unverified and job.lora.rank > 0:
+        raise UserError(
+            f"adapters name their base, and {start.weights} needs files that lie elsewhere: "
+            "convert it first (slimstate convert --to dcp)"
+        )
+    init = start.folder if start is not None else None
     for output in (folder, folder / CONFIG_FILE, checkpoints / "step"):
         check_place(output, inside=init)
     if not _may_hold_run(folder, checkpoints):

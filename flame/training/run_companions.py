@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG, resolve
+from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG
 from flame.hugging_face.companions import copy_companions, copy_tokenizer
+from flame.training.start_model import start_model
 
 
 def copy_run_companions(job: Any, into: Path) -> None:
@@ -19,12 +20,12 @@ def copy_run_companions(job: Any, into: Path) -> None:
     """
     run, given = Path(job.job.dump_folder), Path(job.data.tokenizer).expanduser()
     goes_on = (run / RECIPE_FILE).is_file() and (run / TOKENIZER_CONFIG).is_file()
-    start = resolve(job.model.init) if job.model.init and not goes_on else None
+    start = start_model(job) if job.model.init and not goes_on else None
     if goes_on:
         copy_tokenizer(run, into)
     elif job.data.tokenizer and given.exists():
         copy_tokenizer(given if given.is_dir() else given.parent, into)
     elif not job.data.tokenizer and start is not None and start.tokenizer is not None:
         copy_tokenizer(start.tokenizer, into)
-    if start is not None:
+    if start is not None and not start.unverified:
         copy_companions(start.folder, into, with_tokenizer=False)

@@ -11,7 +11,7 @@ from typing import Any
 from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import check_finite
 from flame.checkpoint.load import check_weights
-from flame.checkpoint.reference import resolve
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.checkpoint.steps import (
     is_whole,
     latest_whole_step,
@@ -24,6 +24,7 @@ from flame.errors import UserError
 from flame.model import meta_model
 from flame.process.distributed import rank, world_size
 from flame.process.peers import Peers
+from flame.training.start_model import start_model
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def check_start(job: Any) -> None:
         peers.agree(lambda: _check_finite(DcpSource(step, check="never")))
         peers.agree(lambda: _check_entries(step) if rank() == 0 else None)
     if job.model.init and (step is None or job.lora.rank > 0):
-        peers.agree(lambda: _check_init(job.model.init))
+        peers.agree(lambda: _check_init(start_model(job)))
     if job.distill.teacher:
-        peers.agree(lambda: _check_init(job.distill.teacher))
+        peers.agree(lambda: _check_init(resolve(job.distill.teacher)))
 
 
 def _undamaged_step(job: Any, peers: Peers) -> Path | None:
@@ -105,8 +106,7 @@ def _check_entries(step: Path) -> None:
     DcpSource(step, everything=True, check="never").values()
 
 
-def _check_init(name: str) -> None:
-    reference = resolve(name)
+def _check_init(reference: ModelReference) -> None:
     source = reference.source()
     check_weights(meta_model(reference.config), source)
     _check_finite(source)

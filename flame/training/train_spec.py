@@ -46,6 +46,7 @@ from flame.recovery.lora import initialise_adapters, inject, load_adapters
 from flame.recovery.trainable import freeze_others
 from flame.training.optimizer import build_optimizers
 from flame.training.schedule import build_schedules
+from flame.training.start_model import start_model
 
 NAME = "causal_lm"
 
@@ -82,7 +83,7 @@ def model_config(job: Any) -> dict[str, Any]:
     if own.is_file():
         return read_config(own)
     if job.model.init:
-        return resolve(job.model.init).config
+        return start_model(job).config
     if not job.model.config:
         raise UserError("no model: give model.config (a config.json) or --init MODEL")
     path = Path(job.model.config)
@@ -126,7 +127,7 @@ def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None
     seed = job.debug.seed if job.debug.seed is not None else 0
     restore_after_to_empty(model)
     if job.model.init:
-        load_weights(model, resolve(job.model.init).source())
+        load_weights(model, start_model(job).source())
     else:
         initialise(model, args.config, seed)
     initialise_adapters(model, seed)
@@ -211,7 +212,7 @@ def tokenizer_of(job: Any) -> Any:
     if job.data.tokenizer:
         return load_tokenizer(job.data.tokenizer)
     if job.model.init:
-        folder = resolve(job.model.init).tokenizer
+        folder = start_model(job).tokenizer
         if folder is not None:
             return load_tokenizer(str(folder))
     if is_mqar(job.data.dataset):

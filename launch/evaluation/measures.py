@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError
 from flame.options import group, option
@@ -44,6 +45,7 @@ class Measures:
     placement: Literal["auto", "whole", "sharded"] = option(
         "auto", "the model on each process whole, or sharded over all; auto is whole where it fits"
     )
+    given: GivenFiles = group(GivenFiles, GIVEN)
 
     @property
     def text(self) -> HeldoutOptions:
@@ -63,7 +65,7 @@ class Measures:
         """
         return {
             "perplexity": self.perplexity is not None,
-            "against": identity(resolve(self.against)) if self.against else None,
+            "against": identity(resolve(self.against, given=self.given)) if self.against else None,
             "text": same_text(references, self.text).facts() if self.reads_text else None,
             "tokenizer": self.text.tokenizer,
             "tasks": self.tasks.record() if self.tasks.tasks else None,
@@ -81,7 +83,7 @@ def evaluate_models(
     """
     from flame.process.distributed import from_rank_zero, rank
 
-    references = {name: resolve(name) for name in models}
+    references = {name: resolve(name, given=measures.given) for name in models}
     bench = _Bench(measures, references)
     records: dict[str, Record] = {}
     for name, reference in references.items():
@@ -152,7 +154,7 @@ class _Bench:
         from launch.evaluation.fidelity import measure_fidelity
 
         if self._against is None:
-            dense = resolve(self.measures.against)
+            dense = resolve(self.measures.against, given=self.measures.given)
             self._against = dense, self._network(dense)
         dense, theirs = self._against
         text = self.text.by_model[name]

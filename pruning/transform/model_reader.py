@@ -28,7 +28,8 @@ class ModelReader:
     def __init__(
         self, reference: ModelReference, training_state: bool, sampled: bool = False
     ) -> None:
-        step = None if reference.is_lora else reference.step_folder
+        hashed = not (reference.is_lora or reference.unverified)
+        step = reference.step_folder if hashed else None
         self.state: DcpSource | None = None
         """The step with its training state; None where there is none, or it was not asked for."""
         self._step: DcpSource | None = None

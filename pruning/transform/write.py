@@ -15,6 +15,7 @@ from flame.checkpoint.convert import (
     Read,
     check_space,
     complete_config,
+    copy_beside,
     copy_recipe,
     made_from,
     source_infos,
@@ -25,7 +26,6 @@ from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, Mod
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import total_bytes
 from flame.errors import UserError
-from flame.hugging_face.companions import copy_companions
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import write_hf
 from flame.storage.checksums import hash_file
@@ -67,7 +67,7 @@ def write_pruned(
     replaced = _copy_tensors(plan, plan_folder, folder)
     sliced = SlicedSource(reader.source, slices_of(plan, reference.config), replaced)
     check_space(destination, total_bytes(sliced))
-    copy_companions(reference.folder, folder)
+    copy_beside(reference, folder)
     config = complete_config(plan.config_after)
     (folder / PLAN_FILE).write_text(plan_text(plan))
     read = reader.explained(sliced.read)

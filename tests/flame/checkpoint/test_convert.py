@@ -237,7 +237,7 @@ DAMAGES = {
     "flipped byte": "is damaged",
     "truncated shard": "is damaged",
     "hostile index": "do not use this file",
-    "no checksums": "no whole step",
+    "no checksums": r"has lost its checksums\.json",
     "truncated safetensors": "is damaged",
     "unknown family": "unknown model family 'nonsense'",
 }
