@@ -21,6 +21,7 @@ from flame.lora.base import (
     ADAPTER_WEIGHTS,
     BASE_FILE,
     check_chain,
+    check_no_pickle,
     is_peft_folder,
     recorded_base,
 )
@@ -242,6 +243,8 @@ def _resolve_hugging_face(
         found = ModelReference(folder, None, {}, tokenizer_folder(folder), None, above)
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
+    if not (folder / CONFIG_FILE).is_file():
+        check_no_pickle(folder)
     config = read_config(folder / CONFIG_FILE)
     check_plain_folder(folder)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):

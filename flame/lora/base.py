@@ -19,6 +19,15 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / ADAPTER_FILE).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
 
 
+def check_no_pickle(folder: Path) -> None:
+    """Raise `UserError` for a folder whose adapters are a pickle, as peft saved them once."""
+    if (folder / ADAPTER_FILE).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds adapters as a pickle (adapter_model.bin), which can run code: "
+            "load and save them with peft once, which writes safetensors"
+        )
+
+
 def recorded_base(folder: Path) -> tuple[str, str | None]:
     """Return reference and fingerprint of the base model of the adapters in `folder`.
 

@@ -160,6 +160,10 @@ class AdapterConfig:
             raise UserError(f"{FILE} has no lora_alpha: it is not a LoRA configuration")
         _check_rank("r", rank, least=0 if self.kind == "OFT" else 1)
         _check_alpha(self.alpha_option, alpha)
+        others = {
+            k: v for k, v in self.content.items() if k not in (self.alpha_option, "alpha_pattern")
+        }
+        _check_sizes(others)
         for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
             if not isinstance(self.content.get(key, False), bool):
                 raise UserError(f"{FILE}: {key} is {self.content[key]!r}, expected true or false")
@@ -225,6 +229,15 @@ def _check_alpha(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= _LARGEST_ALPHA:
         raise UserError(f"{FILE}: {name} is {_shown(value)}, expected a finite number")
+
+
+def _check_sizes(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an integer, in a table of a table too, that would fill the memory."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value)
+        elif isinstance(value, int) and abs(value) > _LARGEST_RANK:
+            raise UserError(f"{FILE}: {key} is {_shown(value)}, expected at most {_LARGEST_RANK}")
 
 
 def _shown(value: Any) -> str:

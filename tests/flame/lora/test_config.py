@@ -60,6 +60,8 @@ def changed(adapters: Path, into: Path, **values: Any) -> Path:
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights"),
         ({"use_dora": True}, "use_dora"),
         ({"kasa_config": 3}, "peft refuses"),
+        ({"kasa_config": {"beta": 10**15}}, "beta is 1000000000000000, expected at most"),
+        ({"qalora_group_size": 10**6}, "qalora_group_size is 1000000"),
         ({"base_model_name_or_path": 3}, "names no base model"),
         ({"base_model_name_or_path": ""}, "names no base model"),
     ],
@@ -72,6 +74,14 @@ def test_what_is_wrong_is_said_in_one_line(
         source = resolve(changed(adapters, tmp_path / "adapter", **values)).source()
         source.read("model.layers.0.attn.q_proj.weight")
     assert len(str(raised.value)) < 500
+
+
+def test_pickled_adapters_are_refused_by_name(adapters: Path, tmp_path: Path) -> None:
+    folder = changed(adapters, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="as a pickle"):
+        resolve(folder)
 
 
 def test_patterns_are_matched_as_peft_matches_them() -> None:
