@@ -38,6 +38,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 Form = Literal["hf", "dcp"]
 """How a model lies on the disk: a Hugging Face folder, or a run folder with DCP checkpoints."""
 
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+"""Files that are fetched of a model on the hub: weights, and what lies beside them."""
 _FORMS = "a run folder, a step folder, a Hugging Face folder or a hub name"
 
 
@@ -167,8 +172,7 @@ def _resolve(
     if path.exists() or not may_be_hub_name(str(reference)):
         problem = f"it is a file, a model is {_FORMS}" if path.exists() else "no such folder"
         raise UserError(f"no model at {reference}: {problem}")
-    patterns = [CONFIG_FILE, ADAPTER_FILE, "generation_config.json", "*.safetensors*"]
-    folder = download(str(reference), [*patterns, *TOKENIZER_FILES])
+    folder = download(str(reference), HUB_FILES)
     return _resolve_hugging_face(folder, step, above)
 
 
