@@ -21,6 +21,7 @@ from flame.checkpoint.convert import (
     source_infos,
     write_run,
 )
+from flame.checkpoint.dcp_source import TRAINING_PREFIXES
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, ModelReference
 from flame.checkpoint.save import save_step
@@ -28,6 +29,7 @@ from flame.checkpoint.source import total_bytes
 from flame.errors import UserError
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import write_hf
+from flame.hugging_face.stock_form import stock_form
 from flame.storage.checksums import hash_file
 from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
@@ -100,9 +102,14 @@ def _write_training_state(
     read: Read,
     folder: Path,
 ) -> None:
-    """Write a step with the number, the schedules and the loader's state of the reference's."""
+    """Write a step with the number, the schedules and the loader's state of the reference's.
+
+    Raises UserError if the model's tensors are not those that the config leads to.
+    """
     step, stored = reference.step_folder, reader.state
     assert step is not None and stored is not None
+    own = [name for name in sliced.names() if not name.startswith(TRAINING_PREFIXES)]
+    stock_form(config).check({name: sliced.info(name) for name in own})
     state: dict[str, Any] = {name: sliced.info(name).promise() for name in stored.stored_order()}
     state |= reader.values()
     number = int(step.name.removeprefix("step-"))

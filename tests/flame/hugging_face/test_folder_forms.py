@@ -333,9 +333,15 @@ EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 
 RENAMED: dict[str, dict[str, Any]] = {
     "qwen3_next": {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 8},
     "olmo_hybrid": {**HYBRID, "num_key_value_heads": 2, "linear_value_head_dim": 24},
+    "kimi_linear": {
+        **HYBRID, "num_key_value_heads": 2, "moe_intermediate_size": 8, "num_local_experts": 3,
+        "num_experts_per_tok": 2, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "mixtral": {**HYBRID, "num_local_experts": 3},
     "qwen3_moe": {**HYBRID, **EXPERTS},
-}
+}  # fmt: skip
 """Families whose modules have other names than their tensors on a disk."""
 
 
