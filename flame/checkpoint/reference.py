@@ -14,7 +14,7 @@ from flame.checkpoint.foreign import GivenFiles, files_of, find_step, say_unveri
 from flame.checkpoint.steps import broken_steps, is_whole, step_folder, whole_steps
 from flame.data.hub import download, may_be_hub_name
 from flame.errors import UserError
-from flame.hugging_face.companions import TOKENIZER_FILES, tokenizer_folder
+from flame.hugging_face.companions import tokenizer_folder
 from flame.hugging_face.config_file import CONFIG_FILE, check_plain_folder, read_config
 from flame.lora.base import (
     ADAPTER_FILE,
@@ -38,11 +38,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 Form = Literal["hf", "dcp"]
 """How a model lies on the disk: a Hugging Face folder, or a run folder with DCP checkpoints."""
 
-HUB_FILES = (
-    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
-    *("LICENSE*", "NOTICE*", "README.md"),
-)
-"""Files that are fetched of a model on the hub: weights, and what lies beside them."""
 _FORMS = "a run folder, a step folder, a Hugging Face folder or a hub name"
 
 
@@ -172,7 +167,7 @@ def _resolve(
     if path.exists() or not may_be_hub_name(str(reference)):
         problem = f"it is a file, a model is {_FORMS}" if path.exists() else "no such folder"
         raise UserError(f"no model at {reference}: {problem}")
-    folder = download(str(reference), HUB_FILES)
+    folder = download(str(reference))
     return _resolve_hugging_face(folder, step, above)
 
 

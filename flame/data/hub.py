@@ -19,6 +19,12 @@ TIMEOUT = 5.0
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+"""Patterns of the files that are fetched of a model: weights, and what lies beside them."""
+
 
 def hub_problem() -> str | None:
     """Return why the hub cannot be used now, in words for an error line, or None if it can."""
@@ -47,7 +53,7 @@ def reachable(url: str, timeout: float = TIMEOUT) -> bool:
     return bool(answers and answers[0])
 
 
-def download(name: str, patterns: Sequence[str]) -> Path:
+def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
     """Return the local folder of a hub model, brought up to date if the hub can be reached.
 
     Only files that match one of the glob `patterns` are fetched. Raises `UserError` if the model is

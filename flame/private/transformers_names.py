@@ -18,6 +18,24 @@ NAMES = (
         "5.23",
         "hugging_face.stock_form: tensors that a class leaves out",
     ),
+    *(
+        PrivateName(
+            f"transformers.{path}",
+            "5.6 to 5.23",
+            "hugging_face.stock_form: without an underscore, but documented nowhere",
+        )
+        for path in (
+            "core_model_loading:WeightTransform.rename_source_key",
+            "core_model_loading:WeightTransform.reverse_transform",
+            "core_model_loading:WeightTransform.add_tensor",
+            "core_model_loading:WeightConverter.convert",
+            "core_model_loading:PrefixChange",
+            "core_model_loading:WeightRenaming",
+            "core_model_loading:dot_natural_key",
+            "conversion_mapping:get_model_conversion_mapping",
+            "modeling_utils:PreTrainedModel.get_expanded_tied_weights_keys",
+        )
+    ),
 )
 
 MARKS = ("_is_hf_initialized", "_no_weight_decay", "_is_attnres_proj")

@@ -94,7 +94,8 @@ def files_mark(files: Iterable[Path]) -> str:
 
 def _matters(file: Path) -> bool:
     """Whether a file is of the model; logs, plans and records beside it are not."""
-    from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE, CONFIG_FILE, TOKENIZER_FILES
+    from flame.checkpoint.reference import ADAPTER_FILE, BASE_FILE, CONFIG_FILE
+    from flame.hugging_face.companions import TOKENIZER_FILES
 
     names = (ADAPTER_FILE, BASE_FILE, CONFIG_FILE, ".metadata", *TOKENIZER_FILES)
     return file.name in names or file.suffix in (".safetensors", ".distcp", ".bin")
