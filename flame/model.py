@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flame.errors import UserError, first_line
 from flame.lora.names import MAGNITUDE
+from flame.models.packed_hybrids import is_hybrid, take_packed_documents
 from flame.process.distributed import rank
 
 REFUSALS = (
@@ -64,7 +65,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     """Build the causal language model of `config` in fp32 on the meta device.
 
     Buffers (rotary frequencies), which no checkpoint holds, are kept on the CPU as
-    `model.initial_buffers` for `restore_after_to_empty`.
+    `model.initial_buffers` for `restore_after_to_empty`. Hybrids take `cu_seqlens` as fla's do.
 
     Raises:
         UserError: the config is refused, or the model cannot be built on the meta device.
@@ -92,6 +93,8 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     model.no_weight_decay_names = decayless
     model.to("meta")
     model.tie_weights()
+    if is_hybrid(stock):
+        take_packed_documents(model)
     return model
 
 

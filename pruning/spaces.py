@@ -101,6 +101,42 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Strided:
+    """A part of a dimension: copy m of channel c of head h lies at `offset` plus
+    h * strides[0] + c * strides[1] + m * strides[2]."""
+
+    size: int
+    """Length of the whole dimension."""
+    counts: tuple[int, int, int]
+    """Heads, channels of each, positions of each channel."""
+    strides: tuple[int, int, int]
+    offset: int = 0
+
+    def table(self) -> Int64[Tensor, "H d m"]:
+        """The positions, by head, channel and copy."""
+        h, c, m = (
+            torch.arange(n) * step for n, step in zip(self.counts, self.strides, strict=True)
+        )
+        return self.offset + h[:, None, None] + c[:, None] + m
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Channels with positions in several parts of one dimension: the rows of a fused projection."""
+
+    parts: tuple[Layout, ...]
+
+    @property
+    def size(self) -> int:
+        """Length of the dimension."""
+        return self.parts[0].size
+
+    def table(self) -> Int64[Tensor, "H d m"]:
+        """A channel's positions in each part, one part after another."""
+        return torch.cat([part.table() for part in self.parts], -1)
+
+
+@dataclass(frozen=True)
 class Axis:
     """One dimension of one tensor that a space indexes; the tensor is sliced along it."""
 

@@ -96,15 +96,18 @@ def operator_for(adapter: Adapter) -> Callable[..., tuple[Tensor, Tensor | None]
     """
     import flame.register  # noqa: F401
 
-    site = next(site for site in adapter.op_sites if site.attribute.startswith("chunk"))
-    module, name = _UNROLLED.get(site.attribute, site)
+    site = next(site for site in adapter.op_sites if "chunk" in site.attribute)
+    module, name = _OPERATORS.get(site.attribute, site)
     return getattr(importlib.import_module(module), name)
 
 
-_UNROLLED = {
-    "chunk_gated_delta_product": Site("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
-}
-"""What runs the unrolled calls of an operator that takes several rows a token."""
+_GATED = Site("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+_OPERATORS = {"chunk_gated_delta_product": _GATED, "torch_chunk_gated_delta_rule": _GATED}
+"""What runs the calls of an operator that takes several rows a token, once they are unrolled, and
+those of transformers' name for fla's operator."""
+
+_NAMES = {"query": "q", "key": "k", "value": "v"}
+"""Transformers' names of the operator's arguments, and fla's."""
 
 
 def find_mixers(model: nn.Module, adapter: Adapter) -> dict[int, nn.Module]:
@@ -187,7 +190,7 @@ def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) 
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
-    return arguments
+    return {_NAMES.get(name, name): value for name, value in arguments.items()}
 
 
 def _writing_strength(arguments: dict[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ from pruning.adapters.delta_net import DeltaNet
 from pruning.adapters.delta_net2 import DeltaNet2
 from pruning.adapters.gated_deltanet import GatedDeltaNet
 from pruning.adapters.gated_deltaproduct import GatedDeltaProduct
+from pruning.adapters.hybrids import HYBRIDS
 from pruning.adapters.interface import Adapter, Config
 from pruning.adapters.kda import Kda
 from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET, Ragged
@@ -21,6 +22,7 @@ _DENSE: tuple[Adapter, ...] = (
     GatedDeltaNet(),
     GatedDeltaProduct(),
     Kda(),
+    *HYBRIDS,
 )
 
 ADAPTERS: dict[str, Adapter] = {

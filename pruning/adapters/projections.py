@@ -60,10 +60,14 @@ class ProjectionFamily(ABC):
     def knobs(self, full: Config, sizes: Mapping[Kind, int]) -> Config:
         """The keys of a complete config that change for these sizes, with their new values."""
 
+    def linear_layers(self, full: Config) -> list[int]:
+        """The layers of a complete config that have a recurrent state."""
+        return linear_layers(full)
+
     def spaces(self, config: Config) -> list[Space]:
         """The spaces of every layer that is not softmax attention."""
         full = with_defaults(config, self.defaults)
-        return mixer_spaces(linear_layers(full), self.sizes(full))
+        return mixer_spaces(self.linear_layers(full), self.sizes(full))
 
     def resize(self, config: Config, widths: Widths, undo_gain: bool = False) -> Config:
         """A copy of the config for what is kept; of the slim class where heads or layers differ.
@@ -99,7 +103,7 @@ class ProjectionFamily(ABC):
     def state_bytes(self, config: Config) -> int:
         """One state of d_k x d_v per value head and linear layer, in float32."""
         full = with_defaults(config, self.defaults)
-        return len(linear_layers(full)) * self.sizes(full).state_bytes
+        return len(self.linear_layers(full)) * self.sizes(full).state_bytes
 
 
 def mixer_spaces(layers: Iterable[int], sizes: MixerSizes) -> list[Space]:

@@ -78,7 +78,7 @@ class SlicedSource:
     def _check_names(self) -> None:
         for name in sorted({*self._slices, *self._new} - self._names):
             raise UserError(f"the checkpoint lacks {name}, which the plan prunes")
-        kernels = [name for name in self._slices if name.endswith("_conv1d.weight")]
+        kernels = [name for name in self._slices if name.endswith("conv1d.weight")]
         biases = {name.removesuffix("weight") + "bias" for name in kernels}
         for bias in sorted(biases & self._names):
             raise UserError(

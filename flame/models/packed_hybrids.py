@@ -1,0 +1,71 @@
+"""Packed documents in transformers' hybrids, which keep them apart in part only.
+
+fla's models and ours take `cu_seqlens`, the boundaries of the documents in one row. Transformers'
+hybrids take `cu_seq_lens_q` for the delta rule and restarting positions for softmax attention, but
+their short convolutions run on across the boundaries unless the package causal_conv1d is there.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LINEAR = "linear_attention"
+"""The entry of a config's `layer_types` that tells these models from others."""
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a transformers config is that of a hybrid with linear-attention layers."""
+    own = type(config).__module__.startswith("transformers.")
+    return own and LINEAR in (getattr(config, "layer_types", None) or ())
+
+
+def take_packed_documents(model: nn.Module) -> None:
+    """Let a hybrid take `cu_seqlens` `[n + 1]` beside `input_ids` `[1, T]`.
+
+    Every document then gets what it would get alone. Other calls are as they were.
+    """
+    modeling = sys.modules[type(model).__module__]
+    if not hasattr(modeling.causal_conv1d_fn, "within_documents"):
+        modeling.causal_conv1d_fn = _within_documents(modeling.causal_conv1d_fn)  # type: ignore[attr-defined]
+    model.register_forward_pre_hook(_translated, with_kwargs=True)
+
+
+def _translated(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    bounds = kwargs.pop("cu_seqlens", None)
+    if bounds is not None:
+        lengths = bounds.diff()
+        starts = bounds[:-1].repeat_interleave(lengths)
+        positions = torch.arange(len(starts), device=bounds.device) - starts
+        longest = int(lengths.max())
+        kwargs |= {
+            "position_ids": positions[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return args, kwargs
+
+
+def _within_documents(convolution: Any) -> Any:
+    """`causal_conv1d_fn` of a modeling file, by fla's operator where there are boundaries."""
+    from fla.modules.convolution import causal_conv1d
+
+    def convolved(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None:
+            return convolution(hidden_states, weight, bias, activation=activation, **kwargs)
+        rows = hidden_states.transpose(1, 2).contiguous()
+        out, _ = causal_conv1d(rows, weight, bias, activation=activation, cu_seqlens=bounds)
+        return out.transpose(1, 2)
+
+    convolved.within_documents = True  # type: ignore[attr-defined]
+    return convolved
