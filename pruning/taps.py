@@ -84,7 +84,7 @@ def tap_mixer_outputs(
 
     with ExitStack() as stack:
         for layer, mixer in find_mixers(model, adapter).items():
-            output = mixer.get_submodule("o_proj")
+            output = getattr(mixer, "o_proj", None) or mixer.get_submodule("out_proj")
             stack.callback(output.register_forward_pre_hook(deliver(layer)).remove)
         yield
 

@@ -52,8 +52,11 @@ def _cache(model: nn.Module, work: Workload) -> Any:
 
 
 def _recurrent_states(cache: Any) -> list[Tensor]:
-    states = (getattr(layer, "state", None) or {} for layer in cache.layers)
-    return [tensor for state in states for tensor in _tensors(state.get("recurrent_state"))]
+    """The states in a cache of fla's models (`state`) or of transformers' (`recurrent_states`)."""
+    of_fla = (getattr(layer, "state", None) or {} for layer in cache.layers)
+    held = [state.get("recurrent_state") for state in of_fla]
+    held += [getattr(layer, "recurrent_states", None) for layer in cache.layers]
+    return [tensor for each in held for tensor in _tensors(each)]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -57,6 +57,7 @@ class Hybrid(ProjectionFamily):
     module: str
     """The module of transformers that defines the mixer."""
     class_name: str
+    eps_key = "rms_norm_eps"
     norm_sites: ClassVar[tuple[Site, ...]] = ()
     norm: ClassVar[str] = "norm.weight"
     out: ClassVar[str] = "out_proj.weight"
@@ -154,11 +155,11 @@ class Hybrid(ProjectionFamily):
 
 @dataclass(frozen=True)
 class Qwen3_5(Hybrid):
-    """The text models of Qwen3.5 to Qwen3.8, with experts or without."""
+    """The text models of Qwen3.5 to Qwen3.8."""
 
-    model_type: str
-    module: str
-    class_name: str
+    model_type: str = "qwen3_5_text"
+    module: str = "transformers.models.qwen3_5.modeling_qwen3_5"
+    class_name: str = "Qwen3_5GatedDeltaNet"
 
     def inputs(self, kind: Kind, sizes: MixerSizes) -> Iterator[Axis]:
         """Rows of the fused projection of q, k and v, and of those of z, b and a."""
@@ -171,9 +172,20 @@ class Qwen3_5(Hybrid):
 
 
 @dataclass(frozen=True)
+class Qwen3_5Moe(Qwen3_5):
+    """Those with experts, which are no part of what is pruned."""
+
+    defaults = {**Hybrid.defaults, "hidden_size": 2048, "num_hidden_layers": 40}
+    model_type: str = "qwen3_5_moe_text"
+    module: str = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
+    class_name: str = "Qwen3_5MoeGatedDeltaNet"
+
+
+@dataclass(frozen=True)
 class Qwen3Next(Hybrid):
     """Qwen3-Next, whose input projections interleave by key head."""
 
+    defaults = {**Hybrid.defaults, "hidden_size": 2048, "num_hidden_layers": 48}
     model_type: str = "qwen3_next"
     module: str = "transformers.models.qwen3_next.modeling_qwen3_next"
     class_name: str = "Qwen3NextGatedDeltaNet"
@@ -189,7 +201,7 @@ class Qwen3Next(Hybrid):
 class OlmoHybrid(Hybrid):
     """Olmo-Hybrid, with projections of q, k, v and the gate of their own."""
 
-    defaults: ClassVar[Mapping[str, Any]] = {
+    defaults = {
         **Hybrid.defaults,
         "hidden_size": 3840,
         "linear_num_key_heads": 30,
@@ -197,6 +209,8 @@ class OlmoHybrid(Hybrid):
         "linear_key_head_dim": 96,
         "linear_value_head_dim": 192,
     }
+    can_undo_gain: ClassVar[bool] = False
+    """The eps of its output norm stands in its code."""
     norm: ClassVar[str] = "o_norm.weight"
     out: ClassVar[str] = "o_proj.weight"
     model_type: str = "olmo_hybrid"
@@ -221,11 +235,4 @@ class OlmoHybrid(Hybrid):
             yield Axis("a_proj.weight", 0, value_heads(sizes))
 
 
-_QWEN = "transformers.models.{0}.modeling_{0}"
-
-HYBRIDS: tuple[Hybrid, ...] = (
-    Qwen3_5("qwen3_5_text", _QWEN.format("qwen3_5"), "Qwen3_5GatedDeltaNet"),
-    Qwen3_5("qwen3_5_moe_text", _QWEN.format("qwen3_5_moe"), "Qwen3_5MoeGatedDeltaNet"),
-    Qwen3Next(),
-    OlmoHybrid(),
-)
+HYBRIDS: tuple[Hybrid, ...] = (Qwen3_5(), Qwen3_5Moe(), Qwen3Next(), OlmoHybrid())

@@ -51,6 +51,8 @@ class ProjectionFamily(ABC):
     has_slim_class: ClassVar[bool] = False
     """Whether `flame.models` has a class for widths that differ between heads or layers."""
     can_undo_gain: ClassVar[bool] = True
+    eps_key: ClassVar[str] = "norm_eps"
+    """The config's key of the eps of all norms."""
 
     @abstractmethod
     def sizes(self, full: Config) -> MixerSizes:
@@ -98,7 +100,7 @@ class ProjectionFamily(ABC):
         before = self.sizes(full)
         key = before.key_width / sizes.get("key", before.key_width)
         value = before.value_width / sizes.get("value", before.value_width)
-        return {} if key * value == 1 else {"norm_eps": full["norm_eps"] * key * value}
+        return {} if key * value == 1 else {self.eps_key: full[self.eps_key] * key * value}
 
     def state_bytes(self, config: Config) -> int:
         """One state of d_k x d_v per value head and linear layer, in float32."""

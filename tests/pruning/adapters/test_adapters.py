@@ -15,6 +15,7 @@ from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS, adapter_for
 from pruning.adapters.widths import expansion
 from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
 from pruning.transform.slices import slices_of_spaces
+from tests.pruning import hybrids
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 LAYER = "model.layers.0.attn."
@@ -75,7 +76,8 @@ def shares_kernels(config: dict[str, Any], kind: Kind) -> bool:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {config["model_type"] for config in CONFIGS.values()} == set(ADAPTERS) - set(PRUNED)
+    tiny = {config["model_type"] for config in CONFIGS.values()} | set(hybrids.CONFIGS)
+    assert tiny == set(ADAPTERS) - set(PRUNED)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
