@@ -6,10 +6,13 @@ their short convolutions run on across the boundaries unless the package causal_
 """
 
 import sys
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flame.errors import UserError
 
 LINEAR = "linear_attention"
 """The entry of a config's `layer_types` that tells these models from others."""
@@ -25,8 +28,16 @@ def take_packed_documents(model: nn.Module) -> None:
     """Let a hybrid take `cu_seqlens` `[n + 1]` beside `input_ids` `[1, T]`.
 
     Every document then gets what it would get alone. Other calls are as they were.
+
+    Raises:
+        UserError: this version of transformers builds its hybrids in another way.
     """
     modeling = sys.modules[type(model).__module__]
+    if not callable(getattr(modeling, "causal_conv1d_fn", None)):
+        raise UserError(
+            f"{type(model).__name__} of transformers {metadata.version('transformers')} calls its "
+            "convolutions in an older way: hybrids need transformers 5.23"
+        )
     if not hasattr(modeling.causal_conv1d_fn, "within_documents"):
         modeling.causal_conv1d_fn = _within_documents(modeling.causal_conv1d_fn)  # type: ignore[attr-defined]
     model.register_forward_pre_hook(_translated, with_kwargs=True)

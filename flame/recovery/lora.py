@@ -6,6 +6,7 @@ run's checkpoints hold the trained tensors under peft's names; `base.json` names
 
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from flame.recovery.adapter_scaling import exact_patterns, scaling
 from flame.recovery.dora import initialise_magnitudes, use_own_layers
 from flame.recovery.trainable import suggestion
 from flame.storage.json_file import write_object
+
+HYBRID_TARGETS = (
+    "in_proj_qkv", "in_proj_qkvz", "in_proj_z", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"
+)  # fmt: skip
+"""What users of transformers' hybrids train in the linear layers, as far as a family has it."""
 
 
 def inject(model: nn.Module, lora: Any) -> None:
@@ -178,6 +184,18 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
                 f"lora.target_modules names {target!r}, which is no linear module of the model: "
                 f"{suggestion(target, linear)}"
             )
+    _check_linear_layers(named, targets)
+
+
+def _check_linear_layers(named: Iterable[str], targets: list[str]) -> None:
+    """Raise UserError if no target is in a hybrid's linear layers, but some in its softmax ones."""
+    of_mixers = {name.rpartition(".")[2] for name in named if ".linear_attn." in name}
+    if of_mixers and not of_mixers & set(targets):
+        raise UserError(
+            f"lora.target_modules {targets} are in no linear-attention layer of this hybrid, which "
+            f"is what pruning changes: choose among {', '.join(sorted(of_mixers))}, such as "
+            f"{','.join(name for name in HYBRID_TARGETS if name in of_mixers)}"
+        )
 
 
 def _is_trained(name: str, lora: Any) -> bool:

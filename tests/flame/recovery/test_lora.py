@@ -371,3 +371,13 @@ def test_named_modules_and_adapters_exclude_each_other(assets: Path, two_ranks: 
 def test_tied_output_projections_are_no_target() -> None:
     with pytest.raises(UserError, match="the output projection"):
         check_targets(build(GATED_DELTANET | {"tie_word_embeddings": True}), ["lm_head"])
+
+
+def test_targets_in_softmax_layers_alone_are_refused_in_a_hybrid() -> None:
+    from flame.model import meta_model
+    from tests.pruning.hybrids import CONFIGS
+
+    model = meta_model(CONFIGS["qwen3_5_text"])
+    with pytest.raises(UserError, match=r"such as in_proj_qkv,in_proj_z,out_proj$"):
+        check_targets(model, ["q_proj", "k_proj", "v_proj"])
+    check_targets(model, ["q_proj", "in_proj_qkv"])
