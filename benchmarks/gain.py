@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
 from flame.errors import UserError, run_stage
+from flame.hugging_face.config_file import keeps_documents_apart
 from flame.model import stock_config
 from launch.drawing.table import Column, Table
 from launch.evaluation.fidelity import sum_divergences
-from launch.evaluation.heldout_text import HeldoutOptions, heldout_text, keeps_documents_apart
+from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
 from pruning.methods import METHODS
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import choose

@@ -103,11 +103,14 @@ def dequantise_advice(method: str = "") -> str:
 def keeps_documents_apart(config: Mapping[str, Any]) -> bool:
     """Return whether the class of `config` takes `cu_seqlens` and packs documents by them.
 
-    fla's classes and ours do. Those of transformers ignore it, or refuse it in their convolution.
+    fla's classes and ours do, and the hybrids of `flame.models.packed_hybrids`. Others of
+    transformers ignore it, or refuse it in their convolution.
     """
     from flame.model import stock_config
+    from flame.models.packed_hybrids import is_hybrid
 
-    return type(stock_config(dict(config))).__module__.startswith(("fla.", "flame."))
+    stock = stock_config(dict(config))
+    return is_hybrid(stock) or type(stock).__module__.startswith(("fla.", "flame."))
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from flame.errors import UserError
 
-LINEAR = "linear_attention"
-"""The entry of a config's `layer_types` that tells these models from others."""
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+"""The families, by `model_type`, in which packed documents were found to equal separate ones."""
 
 
 def is_hybrid(config: Any) -> bool:
-    """Whether a transformers config is that of a hybrid with linear-attention layers."""
-    own = type(config).__module__.startswith("transformers.")
-    return own and LINEAR in (getattr(config, "layer_types", None) or ())
+    """Whether a transformers config is that of a family in `HYBRIDS`."""
+    return config.model_type in HYBRIDS
 
 
 def take_packed_documents(model: nn.Module) -> None:

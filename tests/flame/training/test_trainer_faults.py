@@ -347,7 +347,7 @@ def test_only_the_second_ctrl_c_reaches_the_outer_wakeup(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen3_5_text", "data__varlen": True}, "data.varlen .* 'qwen3_5_text'"),
+        ({"model_type": "kimi_linear", "data__varlen": True}, "data.varlen .* 'kimi_linear'"),
         ({"model_type": "gated_deltanet", "attn": {"layers": [1], "num_heads": 2}}, "flash-attn"),
     ],
     ids=["packed transformers", "fla's softmax layers"],
