@@ -59,7 +59,11 @@ class DataConfig:
         "`heldout`) or `validation`",
     )
     tokenizer: str = option("", "tokenizer: a folder or a hub name")
-    add_eos: bool = option(True, "close each document with the tokenizer's end-of-text token")
+    add_eos: bool = option(
+        True,
+        "close each document with the tokenizer's end-of-text token. A special token that a text "
+        "spells is plain text",
+    )
     varlen: bool = option(
         True,
         "keep packed documents apart: `cu_seqlens` for the model, no label across a boundary",

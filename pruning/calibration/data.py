@@ -14,7 +14,7 @@ from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
 from pruning.options import SEQ_LEN, SEQUENCES, DataOptions
 
-NOT_RECORDED = ("heldout", "heldout_split", "repeat", "seed", "tokenizer")
+NOT_RECORDED = ("heldout", "heldout_split", "max_bad_rows", "repeat", "seed", "tokenizer")
 """Fields that do not identify the calibration text, or are recorded elsewhere."""
 
 

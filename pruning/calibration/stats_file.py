@@ -23,6 +23,7 @@ from flame.process.atomic_output import replacing_folder
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
 from flame.storage.safetensors_file import save_tensors
+from flame.storage.shape import check_shape
 from pruning.spaces import Space
 from pruning.statistics import Statistic
 
@@ -153,11 +154,11 @@ def read_meta(path: Path) -> Meta:
             f"{path} has statistics of format {found}, this slimstate reads up to {FORMAT}: "
             "calibrate again, or install a newer slimstate"
         )
-    names = [field.name for field in fields(Meta)]
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise UserError(f"{Path(path) / META_FILE} lacks {missing[0]}: calibrate again")
-    return Meta(**{name: content[name] for name in names})
+    try:
+        check_shape(content, Meta)
+    except ValueError as error:
+        raise UserError(f"{Path(path) / META_FILE}: {error}; calibrate again") from error
+    return Meta(**{field.name: content[field.name] for field in fields(Meta)})
 
 
 def load_statistics(

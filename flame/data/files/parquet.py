@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.data.files.bad_rows import Unreadable
-from flame.data.files.blocks import HUB, file_size, naming, open_file
+from flame.data.files.blocks import HUB, naming, open_file
 from flame.errors import UserError, first_line
 
 ROWS = 64
@@ -111,16 +111,17 @@ def _kept_footer(file: str) -> Path:
     """Return where a file's footer is kept, by its path, size and time of change."""
     import datasets
 
-    # The address of a file on the hub names its revision.
-    changed = 0 if file.startswith(HUB) else _changed(file)
-    key = f"{file} {file_size(file)} {changed}"
-    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
+    digest = hashlib.sha256(_version(file).encode(errors="surrogateescape")).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE) / "slimstate-footers" / f"{digest}.parquet"
 
 
-def _changed(file: str) -> int:
+def _version(file: str) -> str:
+    if file.startswith(HUB):
+        # The address names the revision.
+        return file
     with naming(file):
-        return Path(file).stat().st_mtime_ns
+        found = Path(file).stat()
+    return f"{file} {found.st_size} {found.st_mtime_ns}"
 
 
 def _check_column(file: str, metadata: Any, text_key: str) -> None:

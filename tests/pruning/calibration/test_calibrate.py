@@ -453,6 +453,8 @@ def test_statistics_that_do_not_serve_are_refused(home: Path, tmp_path: Path) ->
         "format": (3, "statistics of format 3, this slimstate reads up to 2"),
         "statistics": (["Other"], "drrqr needs QueryKeyGram"),
         "sequences": (1, "holds 1 of 2 sequences"),
+        "tokens": ("many", "tokens is 'many', not a whole number"),
+        "cursor": ([], "cursor is a list, not a table"),
     }
     for key, (value, message) in changes.items():
         (stats / META_FILE).write_text(json.dumps({**meta, key: value}))
