@@ -113,7 +113,8 @@ def _indexed(rows: Any, config: DataConfig, bad_rows: BadRows) -> IndexedDocumen
     size = min(config.max_documents or len(rows), len(rows))
 
     def take(numbers: list[int]) -> list[str]:
-        return [bad_rows.text(cell) for cell in rows[numbers][bad_rows.text_key]]
+        cells = rows[numbers][bad_rows.text_key]
+        return [bad_rows.text(cell, n) for n, cell in zip(numbers, cells, strict=True)]
 
     if size == 0:
         raise no_documents(bad_rows.name)

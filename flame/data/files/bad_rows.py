@@ -1,7 +1,8 @@
 """Rows that are no document: skipped and counted, up to a limit."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 from flame.errors import UserError
@@ -37,8 +38,14 @@ class BadRows:
     first: str = ""
     """Why the first bad row is none."""
 
-    def text(self, cell: Any) -> str:
+    _seen: set[Hashable] = field(default_factory=set, repr=False)
+
+    def text(self, cell: Any, place: Hashable = None) -> str:
         """Return a cell as a document; an empty one for a missing value or a bad row.
+
+        Args:
+            cell: what the file holds.
+            place: where, so that a row counts once however many epochs read it; None counts it.
 
         Raises:
             UserError: the row is bad, and `limit` rows were before it.
@@ -47,6 +54,9 @@ class BadRows:
         if reason is None:
             self.good += cell is not None
             return cell or ""
+        if place is not None and place in self._seen:
+            return ""
+        self._seen.add(place)
         self.bad += 1
         self.first = self.first or reason
         if self.bad > self.limit:

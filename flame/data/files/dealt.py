@@ -68,10 +68,11 @@ class DealtDocuments:
             UserError: a file cannot be read, or too many of its rows are no text.
         """
         share = self._shares(num_shards)[shard][number]
-        cells = share.block.cells(self.text_key, share.first + start * share.step)
-        stop = None if share.limit is None else share.limit - share.first - start * share.step
-        rows = islice(cells, 0, None if stop is None else max(stop, 0), share.step)
-        yield from map(self.bad_rows.text, rows)
+        first = share.first + start * share.step
+        stop = None if share.limit is None else max(share.limit - first, 0)
+        rows = islice(share.block.cells(self.text_key, first), 0, stop, share.step)
+        for row, cell in enumerate(rows, start):
+            yield self.bad_rows.text(cell, (share.block.place, share.first + row * share.step))
 
     def shard(self, shard: int, num_shards: int, epoch: int, start: int) -> Iterator[str]:
         """Yield the documents of a virtual shard from its `start`-th on, read from the first."""

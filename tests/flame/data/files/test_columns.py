@@ -89,6 +89,15 @@ def test_bad_rows_are_skipped_up_to_the_limit(tmp_path: Path, streaming: bool) -
         texts_of(path, streaming, max_bad_rows=len(BAD_LINES) - 1)
 
 
+def test_a_bad_row_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b'{"text": "a"}', *BAD_LINES]))
+    config = DataConfig(dataset=str(path), streaming=True, max_bad_rows=len(BAD_LINES))
+    documents = build_documents(config, "train")
+    for epoch in range(3):
+        assert list(documents.shard(0, 1, epoch, 0)) == ["a", *[""] * len(BAD_LINES)]
+
+
 def test_a_damaged_row_group_and_a_cut_archive_count_as_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=4, compression="none")
