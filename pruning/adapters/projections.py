@@ -202,11 +202,14 @@ def linear_layers(config: Config) -> list[int]:
 
 
 def check_layers(config: Config) -> None:
-    """Raise UserError if there is nothing to prune.
+    """Raise UserError if there is nothing to prune, or the norms' eps is no number.
 
     fla's models make convolutions without a bias whatever the config's `conv_bias` is; that the
     checkpoint has none is looked at when it is sliced.
     """
     positive_integer(config, "num_hidden_layers")
+    eps = config["norm_eps"]
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise UserError(f"config: norm_eps is {eps!r}, expected a number of 0 or more")
     if not linear_layers(config):
         raise UserError("config: attn names every layer, so there is no linear-attention layer")

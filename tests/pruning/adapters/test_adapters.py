@@ -255,6 +255,17 @@ def test_absent_keys_have_the_stock_defaults(name: str) -> None:
     bare = {"model_type": name}
     assert adapter_for(bare).spaces(bare) == adapter_for(stock).spaces(stock)
     assert adapter_for(bare).state_bytes(bare) == adapter_for(stock).state_bytes(stock)
+    keys = [space for space in adapter_for(bare).spaces(bare) if space.kind == "key"]
+    half = widths(keys, keys[0].head_dim // 2)
+    for config in (bare, stock):
+        found = adapter_for(config).resize(config, half, undo_gain=True)
+        assert found["norm_eps"] == 2 * stock["norm_eps"]
+
+
+@pytest.mark.parametrize("eps", ["1e-6", -1e-6, float("nan"), float("inf"), None, True])
+def test_an_eps_that_is_no_number_is_refused(eps: Any) -> None:
+    with pytest.raises(UserError, match="config: norm_eps is .*, expected a number of 0 or more"):
+        adapter_for(tiny_config("kda", norm_eps=eps))
 
 
 def test_float_knobs_round_trip_for_every_width() -> None:
