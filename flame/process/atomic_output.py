@@ -182,10 +182,13 @@ def _explaining_disk(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number not in _DISK_ERRORS:
             raise
-        file = Path(os.fsdecode(getattr(error, "filename", None) or path))
-        verb = "write" if file.is_relative_to(path.parent) else "read"
-        what = f"{os.strerror(number)}: {_DISK_ERRORS[number]}"
-        raise UserError(f"cannot {verb} {file}: {what}") from error
+        what, file = f"{os.strerror(number)}: {_DISK_ERRORS[number]}", None
+        if number in (errno.EIO, errno.ESTALE):
+            # It may be the disk that is read from.
+            file = getattr(error, "filename", None)
+        if isinstance(file, str) and not Path(file).is_relative_to(path.parent):
+            raise UserError(f"cannot read {file}: {what}") from error
+        raise UserError(f"cannot write {path}: {what}") from error
 
 
 def _error_number(error: Exception) -> int | None:

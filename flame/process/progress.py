@@ -1,7 +1,7 @@
 """Telling a person what a command is doing: phases, and loops that may take longer than seconds.
 
 On a terminal, rank 0 names a phase on stderr when it begins and shows a bar for a loop. Elsewhere,
-in a scheduler's log, it writes a line every half minute for what still goes on then.
+in a scheduler's log, it writes a line on stdout every half minute for what still goes on then.
 """
 
 import os
@@ -72,12 +72,12 @@ def _counted(items: Iterable[T], description: str, total: int | None) -> Iterato
 
 @contextmanager
 def _reported(doing: _Doing) -> Iterator[None]:
-    """Write a line about `doing` on stderr every `LINE_SECONDS` inside the block."""
+    """Write a line about `doing` every `LINE_SECONDS` inside the block, among the log's lines."""
     over = threading.Event()
 
     def report() -> None:
         while not over.wait(LINE_SECONDS):
-            print(doing.line(), file=sys.stderr, flush=True)
+            print(doing.line(), flush=True)
 
     threading.Thread(target=report, daemon=True).start()
     try:

@@ -19,15 +19,15 @@ def test_off_a_terminal_a_line_says_from_time_to_time_what_goes_on(
     monkeypatch.setattr(module, "LINE_SECONDS", 0.05)
     with phase("importing torch"):
         time.sleep(0.12)
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert lines == ["importing torch, 0:00 so far"] * 2
     for item in progress(["a", "b"], "evaluate"):
         time.sleep(0.08 if item == "b" else 0)
-    assert capsys.readouterr().err == "evaluate 1/2, 0:00 so far\n"
+    assert capsys.readouterr().out == "evaluate 1/2, 0:00 so far\n"
     monkeypatch.setenv("RANK", "1")
     for _ in progress(iter("a"), "evaluate"):
         time.sleep(0.12)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_on_a_terminal_phases_are_named_as_they_begin(tmp_path: Path) -> None:
