@@ -167,7 +167,7 @@ def bare_loop(job: Any, batches: list[Any]) -> Callable[[int], None]:
 
     from flame.model import layers, stock_config, sum_replicated_gradients
     from flame.process.distributed import device_type, local_device, world_size
-    from flame.training.train_spec import model_config
+    from flame.run_folder.origin import model_config
 
     device = local_device()
     torch.manual_seed(0)

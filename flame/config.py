@@ -107,6 +107,14 @@ def job_from_tables(*several: Mapping[str, Any]) -> Any:
     return job
 
 
+def writing_nothing(job: Any) -> Any:
+    """Return a copy of `job` without torchtitan's own checkpointer, events and validation."""
+    checkpoint = dataclasses.replace(job.checkpoint, enable=False)
+    metrics = dataclasses.replace(job.metrics, enable_tensorboard=False, enable_wandb=False)
+    validation = dataclasses.replace(job.validation, enable=False)
+    return dataclasses.replace(job, checkpoint=checkpoint, metrics=metrics, validation=validation)
+
+
 def _check_foreign(job: Any, name: str, value: Any) -> None:
     """Raise UserError unless key `name` is torchtitan's and `value` its default in `job`."""
     default: Any = job

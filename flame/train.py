@@ -1,14 +1,15 @@
 """Stage `train`: pretrain a model, continue it or recover it after pruning, as a recipe says."""
 
+import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
 from flame.options import option, overrides
-from flame.process.atomic_output import made_folder, replacing_files, writer_lock
-from flame.process.output_checks import is_marked_or_new, mark_as_made
+from flame.process.atomic_output import writer_lock
 from flame.process.progress import phase
 from flame.recipe import read_tables, recipe_path
 from flame.recipe.keys import fill
@@ -16,8 +17,7 @@ from flame.recipe.sections import Recipe
 from flame.recipe.words import overriding
 from flame.stage import Stage
 
-MERGED = "merged"
-"""The folder in a LoRA run to which its model is written, merged."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,32 +100,50 @@ def run(options: Options) -> None:
 
 
 def train(job: Any) -> None:
-    """Train `job` to its last step, resuming its run folder; merge adapters at the end."""
+    """Train `job` to its last step, resuming its run folder; merge adapters at the end.
+
+    The run folder is written when all is built and loaded, so a job that is refused changes nothing
+    in it.
+    """
     with phase("importing torchtitan and fla"):
         import flame.register  # noqa: F401
         from flame.process import logs
         from flame.process.distributed import process_group
-        from flame.process.peers import on_first
+        from flame.process.environment import environment
         from flame.process.shared_folder import check_shared
+        from flame.run_folder.flight_recorder import flight_recorder
+        from flame.run_folder.origin import steps_done
         from flame.training.start_checks import check_start
 
     logs.configure()
-    with process_group(), _only_writer(Path(job.job.dump_folder)):
+    timeout = timedelta(seconds=job.comm.init_timeout_seconds)
+    with (
+        environment(flight_recorder(job)),
+        process_group(timeout),
+        _only_writer(Path(job.job.dump_folder)),
+    ):
         check_shared(Path(job.job.dump_folder))
         check_start(job)
-        on_first(lambda: prepare_run_folder(job))
-        _train(job)
+        if steps_done(job) == job.training.steps:
+            said = (job.job.dump_folder, job.training.steps)
+            log.info("%s is finished: it has all %d steps; more training.steps train on", *said)
+        else:
+            _train(job)
     # Nobody waits for rank 0 here: merging a large model outlasts the timeout of a training step.
     if job.lora.rank > 0 and job.lora.merge and int(os.environ.get("RANK", "0")) == 0:
         merge(Path(job.job.dump_folder))
 
 
 def _train(job: Any) -> None:
+    from flame.process.peers import on_first
+    from flame.run_folder.prepare import prepare_run_folder
     from flame.training.trainer import Trainer
 
     with phase("building the model and its optimizer"):
         trainer = Trainer(job)
     try:
+        trainer.load()
+        on_first(lambda: prepare_run_folder(job, trainer.dataloader.documents))
         trainer.train()
     finally:
         trainer.close()
@@ -134,56 +152,9 @@ def _train(job: Any) -> None:
 def merge(run_folder: Path) -> None:
     """Write the merged model of a LoRA run as a run folder `merged/` in it."""
     from flame.checkpoint.convert import convert
+    from flame.run_folder.prepare import MERGED
 
     convert(str(run_folder), run_folder / MERGED, "dcp", overwrite=True, inside_source=True)
-
-
-def prepare_run_folder(job: Any) -> None:
-    """Write the config, tokenizer and recipe of a run, and references to its base and teacher.
-
-    Runs on rank 0. The base is recorded for a LoRA run, the teacher if the run distils. All files
-    are written before the first one is replaced, so an error while they are written leaves the
-    folder as it was and removes a new one. They are then renamed one by one, the recipe first and
-    the tokenizer's config last: a kill or error in between leaves new files beside old ones.
-    """
-    from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, TOKENIZER_CONFIG
-    from flame.recipe import recipe_text
-    from flame.recovery.recorded_models import record_base, record_teacher
-    from flame.storage.json_file import write_object
-    from flame.training.run_companions import copy_run_companions
-    from flame.training.train_spec import model_config, tokenizer_of
-
-    folder = Path(job.job.dump_folder)
-    ours = is_marked_or_new(folder)
-    config, tokenizer = model_config(job), tokenizer_of(job)
-    # The recipe marks a folder as a run that may be gone on with; the other says that all is there.
-    ends = {"first": RECIPE_FILE, "last": TOKENIZER_CONFIG}
-    made = [job.checkpoint.folder, job.metrics.save_tb_folder, MERGED]
-    with made_folder(folder):
-        if ours:
-            mark_as_made(folder, made)
-        with replacing_files(folder, **ends) as new:
-            write_object(new / CONFIG_FILE, config, sort_keys=True)
-            tokenizer.save_pretrained(new)
-            copy_run_companions(job, new)
-            (new / RECIPE_FILE).write_text(recipe_text(_lasting(job)))
-            if job.lora.rank > 0:
-                record_base(job, new, config)
-            if job.distill.teacher:
-                record_teacher(job.distill.teacher, folder, new)
-            if ours:
-                mark_as_made(folder, [*made, *os.listdir(new)])
-
-
-def _lasting(job: Any) -> Any:
-    """Return `job` as it will be gone on with.
-
-    The step to go on from, which holds for one start, is left out; the adapters' scale is the one
-    that is used, which may be that of `lora.init`.
-    """
-    from flame.recovery.adapter_scaling import used
-
-    return replace(job, checkpoint=replace(job.checkpoint, load_step=-1), lora=used(job.lora))
 
 
 def _only_writer(folder: Path) -> Any:

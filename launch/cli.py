@@ -33,6 +33,7 @@ class Command:
 COMMANDS = {
     "tokenizer": Command("flame.tokenizer", "train a byte-level BPE tokenizer on text"),
     "train": Command("flame.train", "pretrain, continue or recover a model, as a recipe says"),
+    "recipes": Command("launch.shipped", "list, show and copy the recipes that come with it"),
     "calibrate": Command("pruning.calibrate", "sum a model's statistics over training data"),
     "plan": Command("pruning.plan", "choose the channels to keep"),
     "apply": Command("pruning.apply", "apply a plan to a checkpoint"),

@@ -41,6 +41,7 @@ STAGES = {
         "sweep",
         "report",
         "demo",
+        "shipped",
     },
 }
 """Modules at the top of each package that are started by name; its folders are rooms."""

@@ -191,17 +191,18 @@ def copy_plan(folder: Path, into: Path) -> list[str]:
 def copy_recipe(reference: ModelReference, folder: Path, dst: Path) -> None:
     """Copy a run's recipe, if it has one, into `folder`, as the recipe of a run in `dst`.
 
-    The copy's dump folder is `dst`; it asks for no adapters and for no model to start from.
+    The copy names `dst` and what is in it; it asks for no adapters and for no model to start from.
     """
     if reference.recipe is None:
         return
     from flame.config import job_from_tables
     from flame.recipe import read_tables, recipe_text
+    from flame.recipe.paths import in_run_folder
 
     job = job_from_tables(read_tables(reference.recipe))
-    job.job.dump_folder = str(dst)
     job.lora = type(job.lora)()
     job.model.init = ""
+    job = in_run_folder(job, dst, own_tokenizer=reference.tokenizer is not None)
     (folder / RECIPE_FILE).write_text(recipe_text(job))
 
 

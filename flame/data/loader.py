@@ -30,6 +30,7 @@ from flame.data.loader_state import (
 from flame.data.mixing import part_of, parts_of
 from flame.data.mqar_tokens import answers_of
 from flame.data.packing import Batch, Cursor, Packer, Row, plain_batch, shard_packer, varlen_batch
+from flame.data.position import check_position
 from flame.data.tokenizer import Encoder
 
 PREFETCH = 4
@@ -117,6 +118,8 @@ class PackedLoader:
             UserError: the state is of other data, another order or another format.
         """
         check_state(state, self._identity())
+        sizes = [part.size for part in parts_of(self.documents)]
+        check_position(state, sizes, self.config.virtual_shards)
         self.close()
         first = state["next_sequence"]
         self._sequence = first + (self.rank - first) % self.world_size

@@ -49,7 +49,10 @@ class Training:
         -1, "sequences in a step, on all processes together; must be set", least=-1, most=2**20
     )
     local_batch_size: int = option(
-        8, "sequences that a process takes at a time", least=1, most=2**20
+        8,
+        "most sequences that a process takes at a time; fewer if they do not divide its share",
+        least=1,
+        most=2**20,
     )
     max_norm: float = option(1.0, "norm that gradients are clipped to", above=0)
     max_nonfinite_steps: int = option(

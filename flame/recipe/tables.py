@@ -6,11 +6,14 @@ from typing import Any
 from flame.data.config import DataConfig
 from flame.errors import UserError
 from flame.recipe.keys import fill_section, unknown_key
+from flame.recipe.paths import beside
 from flame.storage.toml_file import read_toml
 
 
 def read_tables(path: Path | None) -> dict[str, Any]:
     """Return the tables of a recipe file; none if `path` is None, for a model without a recipe.
+
+    Inputs that lie beside the recipe are named by their full paths (`flame.recipe.paths`).
 
     Raises:
         UserError: the file cannot be read, is not TOML, or holds a key outside any section.
@@ -19,7 +22,7 @@ def read_tables(path: Path | None) -> dict[str, Any]:
     for name, value in tables.items():
         if not isinstance(value, dict):
             raise UserError(f"recipe key {name} is not a section: write [{name}]")
-    return tables
+    return tables if path is None else beside(tables, path.parent)
 
 
 def data_config(tables: dict[str, Any]) -> DataConfig:

@@ -41,11 +41,21 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
 
 def _check_form(name: str, value: Any, saved: Any) -> None:
-    """Raise `UserError` if a stored tensor is to be loaded into a value of another form."""
-    if not isinstance(saved, TensorStorageMetadata):
+    """Raise `UserError` if an entry is to be loaded into a value of another form."""
+    stored, wanted = (
+        isinstance(one, kind)
+        for one, kind in ((saved, TensorStorageMetadata), (value, torch.Tensor))
+    )
+    if stored != wanted:
+        forms = {True: "a tensor", False: "another value"}
+        raise UserError(
+            f"the checkpoint's {name} is {forms[stored]}, this run expects {forms[wanted]}"
+        )
+    if not stored:
         return
-    if not isinstance(value, torch.Tensor):
-        raise UserError(f"the checkpoint's {name} is a tensor, this run expects another value")
     if value.shape != saved.size:
         shapes = f"has shape {tuple(saved.size)}, this run expects {tuple(value.shape)}"
         raise UserError(f"the checkpoint's {name} {shapes}: it is of another model")
+    dtype = saved.properties.dtype
+    if dtype.is_floating_point != value.dtype.is_floating_point:
+        raise UserError(f"the checkpoint's {name} is of {dtype}, this run expects {value.dtype}")

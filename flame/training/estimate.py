@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flame.model import count_parameters, full_precision_parameters, layers, meta_model
 from flame.training.losses import LOGITS_AT_A_TIME
+from flame.training.micro_batch import with_micro_batch
 
 FLOAT = 4
 """Bytes of an fp32 number, the dtype of weights, gradients and moments."""
@@ -43,6 +44,7 @@ def estimate(job: Any, world_size: int) -> list[Part]:
     import flame.register  # noqa: F401
     from flame.training.train_spec import CausalLMArgs, build_model
 
+    job = with_micro_batch(job, world_size)
     arguments = CausalLMArgs()
     arguments.update_from_config(job)
     model = build_model(arguments)
@@ -62,7 +64,8 @@ def estimate(job: Any, world_size: int) -> list[Part]:
 
 def estimate_table(job: Any, nproc: int, nnodes: int) -> str:
     """Return the estimate for `nnodes` × `nproc` GPUs as text, with its mesh and batch named."""
-    world_size, training = nproc * nnodes, job.training
+    world_size = nproc * nnodes
+    training = with_micro_batch(job, world_size).training
     replicas = job.parallelism.data_parallel_replicate_degree
     parts = estimate(job, world_size)
     total = sum(part.bytes for part in parts)

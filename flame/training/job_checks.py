@@ -12,8 +12,11 @@ from flame.errors import UserError
 from flame.process.distributed import device_type
 from flame.process.output_checks import check_place
 from flame.recipe.keys import check_values
+from flame.run_folder.bound import check_bound, check_steps
+from flame.run_folder.origin import model_config, steps_done, tokenizer_of
+from flame.run_folder.start_model import start_model
+from flame.training import validation
 from flame.training.schedule import check_schedule
-from flame.training.start_model import start_model
 
 BYTES_PER_PARAMETER = 12
 """An fp32 weight and two fp32 moments in a checkpoint."""
@@ -38,6 +41,7 @@ def check_job(job: Any, world_size: int) -> None:
     check_numbers(job)
     check_size(job, world_size)
     _check_folder(job)
+    check_steps(job)
     _check_model_and_data(job, world_size)
 
 
@@ -67,8 +71,6 @@ def check_numbers(job: Any) -> None:
             f"lora.rank is {job.lora.rank}: adapters need a base, give --init MODEL (0 for none)"
         )
     check_schedule(job.lr_scheduler, job.training.steps)
-    if job.validation.enable:
-        raise UserError("validation.enable must be false: measure a run by `slimstate eval`")
     if job.validation.steps == 0:
         raise UserError("validation.steps is 0: give a number of batches, or -1 for all text")
     every = job.activation_checkpoint.selective_ac_option
@@ -102,12 +104,12 @@ def _check_tools(job: Any) -> None:
 def _check_batch(job: Any, world_size: int) -> None:
     from flame.data.loader_checks import check_order
 
-    batch, local = job.training.global_batch_size, job.training.local_batch_size
+    batch = job.training.global_batch_size
     if batch < 1:
         raise UserError(
             "training.global_batch_size must be set: the batch must not depend on the processes"
         )
-    check_order(job.data.virtual_shards, world_size, batch, local)
+    check_order(job.data.virtual_shards, world_size, batch)
 
 
 def _check_folder(job: Any) -> None:
@@ -115,7 +117,9 @@ def _check_folder(job: Any) -> None:
     checkpoints = folder / job.checkpoint.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"job.dump_folder {folder} is a file: choose a folder")
-    start = start_model(job) if job.model.init else None
+    # A run that goes on needs its start no more, unless that is the base of adapters.
+    needed = job.lora.rank > 0 or steps_done(job) is None
+    start = start_model(job) if job.model.init and needed else None
     if start is not None and start.unverified and job.lora.rank > 0:
         raise UserError(
             f"adapters name their base, and {start.weights} needs files that lie elsewhere: "
@@ -157,7 +161,6 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     from flame.model import count_parameters, meta_model
     from flame.models.gpu_limits import check_backward, check_dtype
     from flame.recovery.recovery_checks import check_recovery
-    from flame.training.train_spec import model_config, tokenizer_of
 
     config = model_config(job)
     check_dtype(config, job.training.mixed_precision_param, "training.mixed_precision_param")
@@ -174,6 +177,9 @@ def _check_model_and_data(job: Any, world_size: int) -> None:
     checkpoints = Path(job.job.dump_folder).absolute() / job.checkpoint.folder
     check_space(checkpoints, BYTES_PER_PARAMETER * count_parameters(model.parameters()))
     documents = build_documents(job.data, job.data.split)
+    check_bound(job, documents)
+    if job.validation.enable:
+        validation.rows(job, tokenizer)
     check_enough(
         documents, tokenizer, job.data, job.training.seq_len, job.training.global_batch_size
     )

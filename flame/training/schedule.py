@@ -16,6 +16,7 @@ cut to N. The factor never quite reaches m: step N would, but N − 1 is the las
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
+from collections.abc import Mapping
 from typing import Any
 
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
@@ -33,10 +34,14 @@ class Schedules(LRSchedulersContainer):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step; call `apply` before the next one."""
+        """Restore the step; call `apply` before the next one.
+
+        Raises:
+            UserError: the step is no count.
+        """
+        step = counted(state_dict, "last_epoch")
         for scheduler in self.schedulers:
-            scheduler.last_epoch = state_dict["last_epoch"]
-            scheduler._step_count = state_dict["last_epoch"] + 1
+            scheduler.last_epoch, scheduler._step_count = step, step + 1
 
     def apply(self) -> None:
         """Set the optimizers to the rate of the next step."""
@@ -48,6 +53,14 @@ class Schedules(LRSchedulersContainer):
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates
+
+
+def counted(state: Mapping[str, Any], name: str) -> int:
+    """Return the count `name` of a loaded state; raise UserError if it is none."""
+    value = state.get(name)
+    if type(value) is not int or value < 0:
+        raise UserError(f"the checkpoint's {name} is {value!r}, not a count: use another step")
+    return value
 
 
 def build_schedules(optimizers: Any, config: Any, training_steps: int) -> Schedules:

@@ -24,7 +24,7 @@ from flame.errors import UserError
 from flame.model import meta_model
 from flame.process.distributed import rank, world_size
 from flame.process.peers import Peers
-from flame.training.start_model import start_model
+from flame.run_folder.start_model import start_model
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,10 @@ import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +17,12 @@ from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
 from flame.checkpoint.load import load_weights
-from flame.checkpoint.reference import (
-    CONFIG_FILE,
-    RECIPE_FILE,
-    TOKENIZER_CONFIG,
-    read_config,
-    resolve,
-)
-from flame.data.hub import hub_problem
+from flame.checkpoint.reference import resolve
 from flame.data.loader import PackedLoader
-from flame.data.mqar import is_mqar
-from flame.data.mqar_tokens import mqar_tokenizer
 from flame.data.sources import build_documents
-from flame.data.tokenizer import load_tokenizer
-from flame.errors import UserError, first_line
 from flame.model import (
     count_parameters,
     initialise,
@@ -44,9 +35,10 @@ from flame.model import (
 from flame.process.distributed import compute_dtype, device_type, gather_objects
 from flame.recovery.lora import initialise_adapters, inject, load_adapters
 from flame.recovery.trainable import freeze_others
+from flame.run_folder.origin import model_config, steps_done, tokenizer_of
+from flame.run_folder.start_model import start_model
 from flame.training.optimizer import build_optimizers
 from flame.training.schedule import build_schedules
-from flame.training.start_model import start_model
 
 NAME = "causal_lm"
 
@@ -73,42 +65,6 @@ class CausalLMArgs(BaseModelArgs):
         return total, 6 * (total if tied else total - embedding)
 
 
-def model_config(job: Any) -> dict[str, Any]:
-    """Return the `config.json` to train: the run folder's, `model.init`'s or `model.config`.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    own = Path(job.job.dump_folder) / CONFIG_FILE
-    if own.is_file():
-        return read_config(own)
-    if job.model.init:
-        return start_model(job).config
-    if not job.model.config:
-        raise UserError("no model: give model.config (a config.json) or --init MODEL")
-    path = Path(job.model.config)
-    if path.is_file():
-        return read_config(path)
-    if path.is_dir():
-        return read_config(path / CONFIG_FILE)
-    return hub_config(job.model.config)
-
-
-def hub_config(name: str) -> dict[str, Any]:
-    """Return the `config.json` of hub model `name`; UserError if neither cache nor hub has it."""
-    from huggingface_hub import hf_hub_download
-
-    problem = hub_problem()
-    try:
-        path = hf_hub_download(name, CONFIG_FILE, local_files_only=problem is not None)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.config {name!r} is neither a file nor a folder, and not to be had from the hub "
-            f"({problem or first_line(error)}): give a local config.json"
-        ) from error
-    return read_config(Path(path))
-
-
 def build_model(args: CausalLMArgs) -> nn.Module:
     """Build the model on the meta device, with adapters; its `init_weights` fills it later."""
     model = meta_model(args.config)
@@ -122,11 +78,14 @@ def build_model(args: CausalLMArgs) -> nn.Module:
 
 
 def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None) -> None:
-    """Fill a sharded, materialised model from `model.init`, or randomly by `debug.seed`."""
+    """Fill a sharded, materialised model from `model.init`, or randomly by `debug.seed`.
+
+    A run that goes on reads its own step later, and only the base of adapters from `model.init`.
+    """
     job = args.job
     seed = job.debug.seed if job.debug.seed is not None else 0
     restore_after_to_empty(model)
-    if job.model.init:
+    if job.model.init and (job.lora.rank > 0 or steps_done(job) is None):
         load_weights(model, start_model(job).source())
     else:
         initialise(model, args.config, seed)
@@ -186,6 +145,22 @@ def compile_layers(model: nn.Module, backend: str) -> None:
         layer.compile(backend=backend)
 
 
+@contextmanager
+def profilers(job: Any, step: int) -> Iterator[list[Any]]:
+    """Run torchtitan's profilers in the block; yield those that are on, to be told of each step.
+
+    Args:
+        job: sections `[job]` and `[profiling]` say where to and what.
+        step: the step that the job goes on from.
+    """
+    options: dict[str, Any] = {"global_step": step, "base_folder": job.job.dump_folder}
+    with (
+        maybe_enable_profiling(job.profiling, **options) as durations,
+        maybe_enable_memory_snapshot(job.profiling, **options) as memory,
+    ):
+        yield [profiler for profiler in (durations, memory) if profiler]
+
+
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> PackedLoader:
     data, training = job_config.data, job_config.training
     return PackedLoader(
@@ -198,32 +173,6 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: A
         world_size=dp_world_size,
         agree=bool if data.repeat else lambda ready: all(gather_objects(ready)),
     )
-
-
-def tokenizer_of(job: Any) -> Any:
-    """Load the first tokenizer of: the run folder's, `data.tokenizer`, `model.init`'s, MQAR's.
-
-    Raises:
-        UserError: there is none.
-    """
-    own = Path(job.job.dump_folder)
-    if _has_tokenizer(own):
-        return load_tokenizer(str(own))
-    if job.data.tokenizer:
-        return load_tokenizer(job.data.tokenizer)
-    if job.model.init:
-        folder = start_model(job).tokenizer
-        if folder is not None:
-            return load_tokenizer(str(folder))
-    if is_mqar(job.data.dataset):
-        return mqar_tokenizer(job.data.dataset)
-    raise UserError("no tokenizer: give data.tokenizer (a folder or a hub name)")
-
-
-def _has_tokenizer(run: Path) -> bool:
-    """Whether a run folder has a whole tokenizer, and not part of one from a killed start."""
-    started, complete = (run / RECIPE_FILE).is_file(), (run / TOKENIZER_CONFIG).is_file()
-    return complete or ((run / "tokenizer.json").is_file() and not started)
 
 
 SPEC = TrainSpec(

@@ -3,13 +3,10 @@
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
-import copy
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 from flame.checkpoint.manager import CheckpointManager
+from flame.config import writing_nothing
 from flame.errors import UserError
 from flame.process.collective_timeout import naming_hung_ranks
 from flame.process.distributed import summed, world_size
@@ -30,11 +28,14 @@ from flame.process.stop_signals import StopSignals
 from flame.recovery.lora import trained_tensors
 from flame.recovery.reached import check_reached, trained_entries
 from flame.training.batches import DataError, take_batches
+from flame.training.micro_batch import with_micro_batch
 from flame.training.nonfinite_steps import NonfiniteSteps
 from flame.training.objective import build_objective
 from flame.training.optimizer import clip_gradients
+from flame.training.schedule import counted
 from flame.training.seeds import seed_step
-from flame.training.train_spec import register, training_dtype
+from flame.training.train_spec import profilers, register, training_dtype
+from flame.training.validation import Validation
 
 LOSS_PARTS = ("cross_entropy", "kl", "hidden")
 """Parts of the loss, which TensorBoard shows as `loss/…`."""
@@ -51,12 +52,15 @@ class Trainer(TitanTrainer):
     the loop after the current step.
     """
 
+    ntokens_seen: int
+
     def __init__(self, job: Any) -> None:
         register()
-        super().__init__(without_checkpoints(job))
+        super().__init__(with_micro_batch(writing_nothing(job), world_size()))
         self.job_config = job
         model = self.model_parts[0]
         self.objective = build_objective(job, model, training_dtype(job))
+        self.validation = Validation(job, model, self.tokenizer, self._to_device)
         self.stop_asked, self.first_step = False, 1
         self.signals = StopSignals()
         checkpoints = Path(job.job.dump_folder) / job.checkpoint.folder
@@ -92,7 +96,7 @@ class Trainer(TitanTrainer):
 
     def train_step(self, data_iterator: Any) -> None:
         """Train on `global_batch_size` sequences; update only if losses and norm are finite."""
-        training = self.job_config.training
+        training, seen = self.job_config.training, int(self.ntokens_seen)
         self.optimizers.zero_grad()
         seed_step(self.job_config.debug.seed or 0, self.step)
         batches, local_tokens, all_tokens = take_batches(
@@ -110,10 +114,20 @@ class Trainer(TitanTrainer):
             self.optimizers.step()
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         self.lr_schedulers.step()
-        self.ntokens_seen = training.global_batch_size * training.seq_len * self.step
+        # torchtitan counts the tokens of this rank alone.
+        self.ntokens_seen = seen + training.global_batch_size * training.seq_len
         self.nonfinite.count(self.step, finite)
         if finite and self.metrics_processor.should_log(self.step):
             self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
+
+    def load(self) -> None:
+        """Load the step that the job goes on from, if any; write nothing. Collective.
+
+        Raises:
+            UserError: the step is damaged, or holds something else than this job saves.
+        """
+        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+        self.lr_schedulers.apply()
 
     def train(self) -> None:
         """Train to `training.steps`, the data's end or a signal; save the last step. Collective.
@@ -121,13 +135,13 @@ class Trainer(TitanTrainer):
         Raises:
             SystemExit: a signal ended training; the status is 128 + its number, as in a shell.
         """
-        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
-        self.lr_schedulers.apply()
+        events = MetricsProcessor(self.job_config, self.parallel_dims)
+        self.metrics_processor.logger = events.logger
         log.info("training starts at step %d", self.step + 1)
         # Building and loading must not count as time of the first step.
         self.metrics_processor.time_last_log = time.perf_counter()
-        with StopSignals() as signals, self._profilers() as profilers:
-            self._steps(signals, profilers)
+        with StopSignals() as signals, profilers(self.job_config, self.step) as running:
+            self._steps(signals, running)
         if self.stop_asked:
             log.info("stopped after step %d, which is saved: the same command goes on", self.step)
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
@@ -136,15 +150,16 @@ class Trainer(TitanTrainer):
         return {**super().state_dict(), "skipped_steps": self.nonfinite.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.nonfinite.total = state_dict["skipped_steps"]
+        self.step = counted(state_dict, "step")
+        self.ntokens_seen = counted(state_dict, "ntokens_seen")
+        self.nonfinite.total = counted(state_dict, "skipped_steps")
 
     def close(self) -> None:
         if self.dataloader is not None:
             self.dataloader.close()
         super().close()
 
-    def _steps(self, signals: StopSignals, profilers: list[Any]) -> None:
+    def _steps(self, signals: StopSignals, running: list[Any]) -> None:
         self.signals, batches = signals, self.batch_generator(self.dataloader)
         first, last = self.step + 1, self.job_config.training.steps
         self.first_step = first
@@ -163,7 +178,9 @@ class Trainer(TitanTrainer):
             # Weights after which steps are not finite may be the cause: do not save them.
             if not self.nonfinite.in_a_row:
                 self._save()
-            for profiler in profilers:
+                with naming_hung_ranks(self.step):
+                    self.validation.log_if_due(self.step, self.metrics_processor)
+            for profiler in running:
                 profiler.step()
             if self.step == first:
                 self._shorten_timeouts()
@@ -181,16 +198,6 @@ class Trainer(TitanTrainer):
         """Set `comm.train_timeout_seconds`: after the first step nothing is compiled any more."""
         seconds = self.job_config.comm.train_timeout_seconds
         dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
-
-    @contextmanager
-    def _profilers(self) -> Iterator[list[Any]]:
-        settings, folder = self.job_config.profiling, self.job_config.job.dump_folder
-        options: dict[str, Any] = {"global_step": self.step, "base_folder": folder}
-        with (
-            maybe_enable_profiling(settings, **options) as durations,
-            maybe_enable_memory_snapshot(settings, **options) as memory,
-        ):
-            yield [profiler for profiler in (durations, memory) if profiler]
 
     def _micro_step(self, inputs: dict[str, Any], labels: Tensor, tokens: float) -> Tensor:
         return self.forward_backward_step(
@@ -235,11 +242,3 @@ class Trainer(TitanTrainer):
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def without_checkpoints(job: Any) -> Any:
-    """Return a copy of `job` that switches torchtitan's own checkpointer off."""
-    job = copy.copy(job)
-    job.checkpoint = copy.copy(job.checkpoint)
-    job.checkpoint.enable = False
-    return job

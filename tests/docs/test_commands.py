@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from flame.options import entries
+from flame.recipe.keys import all_keys
+from launch import recipe_page
 from launch.cli import COMMANDS
 from launch.commands_page import page
 
@@ -22,3 +24,10 @@ def test_every_option_of_every_command_is_on_the_page() -> None:
         for entry in entries(import_module(command.module).STAGE.options):
             assert f"| `{entry.flag}" in sections[name]
             assert entry.declared.help.replace("|", "\\|") in sections[name]
+
+
+def test_the_page_of_recipe_keys_is_up_to_date() -> None:
+    written = (PAGE.parent / "recipe.md").read_text()
+    assert written == recipe_page.page(), "python -m launch.recipe_page > docs/recipe.md"
+    for name in all_keys():
+        assert written.count(f"| `{name.partition('.')[2]}` |") >= 1

@@ -53,7 +53,7 @@ def test_an_output_killed_while_it_is_replaced(
 
 def prepare(inputs: Path, run: Path) -> None:
     """Write what a run folder has before its training."""
-    from flame.train import prepare_run_folder
+    from flame.run_folder.prepare import prepare_run_folder
     from tests.flame.jobs import make_job
 
     prepare_run_folder(make_job(inputs / "assets", run, **RECIPE))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flame.errors import UserError
 from tests.distributed import run_distributed
 from tests.flame.jobs import scalars_of, tensors_of, write_assets
 from tests.flame.tiny import build, stored_tensors, write_hf_folder
@@ -67,6 +68,27 @@ def test_recipes_fit_eight_processes(
         (teacher / "model.safetensors").write_bytes(b"")
     check_recovery(job, model, config)
     assert job.training.mixed_precision_param == "bfloat16"
+
+
+@pytest.mark.parametrize("processes", [1, 8, 16, 64])
+@pytest.mark.parametrize("path", SIZED, ids=name_of)
+def test_recipes_fit_two_nodes_and_more(path: Path, processes: int) -> None:
+    """On more processes than sequences a step, the recipe's own way out is needed, and works."""
+    import flame.training.job_checks as checks
+    from flame.config import parse_job
+    from flame.training.micro_batch import micro_batch
+
+    words, way_out = ["--job.config_file", str(path)], ["--training.global_batch_size", "64"]
+    if path in RECOVERY and processes == 64:
+        with pytest.raises(UserError, match="global batch of 16 .*64 processes"):
+            checks.check_size(parse_job(words), processes)
+        assert "--training.global_batch_size 64" in path.read_text()
+        words += way_out
+    job = parse_job(words)
+    checks.check_size(job, processes)
+    size = micro_batch(job, processes)
+    assert job.training.global_batch_size % (processes * size) == 0
+    assert size == job.training.local_batch_size or processes == 64
 
 
 @pytest.mark.parametrize("path", RECOVERY, ids=name_of)

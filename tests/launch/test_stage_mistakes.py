@@ -23,6 +23,7 @@ HALF = ("--method", "l1", "--ratio", "0.5")
 MISSING: dict[str, tuple[str, ...]] = {
     "tokenizer": ("out", "--data", "./nowhere"),
     "train": ("--config", "nowhere.toml"),
+    "recipes": ("--show", "nowhere"),
     "calibrate": ("./nowhere", "out"),
     "plan": ("./nowhere", "out", *HALF),
     "apply": ("./nowhere", "plan.json", "out"),
@@ -42,6 +43,7 @@ MISSING: dict[str, tuple[str, ...]] = {
 WRONG_TYPE: dict[str, tuple[str, ...]] = {
     "tokenizer": ("--size", "many"),
     "train": ("--config", RECIPE, "--training.steps", "many"),
+    "recipes": ("--copy", "many"),
     "calibrate": ("--sequences", "many"),
     "plan": ("--seed", "many"),
     "apply": ("--to", "many"),
@@ -64,7 +66,7 @@ CASES = [(name, kind) for name in cli.COMMANDS for kind in KINDS]
 FAST = {("plan", "unknown option"), ("eval", "wrong type"), ("prune", "missing file")}
 """Starts of torchrun that the fast part of the suite makes."""
 
-ALONE = ("tokenizer", "bench", "capacity", "report")
+ALONE = ("tokenizer", "recipes", "bench", "capacity", "report")
 """Stages of one process."""
 
 

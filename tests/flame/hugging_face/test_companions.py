@@ -55,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _start(home: Path, run: Path, **options: str) -> Path:
     """What training from the model writes into its run folder before the first step, and a step."""
-    from flame.train import prepare_run_folder
+    from flame.run_folder.prepare import prepare_run_folder
 
     job = make_job(home, run, model__config="", model__init=str(home / "model"), **options)
     prepare_run_folder(job)

@@ -220,7 +220,7 @@ def test_a_run_remembers_its_teacher(teacher: Path, two_ranks: Path, tmp_path: P
 def test_a_refused_start_leaves_the_run_as_it_was(
     assets: Path, teacher: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
-    from flame.train import prepare_run_folder
+    from flame.run_folder.prepare import prepare_run_folder
     from flame.training.job_checks import check_job
 
     run = tmp_path / "run"
@@ -246,7 +246,7 @@ SMALL = TINY | {"vocab_size": 280}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0: it takes a number above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"weight": float("inf")}, "weight is inf"),

@@ -113,5 +113,8 @@ def test_a_job_with_nonsense_is_refused_before_it_starts(assets: Path, tmp_path:
         check_job(make_job(assets, tmp_path / "run", lr_scheduler__decay_ratio=2.0), 1)
     with pytest.raises(UserError, match="max_nonfinite_steps is 0"):
         check_job(make_job(assets, tmp_path / "run", training__max_nonfinite_steps=0), 1)
-    with pytest.raises(UserError, match="slimstate eval"):
-        check_job(make_job(assets, tmp_path / "run", validation__enable=True), 1)
+    with pytest.raises(UserError, match="validation.steps is 0"):
+        check_job(make_job(assets, tmp_path / "run", validation__steps=0), 1)
+    with pytest.raises(UserError, match="nowhere.jsonl does not exist"):
+        options = {"validation__enable": True, "data__heldout": "nowhere.jsonl"}
+        check_job(make_job(assets, tmp_path / "run", **options), 1)

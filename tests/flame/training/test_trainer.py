@@ -303,7 +303,7 @@ def test_lora_resumes_bit_for_bit(
     [
         ({"parallelism__tensor_parallel_degree": 2}, 2, "tensor_parallel_degree"),
         ({"training__global_batch_size": -1}, 1, "global_batch_size must be set"),
-        ({"training__global_batch_size": 6}, 2, "no multiple"),
+        ({"training__global_batch_size": 7}, 2, "global batch of 7"),
         ({"data__virtual_shards": 3}, 2, "virtual shards"),
         ({"optimizer__lr": float("nan")}, 1, "optimizer.lr"),
         ({"lora__rank": 4}, 1, "--init"),

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import RECIPE_FILE, TOKENIZER_CONFIG
+from flame.checkpoint.reference import TOKENIZER_CONFIG
 from flame.hugging_face.companions import copy_companions, copy_tokenizer
-from flame.training.start_model import start_model
+from flame.run_folder.origin import steps_done
+from flame.run_folder.start_model import start_model
 
 
 def copy_run_companions(job: Any, into: Path) -> None:
@@ -19,7 +20,7 @@ def copy_run_companions(job: Any, into: Path) -> None:
         into: a folder in which the tokenizer was saved.
     """
     run, given = Path(job.job.dump_folder), Path(job.data.tokenizer).expanduser()
-    goes_on = (run / RECIPE_FILE).is_file() and (run / TOKENIZER_CONFIG).is_file()
+    goes_on = steps_done(job) is not None and (run / TOKENIZER_CONFIG).is_file()
     start = start_model(job) if job.model.init and not goes_on else None
     if goes_on:
         copy_tokenizer(run, into)
