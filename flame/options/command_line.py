@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from flame.errors import UserError
@@ -41,6 +42,7 @@ def parse(of: type[T], program: str, argv: Sequence[str], others: Sequence[str] 
     found, unknown = parse_known(of, program, argv)
     if unknown:
         hint = ": lists are written with commas, as A,B" if _has_lists(of) else ""
+        hint = _file_hint(of, unknown[0]) or hint
         _Parser(program).error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return found
 
@@ -58,6 +60,13 @@ def parse_known(of: type[T], program: str, argv: Sequence[str]) -> tuple[T, list
             raise
         values, unknown = _parser(of, program).parse_known_args(ordered)
     return _built(of, vars(values), overridden), unknown
+
+
+def _file_hint(of: type, word: str) -> str:
+    """Return a hint at the option that takes a file such as `word`; empty for none."""
+    suffix = Path(word).suffix
+    takes = [entry.flag for entry in entries(of) if Path(entry.metavar).suffix == suffix]
+    return f": did you mean {takes[0]} {word}?" if suffix and takes else ""
 
 
 def _has_lists(of: type) -> bool:

@@ -108,6 +108,13 @@ def test_words_that_are_no_values(words: list[str], message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_recipe_without_its_option_is_understood() -> None:
+    from flame.train import STAGE
+
+    with pytest.raises(UserError, match="did you mean --config mine.toml?"):
+        STAGE.parse(["mine.toml", "--training.steps", "5"])
+
+
 # torchtitan's keys -----------------------------------------------------------------------------
 
 
