@@ -93,10 +93,12 @@ def check_bound(job: Any, documents: Documents) -> None:
         job: a `flame.config.JobConfig`; one that starts a new run passes.
         documents: the text that it names.
     """
-    if steps_done(job) is None:
+    done, folder = steps_done(job), Path(job.job.dump_folder)
+    if done is None:
         return
-    folder = Path(job.job.dump_folder)
-    _check_keys(job, folder)
+    # Step 0 holds a model alone, whose data and adapters begin anew.
+    if done > 0:
+        _check_keys(job, folder)
     _check_config(job, folder)
     _check_init(job, folder)
     _check_tokenizer(job, folder)

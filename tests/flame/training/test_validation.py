@@ -40,18 +40,23 @@ def test_it_is_measured_at_the_first_the_last_and_every_nth_step(validated: Path
     assert scalars_of(validated, "validation_metrics/bits_per_byte").keys() == losses.keys()
 
 
-def test_it_is_what_eval_measures(assets: Path, validated: Path) -> None:
+def evaluated(assets: Path, run: Path) -> tuple[float, float]:
+    """The loss and bits per byte that `eval` measures on the rows of the validation."""
     from launch.evaluation.heldout_text import HeldoutOptions
     from launch.evaluation.perplexity import evaluate_perplexity
 
     text = HeldoutOptions(
         data=str(assets / "text.jsonl"), split="train", seq_len=64, max_sequences=8
     )
-    found = evaluate_perplexity(str(validated), text)
-    loss = scalars_of(validated, "validation_metrics/loss")[6]
-    bits = scalars_of(validated, "validation_metrics/bits_per_byte")[6]
-    assert math.log(found.perplexity) == pytest.approx(loss, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    found = evaluate_perplexity(str(run), text)
+    return math.log(found.perplexity), found.bits_per_byte
+
+
+def test_it_is_what_eval_measures(assets: Path, validated: Path) -> None:
+    ((loss, bits),) = run_distributed(evaluated, 1, assets, validated)
+    curves = ("validation_metrics/loss", "validation_metrics/bits_per_byte")
+    logged = [scalars_of(validated, name)[6] for name in curves]
+    assert [loss, bits] == pytest.approx(logged, rel=1e-5)
 
 
 def test_it_does_not_depend_on_the_number_of_processes(
