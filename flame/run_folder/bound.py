@@ -21,11 +21,11 @@ from typing import Any, TypedDict
 from flame.checkpoint.fingerprint import canonical_config, fingerprint
 from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, read_config
 from flame.data.documents import Documents
-from flame.data.identity import text_digest, tokenizer_digest
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
 from flame.recipe.paths import in_run_folder
 from flame.recovery.adapter_scaling import used
+from flame.run_folder.identity import text_digest, tokenizer_digest
 from flame.run_folder.origin import named_config, own_tokenizer, steps_done
 from flame.run_folder.start_model import start_model
 from flame.storage.json_file import read_object, write_object
