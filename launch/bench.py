@@ -82,10 +82,11 @@ def run(options: Options) -> None:
     names = model_names(options.references)
     references = {name: resolve(reference) for name, reference in names.items()}
     against = list(names)[-1] if options.against else None
-    with measuring(options.json, options.overwrite):
+    with measuring(options.json, options.overwrite, alone=True):
         record = benchmark(references, against, options)
-        print(bench_table(record).text())
-        print("\n" + "\n".join(kernel_lines(record)), flush=True)
+        print(
+            bench_table(record).text(), "\n" + "\n".join(kernel_lines(record)), sep="\n", flush=True
+        )
         if options.json is not None:
             result = enveloped("bench", command_line("bench", options), record)
             write_result(options.json, result, options.overwrite, locked=True)
@@ -126,18 +127,8 @@ def workload(options: Options, device_type: str) -> "Workload":
     """Return the sizes that the options give, and the device's usual ones for the rest."""
     from launch.speed.workload import ON_CPU, ON_CUDA
 
-    asked = {
-        name: getattr(options, name)
-        for name in (
-            "lengths",
-            "batch_sizes",
-            "decode_length",
-            "prompt_length",
-            "train_batch",
-            "train_length",
-        )
-        if getattr(options, name)
-    }
+    sizes = "lengths batch_sizes decode_length prompt_length train_batch train_length".split()
+    asked = {name: getattr(options, name) for name in sizes if getattr(options, name)}
     usual = ON_CUDA if device_type == "cuda" else ON_CPU
     return replace(usual, repeats=options.repeats, seed=options.seed, **asked)
 

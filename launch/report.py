@@ -1,8 +1,8 @@
 """Stage `report`: write one page about runs, from their folders and the result files beside them.
 
 The page is HTML that refers to nothing outside itself, or Markdown where the name ends in `.md`.
-Nothing is measured here: put the files of `slimstate eval`, `recall`, `analyze` and `bench` beside
-the runs.
+Nothing is measured here: files of `slimstate eval`, `recall`, `analyze`, `bench` and `sweep` are
+read beside the runs, and wherever `--results` names them.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from flame.process.output_checks import check_file_output
 from flame.stage import Stage
 from launch.reporting.collect import collect
 from launch.reporting.data import ReportData
-from launch.reporting.run_folders import find_runs
-from launch.reporting.sentences import verdict
+from launch.reporting.run_folders import check_results, find_runs
 
 REPORT_FILE = "report.html"
 
@@ -25,6 +24,9 @@ REPORT_FILE = "report.html"
 class Options:
     runs: tuple[Path, ...] = argument("RUN", "run folder, or a folder of runs")
     out: Path | None = option(None, f"HTML, or .md (default: RUN/{REPORT_FILE})", metavar="FILE")
+    results: tuple[Path, ...] = option(
+        (), "result files, or folders of them, that do not lie beside the runs", metavar="A,B"
+    )
     latex: bool = option(False, "print the tables as booktabs")
     markdown: bool = option(False, "print the report as Markdown")
     title: str = option("", "title of the page (default: from the names of the runs)")
@@ -43,6 +45,7 @@ def check(options: Options, world_size: int = 1) -> None:
     if world_size != 1:
         raise UserError(f"--nproc {world_size}: report only reads files, run it on 1 process")
     find_runs(options.runs)
+    check_results(options.results)
     if options.file is not None:
         if options.file.suffix not in (".html", ".htm", ".md"):
             raise UserError(f"--out {options.file}: the name must end in .html or .md")
@@ -54,7 +57,7 @@ def run(options: Options) -> None:
     from launch.reporting.page import page
     from launch.reporting.tables import latex_tables
 
-    data = collect(options.runs, options.title)
+    data = collect(options.runs, options.title, options.results)
     if options.latex:
         print("\n\n".join(latex_tables(data)))
     if options.markdown:
@@ -69,9 +72,11 @@ def run(options: Options) -> None:
 
 def markdown(data: ReportData) -> str:
     """Return the report without its drawings, as Markdown."""
+    from launch.reporting.claims import details, verdict
     from launch.reporting.tables import markdown_tables
 
-    parts = [f"# {data.title}", verdict(data.rows), *markdown_tables(data)]
+    said = "\n".join(f"- {sentence}" for sentence in details(data))
+    parts = [f"# {data.title}", verdict(data), said, *markdown_tables(data)]
     if data.commands:
         listed = "\n".join(data.commands)
         parts.append(f"## How it was made\n\n```sh\n{listed}\n```")

@@ -21,7 +21,8 @@ from launch.reporting.envelope import command_line, enveloped
 from launch.sweeping.checks import calibration, check, settings
 from launch.sweeping.options import Options
 from launch.sweeping.page import PAGE_FILE, write_files
-from launch.sweeping.tables import collect_rows, sweep_of
+from launch.sweeping.progress import telling
+from launch.sweeping.tables import collect_rows, sweep_of, without_documents
 from launch.sweeping.work import CONTINUED, DENSE, Work, alone, in_memory
 from pruning import calibrate
 from pruning.calibrate import kinds_of
@@ -53,15 +54,18 @@ def run(options: Options) -> None:
             model=options.model,
             text=in_memory(text),
             dtype=options.dtype,
+            statistics=options.statistics,
             recovery=options.recovery,
             budget_words=options.budget_words,
             keep=options.keep,
         )
         announcer = _Announcer(options) if first else None
-        with alone():
-            _measure(options, work, announcer)
-        if announcer is not None:
-            announcer.wait()
+        with telling(options.folder, options.names) if first else nullcontext():
+            with alone():
+                _measure(options, work, announcer)
+            if announcer is not None:
+                announcer.wait()
+        if first:
             _write(options, text)
 
 
@@ -75,7 +79,7 @@ def _calibrate(options: Options) -> None:
 
 def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
     """Return the options to calibrate with in this folder; None if nothing is left to do."""
-    if not options.needing:
+    if not options.needing or options.stats is not None:
         return None
     statistics = options.folder.statistics
     if not (statistics / META_FILE).is_file():
@@ -153,15 +157,16 @@ def _results(options: Options, text: HeldoutText) -> dict[str, Any]:
     records = {name: record for name, record in found.items() if record is not None}
     dense = records.get(DENSE, {}).get("before", {})
     continued = records.get(CONTINUED, {}).get("recovered", {})
+    controls = {"before": dense, "recovered": continued}
     recovery = options.recovery
     return {
         "title": options.title or f"slimstate sweep: {options.model}",
         "model": options.model,
         "weights": str(resolve(options.model).weights),
         "ratios": list(options.ratios),
-        "controls": {"before": dense.get("perplexity"), "recovered": continued.get("perplexity")},
-        "rows": collect_rows(options.points, records, dense),
-        "points": records,
+        "controls": {stage: control.get("perplexity") for stage, control in controls.items()},
+        "rows": collect_rows(options.points, records, controls),
+        "points": {name: without_documents(record) for name, record in records.items()},
         "facts": {
             "held-out text": text.name,
             "tokens predicted": dense.get("tokens"),

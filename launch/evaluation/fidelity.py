@@ -6,18 +6,21 @@ distribution from the reference's, and whether both put the same token first.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
 from flame.models.gpu_limits import float32_advice
+from launch.evaluation.document_sums import DocumentSums
+from launch.evaluation.intervals import DocumentLosses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flame.checkpoint.reference import ModelReference
+    from flame.data.heldout import Heldout
     from launch.evaluation.heldout_text import HeldoutText
 
 POSITIONS = 512
@@ -35,6 +38,9 @@ class Fidelity:
     """Share of predicted tokens for which both models have the same most likely token."""
 
     tokens: int
+    documents: DocumentLosses
+    """KL by document, from which differences between models get their intervals."""
+
     against: str
     data: str
     seq_len: int
@@ -42,7 +48,7 @@ class Fidelity:
 
     def record(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "documents": self.documents.record()}
 
 
 def check_comparable(model: "ModelReference", against: "ModelReference") -> None:
@@ -77,7 +83,7 @@ def measure_fidelity(
 
     apart = all(keeps_documents_apart(each.config) for each in (reference, dense))
     rows = text.sequences(vocabulary_size(reference.config), apart)
-    kl, agreeing, tokens = sum_divergences(model, against, rows)
+    kl, agreeing, tokens, documents = sum_divergences(model, against, rows)
     if tokens == 0:
         raise UserError("the held-out text has no token to predict: give longer documents")
     if not math.isfinite(kl):
@@ -89,6 +95,7 @@ def measure_fidelity(
         kl=kl / tokens,
         agreement=agreeing / tokens,
         tokens=tokens,
+        documents=documents,
         against=str(dense.weights),
         data=text.name,
         seq_len=text.seq_len,
@@ -97,52 +104,59 @@ def measure_fidelity(
 
 
 def sum_divergences(
-    model: "nn.Module", against: "nn.Module", rows: Iterable[Any]
-) -> tuple[float, int, int]:
-    """KL in nats, agreements and tokens, each summed over the rows of all ranks. Collective."""
+    model: "nn.Module", against: "nn.Module", rows: "Iterable[Heldout]"
+) -> tuple[float, int, int, DocumentLosses]:
+    """KL in nats, agreements and tokens, summed over the rows of all ranks; KL by document.
+
+    Collective.
+    """
     import torch
     import torch.distributed as dist
 
     from flame.process.dealing import turns
     from flame.process.progress import progress
 
-    sums = torch.zeros(3, dtype=torch.float64)
+    agreements, sums = torch.zeros(1, dtype=torch.int64), DocumentSums()
     for turn in progress(turns(rows), "compare"):
-        inputs, labels, *_ = turn.item
-        compared = _row_divergence(model, against, inputs, labels)
+        predicted, kl, agreeing = _row_divergence(
+            model, against, turn.item.inputs, turn.item.labels
+        )
         if turn.counts:
-            sums += torch.tensor(compared, dtype=torch.float64)
+            sums.add(turn.item.documents[predicted], kl, torch.ones_like(kl))
+            agreements += agreeing
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    kl, agreeing, tokens = sums.tolist()
-    return kl, int(agreeing), int(tokens)
+        dist.all_reduce(agreements)
+    kl_sum, tokens, documents = sums.reduced()
+    return kl_sum, int(agreements), tokens, documents
 
 
 def _row_divergence(
-    model: "nn.Module", against: "nn.Module", inputs: dict[str, "Tensor"], labels: "Tensor"
-) -> tuple[float, int, int]:
+    model: "nn.Module", against: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor"
+) -> tuple["Tensor", "Tensor", int]:
+    """Places of the n predicted tokens in a row, their KL float64 [n] on the CPU, agreements."""
     import torch
 
     from flame.process.distributed import local_device
 
     moved = {name: value.to(local_device()) for name, value in inputs.items()}
     tokens = moved.pop("input")
-    predicted = (labels.flatten() != -100).nonzero().flatten().to(local_device())
+    predicted = (labels.flatten() != -100).nonzero().flatten()
     with torch.no_grad():
         logits = [
             network(input_ids=tokens, use_cache=False, **moved).logits.flatten(0, 1)
             for network in (model, against)
         ]
-        parts = [divergence(*(each[chunk] for each in logits)) for chunk in _chunks(predicted)]
-    kl = math.fsum(part[0] for part in parts)
-    return kl, sum(part[1] for part in parts), len(predicted)
+        chunks = _chunks(predicted.to(local_device()))
+        parts = [divergence(*(each[chunk] for each in logits)) for chunk in chunks]
+    kl = [part[0].cpu() for part in parts] or [torch.zeros(0, dtype=torch.float64)]
+    return predicted, torch.cat(kl), sum(part[1] for part in parts)
 
 
-def divergence(logits: "Tensor", reference: "Tensor") -> tuple[float, int]:
-    """KL of softmax(`logits`) from softmax(`reference`), nats, and agreements; sums over [N, V]."""
+def divergence(logits: "Tensor", reference: "Tensor") -> tuple["Tensor", int]:
+    """KL of softmax(`logits`) from softmax(`reference`) [N, V], nats, float64 [N]; agreements."""
     ours, theirs = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
-    return float(kl), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).double()
+    return kl, int((ours.argmax(-1) == theirs.argmax(-1)).sum())
 
 
 def _chunks(positions: "Tensor") -> tuple["Tensor", ...]:

@@ -114,14 +114,40 @@ def difference(one: DocumentLosses | None, other: DocumentLosses | None) -> Diff
     if one is None or other is None or list(one.tokens) != list(other.tokens):
         return None
     tokens = np.array(one.tokens, dtype=float)
-    count = len(tokens)
-    if count < FEWEST:
+    if len(tokens) < FEWEST:
         return None
     gaps = np.array(one.losses) - np.array(other.losses)
-    drawn = np.random.default_rng(SEED).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    means = (drawn @ gaps) / (drawn @ tokens)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(float(gaps.sum() / tokens.sum()), float(low), float(high), count)
+    drawn = _draws(len(tokens))
+    low, high = _ends((drawn @ gaps) / (drawn @ tokens))
+    return Difference(float(gaps.sum() / tokens.sum()), low, high, len(tokens))
+
+
+def won_back(
+    pruned: DocumentLosses, recovered: DocumentLosses, control: DocumentLosses
+) -> tuple[float, float, float] | None:
+    """The share of the gap from `control` to `pruned` that `recovered` is below `pruned`.
+
+    With the ends of its interval, by the bootstrap of `difference`. None unless all three have the
+    same documents and `pruned` surely loses more than `control`.
+    """
+    gap = difference(pruned, control)
+    if gap is None or gap.low <= 0 or difference(recovered, control) is None:
+        return None
+    before, after, best = (np.array(each.losses) for each in (pruned, recovered, control))
+    drawn = _draws(len(before))
+    low, high = _ends((drawn @ (before - after)) / (drawn @ (before - best)))
+    return float((before - after).sum() / (before - best).sum()), low, high
+
+
+def _draws(count: int) -> NDArray[np.float64]:
+    """How often each of `count` documents is drawn in each of `RESAMPLES` resamples."""
+    random = np.random.default_rng(SEED)
+    return random.multinomial(count, [1 / count] * count, size=RESAMPLES).astype(float)
+
+
+def _ends(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def differences(

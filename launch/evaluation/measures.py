@@ -198,12 +198,16 @@ def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
 
 
 def _description(reference: ModelReference, network: "Network") -> Record:
+    from flame.checkpoint.fingerprint import fingerprint
     from flame.model import count_parameters
     from flame.process.distributed import world_size
+    from flame.process.peers import on_first
     from pruning.adapters import state_bytes
 
     return {
         "weights": str(reference.weights),
+        # Tells whose these figures are where the folder was moved.
+        "fingerprint": on_first(lambda: fingerprint(reference.config, reference.source())),
         "parameters": count_parameters(network.model.parameters()),
         "state_bytes": state_bytes(reference.config),
         "dtype": _name(network.dtype),

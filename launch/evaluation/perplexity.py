@@ -16,12 +16,13 @@ from flame.errors import UserError
 from flame.hugging_face.config_file import keeps_documents_apart
 from flame.models.gpu_limits import float32_advice
 from flame.versions import versions
+from launch.evaluation.document_sums import DocumentSums
 from launch.evaluation.heldout_text import (
     HeldoutOptions,
     HeldoutText,
     heldout_text,
 )
-from launch.evaluation.intervals import DocumentLosses, joined, standard_error
+from launch.evaluation.intervals import DocumentLosses, standard_error
 from pruning.adapters import state_bytes
 
 if TYPE_CHECKING:
@@ -174,43 +175,17 @@ def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]") -> Sums:
     from flame.process.dealing import turns
     from flame.process.progress import progress
 
-    counts = torch.zeros(2, dtype=torch.int64)
-    found = torch.zeros(2, 0, dtype=torch.float64)
+    counts, sums = torch.zeros(2, dtype=torch.int64), DocumentSums()
     for turn in progress(turns(rows), "evaluate"):
         losses = row_losses(model, turn.item.inputs, turn.item.labels)
         if turn.counts:
-            predicted = (turn.item.labels.flatten() != IGNORE_INDEX).double()
-            found = _added(found, turn.item.documents, torch.stack([losses, predicted]))
+            sums.add(turn.item.documents, losses, turn.item.labels.flatten() != IGNORE_INDEX)
             counts += torch.tensor([turn.item.bytes, 1])
     if dist.is_initialized():
-        most = torch.tensor(found.shape[1])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        found = _grown(found, int(most))
-        dist.all_reduce(found)
         dist.all_reduce(counts)
-    losses, tokens = found
+    loss, tokens, documents = sums.reduced()
     size, sequences = counts.tolist()
-    return Sums(
-        loss=float(losses.sum()),
-        tokens=int(tokens.sum()),
-        bytes=size,
-        sequences=sequences,
-        documents=joined(losses.numpy(), tokens.long().numpy()),
-    )
-
-
-def _added(sums: "Tensor", documents: "Tensor", values: "Tensor") -> "Tensor":
-    """`sums` `[2, D]` with `values` `[2, T]` added in the columns `documents`; D may grow."""
-    size, needed = sums.shape[1], int(documents.max()) + 1
-    if needed > size:
-        sums = _grown(sums, max(needed, 2 * size))
-    return sums.index_add_(1, documents, values)
-
-
-def _grown(sums: "Tensor", size: int) -> "Tensor":
-    from torch.nn.functional import pad
-
-    return pad(sums, (0, size - sums.shape[1]))
+    return Sums(loss, tokens, size, sequences, documents)
 
 
 def row_losses(model: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor") -> "Tensor":

@@ -6,23 +6,26 @@ from typing import Any
 
 from flame.errors import UserError
 from launch.reporting.data import KeptChannels, ReportData
+from launch.reporting.lineage import Lineage, colours, lineages
 from launch.reporting.run_folders import RunFolder, commands, find_runs, places_beside
 from launch.reporting.run_results import Collector, Results
-from launch.reporting.sentences import LABELS
 
 
-def collect(paths: Sequence[Path], title: str = "") -> ReportData:
+def collect(paths: Sequence[Path], title: str = "", named: Sequence[Path] = ()) -> ReportData:
     """Return everything that the runs and the files beside them say.
 
     Args:
         paths: run folders, or folders of runs.
         title: title of the page; by default made from the names of the runs.
+        named: result files, or folders of such, that lie elsewhere.
 
     Raises:
         UserError: a path holds no run, a file is damaged, or there is nothing to report.
     """
     runs = find_runs(paths)
-    results = Collector(runs).read(places_beside(paths, runs))
+    found = lineages(runs)
+    collector = Collector(runs, named, colours(found, runs))
+    results = collector.read(places_beside(paths, runs))
     plans = {name: run.folder / "plan.json" for name, run in runs.items() if run.plan is not None}
     curves = _loss_curves(runs)
     if not (plans or curves or results.files):
@@ -30,11 +33,15 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
             f"nothing to report on {', '.join(map(str, paths))}: no plan, no losses and no "
             "results beside it; slimstate eval RUN --perplexity --json FILE makes some"
         )
-    kept, method = _kept(plans)
+    kept, method = _kept(plans, found)
     made = results.commands or list(commands(runs))
     return ReportData(
         title=title or f"slimstate report: {', '.join(r.folder.name for r in runs.values())}",
         rows=_rows(runs, results),
+        lineages=found,
+        states=_states(runs),
+        texts=results.texts,
+        speeds=list(results.speeds),
         plans={name: _plan_facts(runs[name].plan or {}) for name in plans},
         tasks=results.tasks,
         fidelity=results.fidelity,
@@ -57,21 +64,30 @@ def collect(paths: Sequence[Path], title: str = "") -> ReportData:
 
 
 def _rows(runs: Mapping[str, RunFolder], results: Results) -> dict[str, dict[str, Any]]:
-    """The table of models, by name: each run's results, with what they lack from its folder.
-
-    The folder gives the bytes of the state and the number of parameters, and the benchmarks the
-    decoded tokens per second.
-    """
+    """The table of models: sizes as measured or as the folder has them, and decoding speeds."""
     from pruning.adapters import state_bytes
 
     rows = {}
     for name, run in runs.items():
         row = {"state_bytes": state_bytes(dict(run.config)), **results.rows.get(name, {})}
         row.setdefault("parameters", _parameters(run))
+        for heading, speeds in results.speeds.items():
+            row[heading] = speeds.get(name)
         rows[name] = row
-    for name, speed in _decoded(results, runs).items():
-        rows[name].setdefault("decode_tokens_per_second", speed)
     return rows
+
+
+def _states(runs: Mapping[str, RunFolder]) -> dict[str, tuple[int, int]]:
+    """Bytes of a sequence's state before and after pruning, by the run that has the plan."""
+    from pruning.adapters import state_bytes
+
+    found = {}
+    for name, run in runs.items():
+        configs = [(run.plan or {}).get(f"config_{when}") for when in ("before", "after")]
+        sizes = [state_bytes(config) for config in configs if isinstance(config, dict)]
+        if len(sizes) == 2 and sizes[0] and sizes[1]:
+            found[name] = (sizes[0], sizes[1])
+    return found
 
 
 def _parameters(run: RunFolder) -> int | None:
@@ -90,22 +106,6 @@ def _parameters(run: RunFolder) -> int | None:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _decoded(results: Results, runs: Mapping[str, RunFolder]) -> dict[str, float]:
-    """The median tokens decoded per second of each run, by name; empty without such a benchmark.
-
-    It takes the benchmark of decoding that most of `runs` are in, at its largest batch, and notes
-    that batch size in `results.facts`.
-    """
-    records = [r for r in results.bench if any(m["name"] == "decode" for m in r["measures"])]
-    if not records:
-        return {}
-    record = max(records, key=lambda r: len(set(r["models"]) & set(runs)))
-    measures = [m for m in record["measures"] if m["name"] == "decode"]
-    largest = max(measures, key=lambda m: m["batch_size"])
-    results.facts.setdefault("decoding, batch size", largest["batch_size"])
-    return {n: v["median"] for n, v in largest["values"].items() if n in runs}
-
-
 def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], list[float]]]:
     from launch.reporting.losses import loss_curve
 
@@ -119,14 +119,17 @@ def _loss_curves(runs: Mapping[str, RunFolder]) -> dict[str, tuple[list[int], li
     return curves
 
 
-def _kept(plans: Mapping[str, Path]) -> tuple[list[KeptChannels], str]:
-    """Return what the plan of `pruned`, or else the first plan, kept, and its method."""
+def _kept(
+    plans: Mapping[str, Path], found: Mapping[str, Lineage]
+) -> tuple[list[KeptChannels], str]:
+    """Return what the first plan that is not random, or else the first, kept; and its method."""
     from pruning.planning.plan import planned_spaces
     from pruning.planning.plan_file import read_plan
 
     if not plans:
         return [], ""
-    path = plans.get("pruned", next(iter(plans.values())))
+    chosen = next((name for name in plans if found[name].kind != "random"), next(iter(plans)))
+    path = plans[chosen]
     plan = read_plan(path)
     try:
         spaces = {space.name: space for space in planned_spaces(plan, plan.config_before)}
@@ -193,9 +196,5 @@ def _plan_versions(runs: Mapping[str, RunFolder]) -> dict[str, str]:
 
 
 def _places(runs: Mapping[str, RunFolder]) -> dict[str, str]:
-    """Return the name of each run's folder if it differs from the name of its row."""
-    return {
-        f"folder, {LABELS.get(name, name)}": run.folder.name
-        for name, run in runs.items()
-        if run.folder.name != name
-    }
+    """Return the path of each run's folder."""
+    return {f"folder, {name}": str(run.folder) for name, run in runs.items()}

@@ -22,7 +22,7 @@ CONTENT = (
 )  # fmt: skip
 """What a demo makes in its folder."""
 
-SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
+SCORES = ("perplexity", "error", "bits_per_byte", "parameters", "state_bytes")
 
 
 def write_summary(

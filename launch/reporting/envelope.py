@@ -35,10 +35,11 @@ def enveloped(kind: str, command: str, content: Mapping[str, Any]) -> dict[str, 
 
 
 @contextmanager
-def measuring(path: Path | None, overwrite: bool = True) -> Iterator[None]:
+def measuring(path: Path | None, overwrite: bool = True, alone: bool = False) -> Iterator[None]:
     """Keep the result file `path` to this job while the block measures what goes into it.
 
-    Collective: the first rank holds the lock. None is no file.
+    The first rank holds the lock. None is no file. Collective unless `alone`, for a process that
+    measures while others of its job wait.
 
     Raises:
         UserError: another job measures into the file, or it exists and `overwrite` is false.
@@ -52,7 +53,10 @@ def measuring(path: Path | None, overwrite: bool = True) -> Iterator[None]:
                 stack.enter_context(writer_lock(path))
                 check_file_output(path, overwrite)
 
-        on_first(begin)
+        if alone:
+            begin()
+        else:
+            on_first(begin)
         yield
 
 

@@ -1,12 +1,11 @@
 """Training losses: read from the TensorBoard files of a run, smoothed and drawn."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from flame.errors import UserError
 from launch.drawing.lines import Line, line_chart
-from launch.reporting.sentences import LABELS
 
 LOSS_TAG = "loss_metrics/global_avg_loss"
 """torchtitan's TensorBoard tag of the mean loss over all ranks, in nats per token."""
@@ -35,10 +34,20 @@ def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
     return steps, [losses[step][1] for step in steps]
 
 
-def loss_chart(heading: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Return an SVG of losses by step: each model's running mean, with its losses behind."""
+def loss_chart(
+    heading: str,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    colour: Callable[[str], str],
+) -> str:
+    """Return an SVG of losses by step: each model's running mean, with its losses behind.
+
+    Args:
+        heading: what was trained, for readers that do not see the picture.
+        curves: steps and losses by model.
+        colour: gives the role of a model's colour.
+    """
     lines = [
-        Line(name, LABELS.get(name, name), steps, smoothed(losses, len(losses) // 20), faint=losses)
+        Line(colour(name), name, steps, smoothed(losses, len(losses) // 20), faint=losses)
         for name, (steps, losses) in curves.items()
     ]
     return line_chart(lines, "step", "loss, nats per token", f"Training loss: {heading}")

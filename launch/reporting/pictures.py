@@ -6,11 +6,10 @@ from typing import Any
 
 from launch.drawing.heatmaps import channel_grid
 from launch.drawing.lines import Line, line_chart
-from launch.reporting.data import RankAnalysis, ReportData
+from launch.reporting.data import Measured, RankAnalysis, ReportData
 from launch.reporting.losses import loss_chart
 from launch.reporting.render import Bars, Panel
-from launch.reporting.sentences import bytes_text, control_of, perplexity, short
-from launch.reporting.tables import label
+from launch.reporting.sentences import bytes_text, short
 from launch.speed.bench_table import figure
 
 LOG_SCALE_FROM = 6.0
@@ -32,18 +31,14 @@ COUNTED = {"key": "channels a head", "value": "value channels", "head": "heads"}
 """What is counted of each kind of space."""
 
 
-def perplexity_bars(data: ReportData) -> Bars | None:
-    """Return bars of the known perplexities, marked at the control's; None if none is known."""
-    values = {name: perplexity(data.rows, name) for name in data.rows}
-    known = {name: value for name, value in values.items() if value is not None}
-    if not known:
-        return None
-    control = control_of(data.rows)
+def perplexity_bars(text: Measured, mark: str | None) -> Bars:
+    """Return bars of the perplexities on a text, marked at that of the model `mark`."""
+    known = {n: r["perplexity"] for n, r in text.records.items() if math.isfinite(r["perplexity"])}
     return Bars(
         known,
         {name: short(value) for name, value in known.items()},
-        mark=perplexity(data.rows, control) if control else None,
-        log=max(known.values()) > LOG_SCALE_FROM * min(known.values()),
+        mark=known.get(mark or ""),
+        log=max(known.values(), default=1.0) > LOG_SCALE_FROM * min(known.values(), default=1.0),
     )
 
 
@@ -57,7 +52,7 @@ def recall_panels(data: ReportData) -> Iterator[Panel]:
     """Yield charts of accuracy against what makes recall hard, with a line for each model."""
     for recall in data.recall:
         lines = [
-            Line(name, label(name), x, [100 * accuracy for accuracy in y])
+            Line(data.colour(name), name, x, [100 * accuracy for accuracy in y])
             for name, (x, y) in recall.curves.items()
         ]
         if recall.chance is not None:
@@ -106,7 +101,7 @@ def spectrum_panels(data: ReportData) -> Iterator[Panel]:
         lines = []
         for name, s in found.items():
             drawn = [max(value, SMALLEST_DRAWN) for value in s.values]
-            lines.append(Line(name, label(name), range(1, len(drawn) + 1), drawn))
+            lines.append(Line(data.colour(name), name, range(1, len(drawn) + 1), drawn))
         title, x_label = f"Layer {layer}", "singular value, by size"
         yield Panel(
             title,
@@ -125,10 +120,12 @@ def rank_panels(analysis: RankAnalysis) -> list[Panel]:
 
 
 def loss_panels(data: ReportData) -> Iterator[Panel]:
-    """Yield training losses: of pretraining, then of what followed it."""
-    curves = dict(data.loss_curves)
-    if "dense" in curves:
-        yield Panel("Pretraining", loss_chart("Pretraining", {"dense": curves.pop("dense")}))
-    if curves:
-        heading = "After pruning, and the dense control"
-        yield Panel(heading, loss_chart(heading, curves))
+    """Yield training losses: of models trained from scratch, then of those that were trained on."""
+    later = {n for n in data.loss_curves if data.lineages and data.lineages[n].parent}
+    for heading, chosen in (
+        ("Training from scratch", [n for n in data.loss_curves if n not in later]),
+        ("Training on", [n for n in data.loss_curves if n in later]),
+    ):
+        if chosen:
+            curves = {name: data.loss_curves[name] for name in chosen}
+            yield Panel(heading, loss_chart(heading, curves, data.colour))

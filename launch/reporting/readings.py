@@ -50,11 +50,42 @@ def noise_by_layer(name: str, heads: Sequence[Mapping[str, Any]]) -> list[dict[s
     ]
 
 
-def recall_heading(task: str) -> tuple[str, str]:
-    """Return a recall curve's heading and the label of its x axis, from its task's name."""
-    length = re.search(r"\blength=(\d+)", task)
+def recall_curves(
+    record: Mapping[str, Any],
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Return the curves of a record of recall by their heading and the label of their x axis.
+
+    Points are a number of pairs, or the depth of a needle, with the accuracy.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    length = re.search(r"\blength=(\d+)", str(record.get("task", "")))
     size = f" in {length[1]} words" if length else ""
-    return f"Associative recall (MQAR){size}", "pairs of key and value"
+    for cell in record.get("mqar") or ():
+        heading = (f"Associative recall (MQAR){size}", "pairs of key and value")
+        found.setdefault(heading, []).append((cell["pairs"], cell["accuracy"]))
+    for cell in record.get("needle") or ():
+        heading = (f"Needle in a haystack of {cell['length']} words", "depth of the needle, %")
+        found.setdefault(heading, []).append((cell["depth"], cell["accuracy"]))
+    return {heading: sorted(points) for heading, points in found.items()}
+
+
+def decoding_speeds(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the medians of tokens decoded per second by model, a group for what compares.
+
+    A heading says the batch size, and the device and dtype where the records differ in them. Of two
+    records that agree in all, the one with more models counts, or the later.
+    """
+    found: dict[str, dict[str, float]] = {}
+    places = {(record["device_name"], record["dtype"]) for record in records}
+    for record in records:
+        where = f", {record['device_name']}, {record['dtype']}" if len(places) > 1 else ""
+        for measure in (m for m in record["measures"] if m["name"] == "decode"):
+            heading = f"decoded tokens/s, batch {measure['batch_size']}{where}"
+            speeds = {name: value["median"] for name, value in measure["values"].items()}
+            # Speeds of two records were not measured beside each other: no column mixes them.
+            if len(speeds) >= len(found.get(heading, {})):
+                found[heading] = speeds
+    return found
 
 
 def task_scores(results: Any) -> dict[str, str]:

@@ -73,7 +73,6 @@ def environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from launch.drawing.figure import DARK, LIGHT, variables
-    from launch.reporting.tables import label
 
     made = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -83,5 +82,5 @@ def environment() -> Any:
         lstrip_blocks=True,
     )
     made.globals |= {"light": variables(LIGHT), "dark": variables(DARK)}
-    made.globals |= {"label": label, "folded": folded}
+    made.globals |= {"folded": folded, "roles": list(LIGHT)}
     return made

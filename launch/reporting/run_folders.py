@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from launch.reporting.sentences import LABELS
 
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.toml"
 
-LARGEST = 16 * 2**20
+LARGEST = 32 * 2**20
 """Most bytes of a JSON file that is read."""
 
 
@@ -27,29 +26,54 @@ class RunFolder:
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     has_losses: bool = False
+    steps: Sequence[int] = ()
+    """Its whole steps, increasing; none in a Hugging Face folder."""
+
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Its base.json, if it was trained with adapters: reference and fingerprint of the base."""
 
     @property
-    def init(self) -> Path | None:
-        """The folder of the model that its training started from; None if there is none."""
-        start = self.recipe.get("model", {}).get("init") if self.has_losses else None
-        return Path(start).resolve() if start else None
+    def step(self) -> int | None:
+        """Its last whole step."""
+        return self.steps[-1] if self.steps else None
+
+    @property
+    def made_from(self) -> str | None:
+        """The fingerprint of the model that it was pruned from, or that its adapters are on."""
+        found = self.base if self.plan is None else self.plan
+        mark = found.get("fingerprint")
+        return mark if isinstance(mark, str) else None
+
+    @property
+    def start(self) -> str | None:
+        """What its training started from, if not from scratch: a reference to a model."""
+        section = self.recipe.get("model")
+        start = section.get("init") if isinstance(section, dict) and self.has_losses else None
+        return start if isinstance(start, str) and start else None
+
+    def tokens_of(self, steps: int | None) -> int | None:
+        """The tokens of so many of its training steps; None if the recipe does not say."""
+        section = self.recipe.get("training")
+        sizes = section if isinstance(section, dict) else {}
+        batch, length = sizes.get("global_batch_size"), sizes.get("seq_len")
+        if steps is None or not isinstance(batch, int) or not isinstance(length, int):
+            return None
+        return steps * batch * length if batch > 0 and length > 0 else None
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """Return the runs in `paths`, each a run or a folder of runs, by the name of their row.
+    """Return the runs in `paths`, each a run or a folder of runs, by their folders' names.
+
+    Where two folders have one name, the later gets as much of its path as tells them apart.
 
     Raises:
         UserError: a path is missing, no folder, or holds no run.
     """
     folders = dict.fromkeys(folder for path in paths for folder in _run_folders(path))
-    runs = [_read(folder) for folder in folders]
     names: dict[str, RunFolder] = {}
-    for run in sorted(runs, key=_order):
-        names[_name(run, runs, names)] = run
-    known = list(LABELS)
-    return dict(
-        sorted(names.items(), key=lambda item: known.index(item[0]) if item[0] in known else 99)
-    )
+    for folder in folders:
+        names[_name(folder, names)] = _read(folder)
+    return names
 
 
 def commands(runs: Mapping[str, RunFolder]) -> Iterator[str]:
@@ -82,48 +106,29 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> RunFolder:
-    from flame.checkpoint.reference import read_config
+    from flame.checkpoint.reference import BASE_FILE, read_config
+    from flame.checkpoint.steps import whole_steps
     from flame.recipe import read_tables
-    from flame.storage.json_file import read_object
+    from flame.storage.json_file import read_object, read_object_if_any
 
     plan, recipe = folder / PLAN_FILE, folder / RECIPE_FILE
+    checkpoint = folder / "checkpoint"
     return RunFolder(
         folder=folder,
         config=read_config(folder / "config.json"),
         plan=read_object(plan) if plan.is_file() else None,
         recipe=read_tables(recipe) if recipe.is_file() else {},
         has_losses=any(folder.glob("tb/**/events.out.*")),
+        steps=whole_steps(checkpoint) if checkpoint.is_dir() else (),
+        base=read_object_if_any(folder / BASE_FILE),
     )
 
 
-def _order(run: RunFolder) -> tuple[int, str]:
-    """Return a key that sorts folders named in `LABELS` first, so that they get those names."""
-    return (0 if run.folder.name in LABELS else 1, run.folder.name)
-
-
-def _name(run: RunFolder, runs: Sequence[RunFolder], taken: Mapping[str, RunFolder]) -> str:
-    """Return the row's name: the folder's or `_part` if in `LABELS`, else an end of the path."""
-    for name in (run.folder.name, _part(run, runs)):
-        if name in LABELS and name not in taken:
-            return name
-    name, parents = run.folder.name, list(run.folder.parents)
-    while name in taken or name in LABELS:
+def _name(folder: Path, taken: Mapping[str, RunFolder]) -> str:
+    name, parents = folder.name, list(folder.parents)
+    while name in taken and parents:
         name = f"{parents.pop(0).name}/{name}"
     return name
-
-
-def _part(run: RunFolder, runs: Sequence[RunFolder]) -> str:
-    """Return a name in `LABELS`, such as `pruned`, by how the run came about."""
-    pruned = {other.folder for other in runs if other.plan is not None}
-    if run.init is not None:
-        start = next((folder for folder in (run.init, *run.init.parents) if is_run(folder)), None)
-        was_pruned = start in pruned or (start is not None and (start / PLAN_FILE).is_file())
-        return "recovered" if was_pruned else "dense_continued"
-    if run.plan is None:
-        return "dense"
-    if run.has_losses:
-        return "recovered"
-    return "random" if run.plan.get("method", {}).get("name") == "random" else "pruned"
 
 
 BUDGET_OPTIONS = ("ratio", "width", "state_bytes", "space", "multiple_of", "allocate")
@@ -165,14 +170,28 @@ def places_beside(paths: Sequence[Path], runs: Mapping[str, RunFolder]) -> list[
     return list(dict.fromkeys([*beside, *(path.resolve() for path in paths), *folders]))
 
 
-def result_files(places: Sequence[Path]) -> list[Path]:
-    """Return JSON files, oldest first, that may be results: in `places` and folders there."""
+def check_results(results: Sequence[Path]) -> None:
+    """Raise UserError for one of `--results` that is not there."""
+    for path in results:
+        if not path.exists():
+            raise UserError(f"--results {path}: no such file or folder")
+
+
+def result_files(places: Sequence[Path], named: Sequence[Path] = ()) -> list[Path]:
+    """Return JSON files, oldest first, that may be results: in `places` and folders there.
+
+    Args:
+        places: folders that are searched.
+        named: files, and folders to search, that were asked for.
+    """
+    searched = [*places, *(path.resolve() for path in named if path.is_dir())]
     patterns = ("*.json", "*/summary.json", "*/results.json")
-    found = {path for place in places for pattern in patterns for path in _files_in(place, pattern)}
+    found = {path for place in searched for pattern in patterns for path in _files(place, pattern)}
+    found |= {path.resolve() for path in named if not path.is_dir()}
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
 
 
-def _files_in(place: Path, pattern: str) -> list[Path]:
+def _files(place: Path, pattern: str) -> list[Path]:
     """Return files of at most `LARGEST` bytes; none if the folder cannot be read."""
     try:
         return [p for p in place.glob(pattern) if p.is_file() and p.stat().st_size <= LARGEST]

@@ -4,71 +4,58 @@ A file is known by its envelope, not by its name. Results of other models are ig
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
+from launch.evaluation.intervals import read_losses
 from launch.ranks.analysis_files import TABLE_FILE, read_table
-from launch.ranks.spectra import Spectrum, spectra_of
-from launch.reporting.data import RankAnalysis, Recall
+from launch.ranks.spectra import spectra_of
+from launch.reporting.data import Measured, RankAnalysis, Recall, Results
 from launch.reporting.envelope import read_result
+from launch.reporting.lineage import last_mark
 from launch.reporting.readings import (
     analysis_plots,
+    decoding_speeds,
     is_number,
     noise_by_layer,
-    recall_heading,
+    recall_curves,
     task_scores,
 )
 from launch.reporting.run_folders import RunFolder, result_files
 
-SCORES = ("perplexity", "bits_per_byte", "parameters", "state_bytes")
-METRIC_NAMES = {"kl": "KL, nats a token", "agreement": "same first token"}
-
-
-@dataclass
-class Results:
-    """What the files hold, by the names of the runs."""
-
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    recall: list[Recall] = field(default_factory=list)
-    query_noise: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    ranks: list[RankAnalysis] = field(default_factory=list)
-    spectra: dict[str, list[Spectrum]] = field(default_factory=dict)
-    bench: list[dict[str, Any]] = field(default_factory=list)
-    sweeps: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    world_size: int | None = None
-    seed: int | None = None
-    files: list[Path] = field(default_factory=list)
-    """Files that added something; one that only replaced older values may be missing."""
+SIZES = ("parameters", "state_bytes")
 
 
 class Collector:
     """Reads result files, oldest first, so that a newer value replaces an older one."""
 
-    def __init__(self, runs: Mapping[str, RunFolder]) -> None:
-        self.runs = runs
+    def __init__(
+        self, runs: Mapping[str, RunFolder], named: Sequence[Path], colours: Mapping[str, str]
+    ) -> None:
+        """Results of `runs`; those of `named` files and folders are read wherever they lie.
+
+        `colours` has the role of each run's colour.
+        """
+        self.runs, self.named, self.colours = runs, named, colours
         self.found = Results()
-        self._perplexities: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+        self._perplexities: dict[tuple[str, Any, Any], dict[str, dict[str, Any]]] = {}
         self._recalls: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
 
     def read(self, places: Sequence[Path]) -> Results:
         """Return what the results in `places` say about the runs. Call it once."""
-        for path in result_files(places):
+        for path in result_files(places, self.named):
             self._read_one(path)
         self._settle_perplexities()
         self._settle_recall()
+        self.found.speeds = decoding_speeds(self.found.bench)
         return self.found
 
     def _read_one(self, path: Path) -> None:
         result = read_result(path)
         if result is None:
+            if path in [named.resolve() for named in self.named]:
+                raise UserError(f"--results {path} holds no result of a slimstate command")
             return
         before = self._size()
         read = {
@@ -95,7 +82,7 @@ class Collector:
         """Take perplexities, scores and recall; a single model's record may be the whole file."""
         models = result.get("models", {result.get("model"): result})
         for record in models.values():
-            name = self._name(record.get("weights")) or self._name(record["model"])
+            name = self._name_of(record)
             if name is not None:
                 self._evaluation(name, record)
                 self._recall(name, record)
@@ -104,7 +91,7 @@ class Collector:
     def _bench(self, record: dict[str, Any]) -> None:
         """Take a benchmark if a model of it is a run here; rename its models as the runs are."""
         names = {
-            name: self._name(model.get("reference", name)) or name
+            name: self._name(model.get("reference", name)) or self._foreign(name)
             for name, model in record.get("models", {}).items()
         }
         if not any(name in self.runs for name in names.values()):
@@ -136,9 +123,6 @@ class Collector:
 
     def _demo(self, summary: dict[str, Any]) -> None:
         """Take the summary of `slimstate demo`."""
-        for name in self.runs:
-            if isinstance(summary.get(name), dict):
-                self.found.rows.setdefault(name, {}).update(summary[name])
         self.found.seconds |= summary["seconds"]
         self.found.versions |= summary["versions"]
         self.found.commands += summary.get("commands", [])
@@ -146,33 +130,27 @@ class Collector:
 
     def _evaluation(self, name: str, record: dict[str, Any]) -> None:
         if is_number(record.get("perplexity")):
-            text = (str(record.get("data", "")), record.get("seq_len"))
+            read_losses(record)
+            text = (str(record.get("data", "")), record.get("seq_len"), record.get("tokens"))
             self._perplexities.setdefault(text, {})[name] = record
+            sizes = {key: record[key] for key in SIZES if is_number(record.get(key))}
+            self.found.rows.setdefault(name, {}).update(sizes)
         tasks = record.get("tasks")
         tasks = tasks if isinstance(tasks, dict) else {}
         scores = {**(tasks.get("results") or {}), **(tasks.get("groups") or {})}
         for task, score in task_scores(scores).items():
             self.found.tasks.setdefault(task, {})[name] = score
         fidelity = record.get("fidelity")
-        if isinstance(fidelity, dict):
-            for key, heading in METRIC_NAMES.items():
-                if is_number(fidelity.get(key)):
-                    self.found.fidelity.setdefault(heading, {})[name] = fidelity[key]
+        if isinstance(fidelity, dict) and is_number(fidelity.get("kl")):
+            read_losses(fidelity)
+            self.found.fidelity[name] = fidelity
 
     def _recall(self, name: str, record: dict[str, Any]) -> None:
         """Take accuracies by number of pairs, by depth of a needle for each length, and noise."""
-        task = str(record.get("task", ""))
-        points = [(cell["pairs"], cell["accuracy"]) for cell in record.get("mqar") or ()]
-        if points:
-            self._recalls.setdefault(recall_heading(task), {})[name] = sorted(points)
-        by_length: dict[int, list[tuple[float, float]]] = {}
-        for cell in record.get("needle") or ():
-            by_length.setdefault(cell["length"], []).append((cell["depth"], cell["accuracy"]))
+        for heading, points in recall_curves(record).items():
+            self._recalls.setdefault(heading, {})[name] = points
         if record.get("query_noise"):
             self.found.query_noise[name] = noise_by_layer(name, record["query_noise"])
-        for length, points in by_length.items():
-            heading = (f"Needle in a haystack of {length} words", "depth of the needle, %")
-            self._recalls.setdefault(heading, {})[name] = sorted(points)
 
     def _analysis(self, summary: dict[str, Any], folder: Path) -> None:
         """Take what `slimstate analyze` wrote into `folder`, if it is about a run here."""
@@ -185,7 +163,9 @@ class Collector:
             for row in summary.get(key, {}).get("layers", [])
         ]
         table = read_table(folder / TABLE_FILE)
-        drawn = analysis_plots(table, summary["metric"], [name or "other" for name in names])
+        drawn = analysis_plots(
+            table, summary["metric"], [self.colours.get(n or "", "other") for n in names]
+        )
         for name, analysis in zip(names, table.values(), strict=False):
             if name is not None:
                 self.found.spectra[name] = spectra_of(analysis)
@@ -199,19 +179,18 @@ class Collector:
         self.found.ranks = [*others, RankAnalysis(heading, note, layers, drawn)]
 
     def _settle_perplexities(self) -> None:
-        """Fill the rows from the text that most models were measured on; if several, the newest."""
-        if not self._perplexities:
-            return
+        """List the texts, the one that most models were measured on first; if several, the newest.
+
+        The order of models is that of the runs.
+        """
         texts = list(self._perplexities)
-        chosen = max(texts, key=lambda text: (len(self._perplexities[text]), texts.index(text)))
-        for name, record in self._perplexities.pop(chosen).items():
-            known = {key: record[key] for key in SCORES if is_number(record.get(key))}
-            self.found.rows.setdefault(name, {}).update(known)
-        self.found.facts |= {"held-out text": chosen[0], "sequence length": chosen[1]}
-        for (data, length), records in self._perplexities.items():
-            heading = f"perplexity of {Path(data).name}, rows of {length}"
-            for name, record in records.items():
-                self.found.tasks.setdefault(heading, {})[name] = record["perplexity"]
+        order = [*self.runs, *(n for text in texts for n in self._perplexities[text])]
+        # A stable sort: among texts with as many models the newest stays last.
+        for text in reversed(sorted(texts, key=lambda text: len(self._perplexities[text]))):
+            found = self._perplexities[text]
+            ordered = {name: found[name] for name in sorted(found, key=order.index)}
+            data, length, tokens = text
+            self.found.texts.append(Measured(data, length, tokens, ordered))
 
     def _settle_recall(self) -> None:
         for (heading, x_label), curves in self._recalls.items():
@@ -219,23 +198,37 @@ class Collector:
             drawn = {n: ([x for x, _ in ps], [y for _, y in ps]) for n, ps in ordered.items()}
             self.found.recall.append(Recall(heading, x_label, drawn))
 
+    def _name_of(self, record: Mapping[str, Any]) -> str | None:
+        """Return whose an evaluation is: by the weights' path or, if that is gone, fingerprint."""
+        weights = record.get("weights") or record["model"]
+        name = self._name(weights)
+        if name is None and not Path(str(weights)).exists():
+            mark = record.get("fingerprint")
+            names = (run for run in self.runs if mark and mark == last_mark(self.runs[run]))
+            name = next(names, None)
+        return name
+
     def _name(self, reference: Any) -> str | None:
-        """Return the run of a result, by its path or, if that is gone, by the folder's name."""
+        """Return the run that a path leads into; another step than its last has a name of its own.
+
+        None for the path of a model that is no run here.
+        """
         if not isinstance(reference, str):
             return None
-        path = Path(reference)
+        path = Path(reference).resolve()
         for name, run in self.runs.items():
-            if path.resolve().is_relative_to(run.folder):
-                return name
-        if path.exists():
-            return None
-        parts = [part for part in path.parts if part != "checkpoint" and part[:5] != "step-"]
-        same = [name for name, run in self.runs.items() if parts and run.folder.name == parts[-1]]
-        return same[0] if len(same) == 1 else None
+            if path.is_relative_to(run.folder):
+                step = path.name if path.name.startswith("step-") else ""
+                return name if step in ("", f"step-{run.step}") else f"{name}/{step}"
+        return None
+
+    def _foreign(self, name: str) -> str:
+        """A name for a model that is no run here, though it may be called like one."""
+        return f"{name} (elsewhere)" if name in self.runs else name
 
     def _size(self) -> int:
         found = self.found
-        scores = sum(map(len, [*found.tasks.values(), *found.fidelity.values()]))
+        scores = sum(map(len, found.tasks.values())) + len(found.fidelity)
         perplexities = sum(map(len, self._perplexities.values()))
         recalls = sum(map(len, self._recalls.values())) + len(found.query_noise)
         others = len(found.bench) + len(found.ranks) + len(found.seconds) + len(found.sweeps)

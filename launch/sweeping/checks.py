@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from flame import train
@@ -19,6 +20,8 @@ from launch.sweeping.options import Options
 from launch.sweeping.points import Point
 from launch.sweeping.work import CONTINUED
 from pruning import calibrate, prune
+from pruning.calibration.stats_file import check_kinds, check_model, read_meta
+from pruning.methods import METHODS
 from pruning.planning.choose import check_budget
 
 SAVE_EVERY = 16
@@ -39,7 +42,9 @@ def check(options: Options, world_size: int = 1) -> None:
     _check_space(options, reference, world_size)
     text = heldout_text(reference, options.text)
     check_text(text, vocabulary_size(reference.config), from_recipe=not options.text.data)
-    if options.needing:
+    if options.stats is not None:
+        _check_statistics(options, reference)
+    elif options.needing:
         calibrate.check(replace(calibration(options), overwrite=True), world_size)
     if options.recovery is not None:
         # The training of the dense model is that of every pruned one, but larger.
@@ -64,7 +69,7 @@ def settings(options: Options, reference: ModelReference) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": fingerprint(reference.config, reference.source()),
-        "calibration": words(options.data),
+        "calibration": words(options.data) if options.stats is None else _mark(options.stats),
         "budget": list(options.budget_words),
         "heldout": asdict(options.text),
         "dtype": options.dtype,
@@ -96,6 +101,29 @@ def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
     # Heads of all layers together are a finer measure than those of one.
     shared = pruning.budget.allocate == "model" and "head" in widths
     return tuple(sorted(widths.items())), point.ratio if shared else None
+
+
+def _check_statistics(options: Options, reference: ModelReference) -> None:
+    """Raise UserError if `--stats` is not whole, of another model, or lacks what a method needs."""
+    assert options.stats is not None
+    for word in words(options.data):
+        raise UserError(
+            f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
+            "out"
+        )
+    if not options.needing:
+        raise UserError(
+            f"no method of the sweep reads statistics: leave --stats {options.stats} out"
+        )
+    meta = read_meta(options.stats)
+    check_model(options.stats, meta, fingerprint(reference.config, reference.source()))
+    for name in options.needing:
+        check_kinds(options.stats, meta, METHODS[name].needs, name)
+
+
+def _mark(stats: Path) -> dict[str, Any]:
+    """What tells given statistics apart: the model, the data, and how much of it."""
+    return read_meta(stats).for_plan()
 
 
 def _check_space(options: Options, reference: ModelReference, world_size: int) -> None:

@@ -27,6 +27,7 @@ class Options:
     out: Path = argument("OUT", "folder to write; resumed if begun")
     methods: tuple[str, ...] = option(REQUIRED, f"{SYNTAX} each", metavar="A,B")
     ratios: tuple[str, ...] = option((), "parts to remove, such as 0.25,0.5,0.75", metavar="R,R")
+    stats: Path | None = option(None, "use the statistics of slimstate calibrate")
     seeds: tuple[int, ...] = option((0,), "seeds of methods that draw", least=0, metavar="N,N")
     recover: Path | None = option(
         None, "train pruned models on by this recipe; measure again", metavar="RECIPE"
@@ -75,6 +76,11 @@ class Options:
         """The methods that need statistics, each once."""
         methods = dict.fromkeys(point.words[1] for point in self.points)
         return tuple(name for name in methods if METHODS[name].needs)
+
+    @property
+    def statistics(self) -> Path:
+        """The folder of the statistics that methods choose by."""
+        return self.stats or self.folder.statistics
 
     @property
     def budget_words(self) -> tuple[str, ...]:

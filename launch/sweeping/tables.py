@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from launch.drawing.table import Column, Table
+from launch.evaluation.intervals import DocumentLosses, difference, read_losses
 from launch.sweeping.points import Point
 
 STAGES = {"before": "pruned", "recovered": "recovered"}
@@ -21,15 +22,18 @@ ROW_COLUMNS = (
     Column("state_bytes", "state bytes", ",.0f"),
     Column("before", "pruned", ",.2f"),
     Column("before_spread", "±", ",.2f"),
+    Column("before_rise", "nats above dense [95 %]"),
     Column("recovered", "recovered", ",.2f"),
     Column("recovered_spread", "±", ",.2f"),
+    Column("recovered_rise", "nats above dense trained on [95 %]"),
     Column("seeds", "seeds", "d"),
 )
 
 HEADING = "Perplexity by method and ratio"
 NOTE = (
     "Held-out perplexity; the ratio is the part of the channels that was removed. Random channels "
-    "are the control: mean ± standard deviation over seeds."
+    "are the control: mean ± standard deviation over seeds. Rises of the loss over that of the "
+    "dense model have intervals by a bootstrap over the same documents, seeds averaged."
 )
 
 Row = Mapping[str, Any]
@@ -107,27 +111,31 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 
 def collect_rows(
-    points: Iterable[Point], records: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Any]
+    points: Iterable[Point],
+    records: Mapping[str, Mapping[str, Any]],
+    controls: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """A row for each point that was measured; points that differ in their seed alone are one.
 
     Args:
         points: of the sweep, in order.
         records: by the points' `file_name`.
-        dense: the model's own measures.
+        controls: measures of the model itself by stage; empty where it was not measured.
     """
     groups: dict[tuple[str, str, str, bool], list[Mapping[str, Any]]] = {}
     for point in points:
         if point.file_name in records:
             key = (point.method, point.space, point.ratio, point.own_ratio)
             groups.setdefault(key, []).append(records[point.file_name])
-    return [_row(key, found, dense) for key, found in groups.items()]
+    return [_row(key, found, controls) for key, found in groups.items()]
 
 
 def _row(
-    key: tuple[str, str, str, bool], found: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
+    key: tuple[str, str, str, bool],
+    found: Sequence[Mapping[str, Any]],
+    controls: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    method, space, ratio, own_ratio = key
+    (method, space, ratio, own_ratio), dense = key, controls["before"]
     state = found[0]["before"]["state_bytes"]
     row: dict[str, Any] = {
         "method": method,
@@ -145,7 +153,27 @@ def _row(
         values = [record[stage]["perplexity"] for record in found if stage in record]
         row |= {stage: fmean(values), f"{stage}_all": values} if values else {}
         row |= {f"{stage}_spread": stdev(values)} if len(values) > 1 else {}
+        measured = [record[stage] for record in found if stage in record]
+        rise = difference(_mean_losses(measured), read_losses(controls[stage]))
+        row |= {f"{stage}_rise": rise.text(), f"{stage}_difference": rise.record()} if rise else {}
     return row
+
+
+def _mean_losses(measured: Sequence[Mapping[str, Any]]) -> DocumentLosses | None:
+    """The losses by document, averaged over models; None if they are not known or not alike."""
+    found = [losses for record in measured if (losses := read_losses(record)) is not None]
+    if not found or len(found) < len(measured) or any(f.tokens != found[0].tokens for f in found):
+        return None
+    means = [fmean(losses) for losses in zip(*(f.losses for f in found), strict=True)]
+    return DocumentLosses(means, found[0].tokens)
+
+
+def without_documents(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's record without its losses by document, which are long."""
+    return {
+        key: {k: v for k, v in value.items() if k != "documents"} if key in STAGES else value
+        for key, value in record.items()
+    }
 
 
 def _width(widths: Mapping[str, Sequence[int]]) -> str:

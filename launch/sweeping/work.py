@@ -72,6 +72,9 @@ class Work:
     folder: SweepFolder
     model: str
     text: HeldoutText
+    statistics: Path
+    """Those that methods choose by, for methods that need some."""
+
     dtype: str = "auto"
     recovery: Recovery | None = None
     budget_words: tuple[str, ...] = ()
@@ -131,7 +134,7 @@ class Work:
         words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
         options = prune.STAGE.parse(words)
         if options.method.needs:
-            options = dataclasses.replace(options, stats=self.folder.statistics)
+            options = dataclasses.replace(options, stats=self.statistics)
         prune.check(options, 1)
         prune.run(options)
         plan = self.folder.keep_plan(point.file_name, Path(out))

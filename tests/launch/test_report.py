@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from flame.checkpoint.fingerprint import fingerprint
+from flame.checkpoint.reference import resolve
 from flame.errors import UserError
+from flame.storage.json_file import read_object_if_any
 from launch import report
 from launch.ranks.analysis_files import write_analysis
 from launch.report import STAGE, check
 from launch.reporting.collect import collect
 from launch.reporting.envelope import enveloped
+from launch.reporting.lineage import control_of, lineages
 from launch.reporting.run_folders import find_runs
 from launch.speed.bench_table import cell
 from pruning import prune
@@ -68,7 +72,13 @@ def test_page_holds_every_number_and_nothing_foreign(results: Path, tmp_path: Pa
     text = out.read_text()
     for part in numbers():
         assert part in text, part
-    for part in ("dense", "pruned", "Layer 0: 16 of 32 channels", "Layer 1: 16 of 32 channels"):
+    for part in (
+        "dense",
+        "half",
+        "pruned by drrqr from dense",
+        "Layer 0: 16 of 32 channels",
+        "Layer 1: 16 of 32 channels",
+    ):
         assert part in text, part
     assert "--method drrqr --ratio 0.5 --space key" in text and "2.99.0" in text
     assert "77.77" not in text and "nan" not in text.lower()
@@ -92,8 +102,8 @@ def test_markdown_and_latex_hold_the_same_numbers(
     for part in numbers():
         assert part in out.read_text(), part
         assert part.replace("%", r"\%").replace("±", r"$\pm$").replace("–", "--") in latex, part
-    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 8
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 8
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 10
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 10
     assert not (results / "report.html").exists()
     run(results, "--markdown")
     assert capsys.readouterr().out == out.read_text()
@@ -101,13 +111,17 @@ def test_markdown_and_latex_hold_the_same_numbers(
 
 def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
     data = collect([runs / "dense", runs / "half"])
-    assert list(data.rows) == ["dense", "pruned"]
+    assert list(data.rows) == ["dense", "half"]
+    assert data.lineages["dense"].kind == "dense" and not data.lineages["dense"].parent
+    half = data.lineages["half"]
+    assert (half.kind, half.parent, half.tokens) == ("pruned", "dense", 0)
+    assert half.text == "pruned by drrqr from dense" and data.states == {"half": (BEFORE, AFTER)}
     assert [row["state_bytes"] for row in data.rows.values()] == [BEFORE, AFTER]
     parameters = sum(tensor.numel() for tensor in weights(GATED_DELTANET).values())
     assert data.rows["dense"]["parameters"] == parameters
     assert data.loss_curves == {"dense": ([1, 2, 3], [5.5, 4.25, 4.125])}
-    assert data.plans["pruned"]["method"] == "drrqr" and data.method == "drrqr"
-    assert data.plans["pruned"]["calibration tokens"] == 128
+    assert data.plans["half"]["method"] == "drrqr" and data.method == "drrqr"
+    assert data.plans["half"]["calibration tokens"] == 128
     assert [len(layer.kept[0]) for layer in data.kept] == [16, 16]
     assert data.commands[0].startswith("slimstate train --config")
     assert data.commands[1].startswith(f"slimstate prune {runs}/dense {runs}/half --method drrqr")
@@ -122,34 +136,125 @@ def test_two_models_in_one_plot_have_the_colours_of_their_rows(results: Path) ->
     for picture in drawn:
         assert "var(--pruned)" in picture and "var(--other)" in picture
         assert "var(--dense)" not in picture
-    assert [row["model"] for row in analysis.layers] == ["pruned", "pruned"]
+    assert [row["model"] for row in analysis.layers] == ["half", "half"]
 
 
-def test_perplexities_in_a_row_are_of_one_text(results: Path) -> None:
+def test_a_table_of_perplexities_is_of_one_text(results: Path) -> None:
+    held, long = collect([results]).texts
+    assert {name: record["perplexity"] for name, record in held.records.items()} == {
+        "dense": 12.345, "half": 13.579,
+    }  # fmt: skip
+    assert held.heading == "Held-out perplexity on held.txt, rows of 64 tokens"
+    assert list(long.records) == ["half"] and long.records["half"]["perplexity"] == 99.875
+    # Another step of a run is not the run.
+    record = evaluations(results)["models"]["runs/dense"]
+    other = record | {"weights": str(results / "dense" / "checkpoint" / "step-3")}
+    _write(results / "step.json", result("eval", other))
+    assert set(collect([results]).texts[0].records) == {"dense", "dense/step-3", "half"}
+
+
+def test_speeds_of_different_batches_have_columns_of_their_own(results: Path) -> None:
+    small = benchmark(results)
+    small["measures"][0] |= {"batch_size": 1, "values": {"half": {"median": 77.5}}}
+    del small["models"]["dense"]
+    _write(results / "small.json", result("bench", small))
     data = collect([results])
-    assert data.rows["dense"]["perplexity"] == 12.345
-    assert data.tasks["perplexity of long.txt, rows of 99"] == {"pruned": 99.875}
-    assert data.facts["held-out text"] == "held.txt"
+    rows = {name: {h: row[h] for h in data.speeds} for name, row in data.rows.items()}
+    eight, one = "decoded tokens/s, batch 8", "decoded tokens/s, batch 1"
+    assert rows == {"dense": {eight: 2000.0, one: None}, "half": {eight: 1234.5, one: 77.5}}
 
 
-def test_parts_are_told_by_how_a_run_came_about(runs: Path, tmp_path: Path) -> None:
+def trained(dense: Path, start: Path, folder: Path, steps: int, **base: str) -> Path:
+    """A run of so many steps that began from `start`, with adapters if `base` is given."""
     import shutil
 
-    for folder, base in (("a", "half"), ("b", "dense")):
-        shutil.copytree(runs / "dense", tmp_path / folder)
-        recipe = f'[model]\ninit = "{runs / base}/checkpoint/step-7"\n'
-        (tmp_path / folder / "recipe.toml").write_text(recipe)
-    found = find_runs([runs / "dense", runs / "half", tmp_path])
-    folders = {name: run.folder.name for name, run in found.items()}
-    assert folders == {"dense": "dense", "dense_continued": "b", "pruned": "half", "recovered": "a"}
-    twice = find_runs([runs / "half", runs / "dense", tmp_path / "a", results_copy(runs, tmp_path)])
-    assert list(twice) == ["dense", "pruned", "recovered", "other"]
+    shutil.copytree(dense if "dense" in start.name else start, folder)
+    (folder / "plan.json").unlink(missing_ok=True)
+    (folder / "checkpoint" / "step-7").rename(folder / "checkpoint" / f"step-{steps}")
+    if not (folder / "tb").exists():
+        _log_losses(folder, {1: 4.5, 2: 4.25})
+    training = "[training]\nglobal_batch_size = 4\nseq_len = 64\n"
+    (folder / "recipe.toml").write_text(f'[model]\ninit = "{start}/checkpoint/step-7"\n{training}')
+    if base:
+        _write(folder / "base.json", base)
+    return folder
 
 
-def results_copy(runs: Path, tmp_path: Path) -> Path:
+def test_what_was_made_from_what_is_told_by_fingerprints(runs: Path, tmp_path: Path) -> None:
+    dense, half = runs / "dense", runs / "half"
+    trained(dense, half, tmp_path / "r", 5)
+    trained(dense, dense, tmp_path / "c", 5)
+    trained(dense, dense, tmp_path / "short", 3)
+    mark = fingerprint_of(half)
+    trained(dense, half, tmp_path / "lora", 5, reference="../gone", fingerprint=mark)
+    found = lineages(find_runs([dense, half, tmp_path]))
+    kinds = {name: (its.kind, its.parent, its.tokens) for name, its in found.items()}
+    assert kinds == {
+        "dense": ("dense", None, None),
+        "half": ("pruned", "dense", 0),
+        "r": ("recovered", "half", 5 * 256),
+        "lora": ("recovered", "half", 5 * 256),
+        "c": ("dense_continued", "dense", 5 * 256),
+        "short": ("dense_continued", "dense", 3 * 256),
+    }
+    assert found["r"].text == "trained on from half for 5 steps (1,280 tokens)"
+    assert [control_of(name, found) for name in ("half", "r", "lora", "c")] == [
+        "dense", "c", "c", None,
+    ]  # fmt: skip
+
+
+def test_names_of_folders_make_no_relation(runs: Path, tmp_path: Path) -> None:
+    """A foreign model called dense, and a pruned run that was trained on for five steps."""
     import shutil
 
-    return Path(shutil.copytree(runs / "half", tmp_path / "more" / "other"))
+    other = {name: 2 * tensor for name, tensor in weights(GATED_DELTANET).items()}
+    write_run(tmp_path / "dense", GATED_DELTANET, other)
+    shutil.copytree(runs / "half", tmp_path / "pruned")
+    found = lineages(find_runs([tmp_path]))
+    assert found["dense"].kind == "" and found["pruned"].parent is None
+    assert found["pruned"].text == "pruned by drrqr from a model that is not here"
+    assert control_of("pruned", found) is None
+
+    checkpoint = tmp_path / "pruned" / "checkpoint"
+    (checkpoint / "step-7").rename(checkpoint / "step-12")
+    _log_losses(tmp_path / "pruned", {8: 4.5, 12: 4.25})
+    (tmp_path / "pruned" / "recipe.toml").write_text(
+        "[training]\nglobal_batch_size = 4\nseq_len = 64\n"
+    )
+    found = lineages(find_runs([runs / "dense", tmp_path / "pruned"]))
+    assert (found["pruned"].parent, found["pruned"].steps) == ("dense", 5)
+    assert found["pruned"].text == (
+        "pruned by drrqr from dense, trained on for 5 steps (1,280 tokens)"
+    )
+    # Nothing is claimed of it while no dense model was trained on for as long.
+    assert control_of("pruned", found) is None
+
+
+def test_results_are_read_from_anywhere(runs: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    figures = evaluations(runs)
+    (runs / "long.json").unlink()
+    moved = figures["models"]["runs/dense"]
+    # The path of a machine that is not this one: told by the fingerprint.
+    moved |= {"weights": "/gone/dense", "fingerprint": fingerprint_of(runs / "dense")}
+    _write(elsewhere / "figures.json", result("eval", figures))
+    _write(elsewhere / "stranger.json", result("eval", moved | {"fingerprint": "other"}))
+    assert not collect([runs / "dense", runs / "half"]).texts
+    for named in (elsewhere, elsewhere / "figures.json"):
+        (held,) = collect([runs / "dense", runs / "half"], named=[named]).texts
+        assert [r["perplexity"] for r in held.records.values()] == [12.345, 13.579]
+    options = [str(runs), "--results", str(elsewhere / "none.json")]
+    with pytest.raises(UserError, match="none.json: no such file or folder"):
+        check(STAGE.parse(options))
+    (elsewhere / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="plan.json holds no result of a slimstate command"):
+        collect([runs / "half"], named=[elsewhere / "plan.json"])
+
+
+def fingerprint_of(folder: Path) -> str:
+    reference = resolve(folder)
+    return fingerprint(reference.config, reference.source())
 
 
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
@@ -186,7 +291,7 @@ def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: 
     _write(results / "again.json", result("bench", newer))
     os.utime(results / "speed.json", (1, 1))
     (record,) = collect([results]).bench
-    assert record["measures"][0]["ratio"] == 0.5 and list(record["models"]) == ["dense", "pruned"]
+    assert record["measures"][0]["ratio"] == 0.5 and list(record["models"]) == ["dense", "half"]
     del newer["measures"][0]["values"]
     _write(results / "again.json", result("bench", newer))
     with pytest.raises(UserError, match="again.json looks like a result, but KeyError 'values'"):
@@ -196,6 +301,7 @@ def test_the_newest_of_two_benchmarks_holds_and_a_damaged_one_is_named(results: 
 def test_nothing_of_a_result_is_markup(results: Path, tmp_path: Path) -> None:
     hostile = "<script>x()</script> <svg onload=x()> $x_1^$ & </text> nan 0.12345 #fe0105"
     _write_analysis(results / "analysis", results, hostile)
+    _write_hostile(results, hostile)
     (results / "analysis" / "mine.svg").write_text(f"<svg>{hostile} of mine</svg>")
     out = tmp_path / "page.html"
     run(results, "--out", out)
@@ -205,7 +311,9 @@ def test_nothing_of_a_result_is_markup(results: Path, tmp_path: Path) -> None:
     parser.close()
     assert parser.open == [] and parser.links == [] and "script" not in parser.tags
     assert "<svg onload" not in text and "of mine" not in text
-    assert text.count("&lt;script&gt;x()") == 4 and "$x_1^$ &amp;" in text
+    assert text.count("&lt;script&gt;x()") > 12 and "$x_1^$ &amp;" in text
+    assert not parser.tags - TAGS, parser.tags - TAGS
+    assert not {name for name in parser.names if name.startswith("on")}
     assert "nan 0.12345 #fe0105" in text and "1.25" in text
 
 
@@ -224,6 +332,38 @@ def test_an_analysis_that_cannot_be_drawn_is_named(results: Path) -> None:
         collect([results])
 
 
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "header", "main", "section", "h1", "h2", "h3",
+    "p", "ul", "li", "dl", "dt", "dd", "div", "span", "table", "tr", "th", "td", "pre", "code",
+    "details", "summary",
+    "svg", "g", "path", "rect", "text", "defs", "clippath", "use",
+}  # fmt: skip
+"""All that a page is made of: ours, and what matplotlib draws with."""
+
+
+def _write_hostile(root: Path, hostile: str) -> None:
+    """Every text of every result file, a plan and a folder's name replaced by `hostile`."""
+    for file in root.glob("*.json"):
+        content = read_object_if_any(file)
+        if content.get("kind") in ("eval", "recall", "bench"):
+            _write(file, _poisoned(content, hostile))
+    plan = json.loads((root / "half" / "plan.json").read_text())
+    plan["method"]["name"] = hostile
+    plan["calibration"]["data"]["dataset"] = plan["versions"]["torch"] = hostile
+    _write(root / "half" / "plan.json", plan | {"notes": [hostile]})
+    (root / "half").rename(root / "half<b onclick=x()>")
+
+
+def _poisoned(value: Any, hostile: str, key: str = "") -> Any:
+    """`value` with each text replaced that names no key, model or kind of measure."""
+    if isinstance(value, dict):
+        return {name: _poisoned(item, hostile, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_poisoned(item, hostile, key) for item in value]
+    kept = ("kind", "weights", "model", "reference", "name", "against")
+    return hostile if isinstance(value, str) and key not in kept else value
+
+
 def run(folder: Path, *words: Any) -> None:
     options = STAGE.parse([str(folder), *map(str, words)])
     check(options)
@@ -235,7 +375,7 @@ def numbers() -> list[str]:
     spread = cell({"median": 1234.5, "min": 1200, "max": 1300, "runs": [1, 2, 3]}, "tokens/s")
     return [
         "12.345", "13.579", "3.1416", f"{BEFORE:,}", f"{AFTER:,}",
-        "0.5123 ± 0.0103", "28.12 ± 0.12", "0.1234", "0.8765", "99.8750",
+        "0.5123 ± 0.0103", "28.12 ± 0.12", "0.1234", "0.8765", "99.875",
         "98.7%", "43.2%", "2.50", "4.000", "0.200", "7.3%", "1.87", "2.31", spread, "0.617",
     ]  # fmt: skip
 

@@ -24,7 +24,8 @@ from launch.sweeping.checks import check_points
 from launch.sweeping.folder import SweepFolder
 from launch.sweeping.page import page, write_files
 from launch.sweeping.points import points
-from launch.sweeping.tables import sweep_of
+from launch.sweeping.progress import telling
+from launch.sweeping.tables import collect_rows, rows_table, sweep_of, without_documents
 from pruning.methods import METHODS
 from tests.distributed import run_distributed
 from tests.launch.reporting.test_page import Nesting
@@ -299,6 +300,76 @@ def _measured_alone(root: Path, plan: Path, out: Path) -> float:
     file = out.with_suffix(".json")
     evaluate.STAGE.main([str(out), "--perplexity", "--max-sequences", "3", "--json", str(file)])
     return json.loads(file.read_text())["perplexity"]
+
+
+def test_given_statistics_stand_in_for_a_calibration(root: Path, tmp_path: Path) -> None:
+    from pruning import calibrate
+
+    stats, out = tmp_path / "stats", tmp_path / "out"
+    line = [str(root / "dense"), str(stats), "--methods", "drrqr", "--sequences", "2"]
+    calibrate.STAGE.main(line)
+    given = ["--ratios", "0.5", "--max-sequences", "3", "--stats", str(stats)]
+    words = [str(root / "dense"), str(out), "--methods", "drrqr,l1", *given]
+    run_distributed(run_alone, 1, words)
+    plan = json.loads((out / "plans" / "drrqr@key=0.5" / "plan.json").read_text())
+    assert plan["calibration"]["sequences"] == 2 and not (out / "statistics").exists()
+
+    def refused(*words: str) -> str:
+        with pytest.raises(UserError) as error:
+            sweep.check(sweep.STAGE.parse([str(root / "dense"), str(tmp_path / "new"), *words]))
+        return str(error.value)
+
+    assert "--sequences" in refused("--methods", "drrqr", *given, "--sequences", "3")
+    assert "no method of the sweep reads statistics" in refused("--methods", "l1", *given)
+    assert "taylor" in refused("--methods", "taylor", *given)
+    other = write_run(tmp_path / "other", GATED_DELTANET, weights(GATED_DELTANET, seed=5))
+    words[:2] = [str(other), str(tmp_path / "new")]
+    shutil.copy(root / "dense" / "recipe.toml", other)
+    with pytest.raises(UserError, match="of another model"):
+        sweep.check(sweep.STAGE.parse(words))
+
+
+def test_rises_over_the_dense_model_have_intervals() -> None:
+    points_ = points(["l1", "random"], ["0.5"], "key", [0, 1])
+    one, *random = (point.file_name for point in points_)
+    hard = [float(n % 7) for n in range(30)]
+
+    def measured(gap: float) -> dict[str, Any]:
+        losses = [10 * (3 + one + gap * (1 + n % 2)) for n, one in enumerate(hard)]
+        found = {"perplexity": 20.0 + gap, "state_bytes": 50, "parameters": 9}
+        return {**found, "documents": {"losses": losses, "tokens": [10] * 30}}
+
+    def record(gap: float) -> dict[str, Any]:
+        return {"before": measured(gap), "widths": {"key": [16, 16]}, "notes": []}
+
+    records = {one: record(0.1), random[0]: record(0.3), random[1]: record(0.5)}
+    controls = {"before": measured(0.0) | {"state_bytes": 100}, "recovered": {}}
+    l1, drawn = collect_rows(points_, records, controls)
+    assert l1["before_difference"]["loss"] == pytest.approx(0.15)
+    assert l1["before_difference"]["low"] < 0.15 < l1["before_difference"]["high"]
+    assert l1["before_rise"].startswith("+0.1500 [+0.1")
+    assert drawn["before_difference"]["loss"] == pytest.approx(0.6) and drawn["seeds"] == 2
+    assert (
+        "recovered_rise" not in l1 and "documents" not in without_documents(records[one])["before"]
+    )
+    (line, _) = rows_table([l1, drawn]).lines()[1:]
+    assert l1["before_rise"] in line
+
+
+def test_what_a_point_does_is_told_until_it_is_settled(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.begin({}, overwrite=False)
+    folder.log("old").write_text("of an earlier run\n")
+    with telling(folder, ["a", "b", "old"], every=0.02):
+        folder.log("a").write_text("step: 1\nstep: 2  \x1b[31mloss: 4.0\n\n")
+        folder.keep("b", {"name": "b"})
+        folder.log("b").write_text("done\n")
+        told = ""
+        while "step: 2" not in told:
+            told += capfd.readouterr().err
+    assert told + capfd.readouterr().err == "a: step: 2  [31mloss: 4.0\n"
 
 
 def test_model_that_cannot_be_calibrated_leaves_nothing(root: Path, tmp_path: Path) -> None:

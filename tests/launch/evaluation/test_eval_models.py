@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from flame.checkpoint.save import save_step
+from flame.data.heldout import Heldout
 from flame.data.tokenizer import train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
@@ -244,7 +245,7 @@ def test_divergence_is_that_of_the_definition() -> None:
     for ours, theirs in zip(q.softmax(-1).tolist(), p.softmax(-1).tolist(), strict=True):
         expected += sum(t * math.log(t / o) for t, o in zip(theirs, ours, strict=True))
     value, agreeing = divergence(q, p)
-    assert value == pytest.approx(expected, rel=1e-5)
+    assert float(value.sum()) == pytest.approx(expected, rel=1e-5)
     assert agreeing == int((p.argmax(-1) == q.argmax(-1)).sum())
 
 
@@ -254,11 +255,12 @@ def test_divergence_counts_predicted_tokens_of_all_rows() -> None:
     for length in (5, 700):
         tokens = torch.arange(length)[None] % 61
         labels = torch.where(tokens % 3 == 0, -100, tokens)
-        rows.append(({"input": tokens}, labels, 0))
-    kl, agreeing, tokens = sum_divergences(one, other, rows)
-    assert tokens == sum(int((labels != -100).sum()) for _, labels, _ in rows)
+        rows.append(Heldout({"input": tokens}, labels, 0, torch.full((length,), len(rows))))
+    kl, agreeing, tokens, documents = sum_divergences(one, other, rows)
+    assert list(documents.tokens) == [int((row.labels != -100).sum()) for row in rows]
+    assert tokens == sum(documents.tokens) and kl == pytest.approx(sum(documents.losses))
     expected = 0.0
-    for inputs, labels, _ in rows:
+    for inputs, labels, *_ in rows:
         with torch.no_grad():
             mine, theirs = (m(input_ids=inputs["input"]).logits[0].double() for m in (one, other))
         p, q = theirs.log_softmax(-1), mine.log_softmax(-1)

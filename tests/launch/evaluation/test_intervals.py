@@ -14,6 +14,7 @@ from launch.evaluation.intervals import (
     joined,
     read_losses,
     standard_error,
+    won_back,
 )
 
 
@@ -89,3 +90,19 @@ def test_losses_of_a_strangers_record_are_checked() -> None:
     for documents in ({"losses": [1.0], "tokens": []}, {"losses": [math.nan], "tokens": [1]}):
         with pytest.raises(ValueError, match="two lists of as many finite numbers"):
             read_losses({"documents": documents})
+
+
+def test_what_is_won_back_is_a_share_of_the_gap_to_the_control() -> None:
+    control, _ = draw(np.random.default_rng(2))
+    tokens = np.array(control.tokens)
+    noise = np.random.default_rng(5).normal(0, 0.002, (2, 60))
+    pruned, recovered = (
+        DocumentLosses((np.array(control.losses) + tokens * (gap + more)).tolist(), control.tokens)
+        for gap, more in zip((0.1, 0.025), noise, strict=True)
+    )
+    found = won_back(pruned, recovered, control)
+    assert found is not None
+    share, low, high = found
+    assert share == pytest.approx(0.75, abs=0.02) and low < share < high and high - low < 0.05
+    assert won_back(control, recovered, pruned) is None
+    assert won_back(pruned, recovered, pruned) is None

@@ -5,39 +5,69 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from flame.errors import UserError
 from launch.ranks.spectra import Spectrum
-from launch.reporting.data import KeptChannels, ReportData
+from launch.reporting.claims import details, verdict
+from launch.reporting.data import KeptChannels, Measured, ReportData
+from launch.reporting.lineage import Lineage
 from launch.reporting.losses import loss_curve, smoothed
 from launch.reporting.page import page, write_report
-from launch.reporting.sentences import verdict, won_back
-from launch.reporting.tables import COLUMNS
+
+LOSSES = {
+    "dense": 3.5, "dense_continued": 3.4, "pruned": 3.62, "random": 4.1, "recovered": 3.42,
+}  # fmt: skip
+STATES = {"dense": 524_288, "dense_continued": 524_288}
+SPEED = "decoded tokens/s, batch 8"
 
 
-def row(perplexity: float, state_bytes: int, tokens_per_second: float = 100.5) -> dict[str, float]:
+def documents(loss: float, seed: int, noise: float = 0.004) -> dict[str, list[float]]:
+    """Losses of 40 documents of 100 tokens whose mean loss is about `loss`."""
+    hard = np.random.default_rng(0).normal(0, 0.5, 40)
+    own = np.random.default_rng(seed).normal(0, noise, 40)
+    losses = 100 * (loss + hard - hard.mean() + own - own.mean())
+    return {"losses": losses.tolist(), "tokens": [100] * 40}
+
+
+def record(loss: float, seed: int, noise: float = 0.004) -> dict[str, Any]:
     return {
-        "perplexity": perplexity,
-        "bits_per_byte": math.log2(perplexity) / 3,
-        "parameters": 1_234_567 - state_bytes,
-        "state_bytes": state_bytes,
-        "decode_tokens_per_second": tokens_per_second,
-    }
+        "perplexity": math.exp(loss), "bits_per_byte": loss / 2, "error": 0.375,
+        "documents": documents(loss, seed, noise), "tokens": 4000,
+    }  # fmt: skip
 
 
-ROWS = {
-    "dense": row(34.213, 524_288),
-    "dense_continued": row(31.077, 524_288, 99.25),
-    "pruned": row(37.918, 262_144, 120.75),
-    "random": row(58.31, 262_144, 121.5),
-    "recovered": row(31.604, 262_144, 119.125),
+def texts(**losses: float) -> list[Measured]:
+    records = {name: record(loss, seed) for seed, (name, loss) in enumerate(losses.items(), 1)}
+    return [Measured("/data/held.txt", 512, 4000, records)]
+
+
+LINEAGES = {
+    "dense": Lineage("dense", text="trained for 600 steps"),
+    "dense_continued": Lineage("dense_continued", "dense", None, 120, 245_760, "trained on"),
+    "pruned": Lineage("pruned", "dense", "pruned", 0, 0, "pruned by drrqr from dense"),
+    "random": Lineage("random", "dense", "random", 0, 0, "pruned by random from dense"),
+    "recovered": Lineage("recovered", "pruned", "pruned", 120, 245_760, "trained on from pruned"),
 }
 
 DATA = ReportData(
     title="a <run> & its report",
-    rows=ROWS,
+    rows={
+        name: {
+            "parameters": 1_234_567 - STATES.get(name, 262_144),
+            "state_bytes": STATES.get(name, 262_144),
+            SPEED: 100.5 + number,
+        }
+        for number, name in enumerate(LINEAGES)
+    },
+    lineages=LINEAGES,
+    states={"pruned": (524_288, 262_144), "random": (524_288, 262_144)},
+    texts=texts(**LOSSES),
+    speeds=[SPEED],
+    plans={"pruned": {"method": "drrqr"}, "random": {"method": "random"}},
     loss_curves={
         "dense": ([1, 2, 3], [9.0, 5.0, 4.0]),
         "recovered": ([1, 2], [3.9, 3.7]),
@@ -66,9 +96,11 @@ class Nesting(HTMLParser):
         self.open: list[str] = []
         self.links: list[str] = []
         self.tags: set[str] = set()
+        self.names: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
         self.links += [
             f"{name}={value}"
             for name, value in attrs
@@ -100,32 +132,36 @@ def test_page_is_one_well_formed_file_without_references(tmp_path: Path) -> None
     assert "a &lt;run&gt; &amp; its report" in text and "$" not in text
 
 
-def test_page_shows_every_number_of_the_table() -> None:
+def test_page_shows_every_number_of_the_tables() -> None:
     text = page(DATA)
-    for values in ROWS.values():
-        for column in COLUMNS[1:]:
-            assert column.cell(values[column.key]) in text
+    for name, row in DATA.rows.items():
+        for value in (f"{row['parameters']:,}", f"{row['state_bytes']:,}", f"{row[SPEED]:,.1f}"):
+            assert value in text
+        measured = DATA.texts[0].records[name]
+        assert f"{measured['perplexity']:,.3f}" in text and LINEAGES[name].text in text
     for part in ("200.5 s", "3.2 s", "210.0 seconds", "2 processes", "2.13.0", "--ratio 0.5"):
         assert part in text
+    assert "Held-out perplexity on held.txt, rows of 512 tokens, 4,000 of them predicted" in text
     assert '<span class="m-dense">dense 1.3 of 4</span>' in text
     assert '<span class="m-recovered">recovered 1.2 of 2</span>' in text
     assert "Layer 0: 2 of 4 channels a head" in text
 
 
 def test_page_of_the_table_alone_has_no_empty_sections() -> None:
-    text = page(ReportData("t", {"dense": row(10.0, 1024)}))
-    assert "One model, not pruned: perplexity 10.00." in text
-    assert "what it cost was not measured" in page(ReportData("t", {"dense": {}, "pruned": {}}))
+    alone = ReportData("t", {"mine": {"state_bytes": 1024}}, texts=texts(mine=2.5))
+    text = page(alone)
+    assert "12.182" in text and 'class="verdict"' not in text
     for heading in ("Training loss", "Singular values", "Kept key channels", "Where the time"):
         assert heading not in text
+    assert "What the numbers say" not in text
 
 
-def test_missing_and_infinite_numbers_are_shown_as_such() -> None:
-    broken = {**ROWS, "random": {**ROWS["random"], "perplexity": math.inf}, "pruned": {}}
-    text = page(replace(DATA, rows=broken))
-    assert "channels chosen by" not in text
-    assert "won back" not in text
-    assert '<td class="right">-</td>' in text
+def test_infinite_numbers_are_shown_as_such() -> None:
+    broken = {**DATA.texts[0].records["random"], "perplexity": math.inf, "documents": None}
+    records = {**DATA.texts[0].records, "random": broken}
+    text = page(replace(DATA, texts=[replace(DATA.texts[0], records=records)]))
+    assert "at random" not in text
+    assert '<td class="right">inf</td>' in text
 
 
 def test_existing_report_is_kept_unless_overwritten(tmp_path: Path) -> None:
@@ -138,40 +174,90 @@ def test_existing_report_is_kept_unless_overwritten(tmp_path: Path) -> None:
     assert path.read_text() != "mine"
 
 
-def test_verdict_says_what_recovery_did() -> None:
-    half = "Pruning took 50% off the recurrent state (512 KiB to 256 KiB a sequence)"
-    assert verdict(ROWS) == (
-        f"{half} and cost 1.7% in perplexity after recovery: perplexity 31.60 against 31.08 of "
-        "the dense model trained on for as many tokens."
+def test_verdict_compares_with_the_control_that_was_trained_as_long() -> None:
+    assert verdict(DATA).startswith(
+        "Pruning takes 50% off the recurrent state of a sequence (512 KiB to 256 KiB). "
+        "recovered loses 0.0200 nats a token more (95 % interval 0.0"
     )
-    better = {**ROWS, "recovered": row(30.5, 262_144)}
-    assert "nothing in quality: perplexity 30.50 against 31.08" in verdict(better)
-    worse = {**ROWS, "recovered": row(39.0, 262_144)}
-    assert "recovery did not recover" in verdict(worse)
-    assert "37.92 before recovery" in verdict(worse)
-    alone = {name: ROWS[name] for name in ("dense", "recovered")}
-    assert verdict(alone).endswith(
-        "nothing in quality: perplexity 31.60 against 34.21 of the dense model."
+    assert verdict(DATA).endswith(
+        "than dense_continued, the dense model trained on for as many tokens (245,760): "
+        "perplexity 30.57 and 29.96."
     )
+    better = replace(DATA, texts=texts(**{**LOSSES, "recovered": 3.3}))
+    assert "loses 0.1000 nats a token less" in verdict(better)
 
 
-def test_won_back_is_a_share_of_the_loss() -> None:
-    rows = {"dense": row(math.e, 8), "pruned": row(math.e**3, 4), "recovered": row(math.e**1.5, 4)}
-    assert won_back(rows) == pytest.approx(0.75)
-    assert won_back({**rows, "pruned": row(2.0, 4)}) is None
-    assert won_back({"dense": row(2.0, 4)}) is None
+def test_a_difference_within_chance_is_called_that() -> None:
+    records = {**DATA.texts[0].records, "recovered": record(3.402, 9, noise=0.1)}
+    said = verdict(replace(DATA, texts=[replace(DATA.texts[0], records=records)]))
+    assert "recovered cannot be told apart from dense_continued" in said
+    assert "on 40 documents: +0.0020 [-0.0" in said
 
 
-def test_random_control_that_wins_is_reported() -> None:
-    lucky = {**ROWS, "random": row(36.0, 262_144)}
-    assert "no better than as many chosen at random: 37.92 against 36.00" in page(
-        replace(DATA, rows=lucky)
-    )
+def without(*names: str) -> ReportData:
+    found = {name: its for name, its in LINEAGES.items() if name not in names}
+    records = {n: r for n, r in DATA.texts[0].records.items() if n not in names}
+    return replace(DATA, lineages=found, texts=[replace(DATA.texts[0], records=records)])
+
+
+def test_a_claim_needs_its_control_its_tokens_and_an_interval() -> None:
+    # No control that was trained on: nothing is said of the recovered model.
+    alone = without("dense_continued")
+    assert "pruned, not trained on, loses 0.1200 nats a token more" in verdict(alone)
+    assert not any("recovered" in sentence for sentence in [verdict(alone), *details(alone)])
+    # A control that was trained for other, or unknown, tokens.
+    for tokens in (122_880, None):
+        control = replace(LINEAGES["dense_continued"], tokens=tokens)
+        other = replace(DATA, lineages={**LINEAGES, "dense_continued": control})
+        assert "recovered" not in verdict(other)
+    # Too few documents, or none recorded: numbers alone.
+    few = {"losses": [300.0] * 3, "tokens": [100] * 3}
+    for cut in (few, None):
+        records = {n: {**r, "documents": cut} for n, r in DATA.texts[0].records.items()}
+        numbers = replace(DATA, texts=[replace(DATA.texts[0], records=records)])
+        assert verdict(numbers).endswith("What it cost is not measured against a control.")
+        assert details(numbers) == [] and "30.569" in page(numbers)
+    # Models of which nothing is known are not compared, whatever they are called.
+    strangers = replace(DATA, lineages={name: Lineage() for name in LINEAGES}, states={})
+    assert verdict(strangers) == "" and details(strangers) == []
+    assert '<dl class="tiles">' not in page(strangers)
+    # Nor are models of different texts.
+    one = [Measured("a", 512, 4000, {n: r}) for n, r in DATA.texts[0].records.items()]
+    assert "nats" not in verdict(replace(DATA, texts=one))
+
+
+def test_what_training_on_won_back_is_of_the_gap_to_the_control() -> None:
+    (sentence,) = [said for said in details(DATA) if "closed" in said]
+    # (3.62 - 3.42) / (3.62 - 3.40)
+    assert sentence.startswith("Training on closed 91 % (95 % interval 9")
+    assert "of the gap between pruned and dense_continued" in sentence
+
+
+def test_a_rise_of_the_divergence_is_said() -> None:
+    fidelity = {
+        name: {"kl": kl, "against": "runs/dense", "documents": documents(kl, seed)}
+        for seed, (name, kl) in enumerate({"pruned": 0.022, "recovered": 0.047}.items())
+    }
+    (said,) = [text for text in details(replace(DATA, fidelity=fidelity)) if "KL" in text]
+    assert "away from those of the dense model: KL 0.0220 nats a token of pruned, 0.0470" in said
+    assert "(+0.0250 [+0.02" in said
+    other = {**fidelity, "recovered": {**fidelity["recovered"], "against": "elsewhere"}}
+    assert not [text for text in details(replace(DATA, fidelity=other)) if "KL" in text]
+
+
+def test_the_random_control_is_compared_at_the_same_size() -> None:
+    (said,) = [text for text in details(DATA) if "at random" in text]
+    assert said.startswith("Not trained on, pruned (channels chosen by drrqr) loses 0.4800 nats")
+    assert "less (0.4" in said and said.endswith("than random, one draw of as many at random.")
+    lucky = replace(DATA, texts=texts(**{**LOSSES, "random": 3.5}))
+    assert any("loses 0.1200 nats a token more" in said for said in details(lucky))
+    wider = replace(DATA, states={**DATA.states, "random": (524_288, 131_072)})
+    assert not [text for text in details(wider) if "at random" in text]
 
 
 def test_perplexity_bars_turn_logarithmic_when_one_dwarfs_the_rest() -> None:
     assert "The axis starts at 0." in page(DATA)
-    huge = page(replace(DATA, rows={**ROWS, "random": row(31.077**2, 262_144)}))
+    huge = page(replace(DATA, texts=texts(**{**LOSSES, "random": 6.8})))
     assert "logarithmic and starts at 1" in huge
     assert 'left:50.00%"' in huge
 
