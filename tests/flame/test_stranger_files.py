@@ -172,7 +172,7 @@ def test_damaged_recipes_and_configurations(tmp_path: Path) -> None:
 
     draw, begin, found = random.Random(11), memory(), []
     recipe, config = tmp_path / "recipe.toml", tmp_path / "config.json"
-    for number in range(150):
+    for number in range(300):
         recipe.write_bytes(damaged_text(RECIPE, draw))
         try:
             found.append(outcome(lambda: parse_job(["--job.config_file", str(recipe)]), "recipe"))
@@ -189,5 +189,5 @@ def test_damaged_recipes_and_configurations(tmp_path: Path) -> None:
             raise
     print(f"{len(found)} recipes and configurations: {found.count('read')} read, "
           f"{found.count('refused')} refused, {(memory() - begin) / 2**20:.0f} MiB")  # fmt: skip
-    assert found.count("refused") > 150
+    assert min(found.count("read"), found.count("refused")) > 50
     assert memory() - begin < MEMORY
