@@ -15,6 +15,10 @@ COMMON_ERROR_SECONDS = 60.0
 """Seconds after which it reports one that rank 0 will meet too, and that ends the job before."""
 
 
+LONGEST_LINE = 1500
+"""Characters of a printed error."""
+
+
 class UserError(Exception):
     """A mistake that a person can mend: one line with the value, the bound and what to do."""
 
@@ -69,8 +73,13 @@ def wait_for_rank_zero(error: UserError, seconds: float) -> None:
 
 
 def report(error: UserError) -> None:
-    """Print `error` as one line on stderr."""
+    """Print `error` as one line on stderr, without control characters and of bounded length."""
     line = " ".join(str(error).split())
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    if len(line) > LONGEST_LINE:
+        # What is wrong stands at the end, after the names of a stranger's files and tensors.
+        half = LONGEST_LINE // 2
+        line = f"{line[:half]} ... {line[-half:]}"
     print(f"slimstate: error: {line}", file=sys.stderr, flush=True)
 
 
