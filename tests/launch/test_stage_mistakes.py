@@ -23,7 +23,7 @@ HALF = ("--method", "l1", "--ratio", "0.5")
 MISSING: dict[str, tuple[str, ...]] = {
     "tokenizer": ("out", "--data", "./nowhere"),
     "train": ("--config", "nowhere.toml"),
-    "recipes": ("--show", "nowhere"),
+    "recipes": ("--copy", "nowhere"),
     "calibrate": ("./nowhere", "out"),
     "plan": ("./nowhere", "out", *HALF),
     "apply": ("./nowhere", "plan.json", "out"),
@@ -43,7 +43,7 @@ MISSING: dict[str, tuple[str, ...]] = {
 WRONG_TYPE: dict[str, tuple[str, ...]] = {
     "tokenizer": ("--size", "many"),
     "train": ("--config", RECIPE, "--training.steps", "many"),
-    "recipes": ("--copy", "many"),
+    "recipes": ("--overwrite=many",),
     "calibrate": ("--sequences", "many"),
     "plan": ("--seed", "many"),
     "apply": ("--to", "many"),
@@ -81,7 +81,7 @@ def arguments(name: str, kind: str) -> list[str]:
 def expected(name: str, kind: str) -> str:
     """A regular expression for what the line must name."""
     if kind == "unknown option":
-        return "--colour red"
+        return "unrecognized arguments: --colour"
     return "nowhere" if kind == "missing file" else r"steps.*many|many|--latex"
 
 
