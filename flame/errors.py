@@ -51,18 +51,26 @@ def _run_stage(main: Callable[[], None], checked: bool) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        if signal_received():
-            reported()
-            leave(exit_status())
-        if isinstance(error, KeyboardInterrupt):
-            leave(130)
+        _leave_if_ended(error)
         if not isinstance(error, UserError):
             raise
-        wait_for_rank_zero(error, OWN_ERROR_SECONDS if checked else COMMON_ERROR_SECONDS)
+        try:
+            wait_for_rank_zero(error, OWN_ERROR_SECONDS if checked else COMMON_ERROR_SECONDS)
+        except KeyboardInterrupt as end:
+            _leave_if_ended(end)
         report(error)
         leave(1)
     if signal_received():
         leave(exit_status())
+
+
+def _leave_if_ended(error: BaseException) -> None:
+    """Exit in silence if a signal is behind `error`."""
+    if signal_received():
+        reported()
+        leave(exit_status())
+    if isinstance(error, KeyboardInterrupt):
+        leave(130)
 
 
 def wait_for_rank_zero(error: UserError, seconds: float) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flame.errors import OWN_ERROR_SECONDS, UserError, wait_for_rank_zero
+from flame.process.environment import environment
 from flame.process.one_node import node_store, start_alone, stay_on_this_node
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -54,8 +55,8 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
     """Initialise the default process group and destroy it at the end; keep one that is there.
 
     Reads torchrun's environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`).
-    Without it this process is a job of its own. A single process opens no socket, and the processes
-    of one node meet on its loopback interface alone (docs/security.md).
+    Without it this process is a job of its own while the block lasts. A single process opens no
+    socket, and the processes of one node meet on its loopback interface alone (docs/security.md).
 
     Raises:
         UserError: the node has fewer CUDA devices than processes.
@@ -63,7 +64,13 @@ def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ALONE.items()})
+    alone = {name: value for name, value in _ALONE.items() if name not in os.environ}
+    with environment(alone), _initialised(timeout):
+        yield
+
+
+@contextmanager
+def _initialised(timeout: timedelta) -> Iterator[None]:
     if device_type() == "cuda":
         _check_local_devices()
         torch.cuda.set_device(local_device())

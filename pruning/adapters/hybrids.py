@@ -23,6 +23,7 @@ from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import (
     MixerSizes,
     ProjectionFamily,
+    check_eps,
     positive_integer,
     with_defaults,
 )
@@ -83,6 +84,7 @@ class Hybrid(ProjectionFamily):
         key_heads, heads = (positive_integer(full, name) for name in SIZES[:2])
         for name in SIZES[2:]:
             positive_integer(full, name)
+        check_eps(full, self.eps_key)
         if heads % key_heads:
             raise UserError(
                 f"config: linear_num_value_heads {heads} is not a multiple of "

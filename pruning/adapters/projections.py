@@ -208,8 +208,13 @@ def check_layers(config: Config) -> None:
     checkpoint has none is looked at when it is sliced.
     """
     positive_integer(config, "num_hidden_layers")
-    eps = config["norm_eps"]
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise UserError(f"config: norm_eps is {eps!r}, expected a number of 0 or more")
+    check_eps(config, "norm_eps")
     if not linear_layers(config):
         raise UserError("config: attn names every layer, so there is no linear-attention layer")
+
+
+def check_eps(config: Config, key: str) -> None:
+    """Raise UserError unless `config[key]` is a finite number of at least 0."""
+    eps = config[key]
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise UserError(f"config: {key} is {eps!r}, expected a number of 0 or more")

@@ -363,7 +363,7 @@ def test_output(refused: Run, no_worker: Any, folder: Path, command: str) -> Non
         source = "run" if command == "train" else "hf"
         inside = rf"lies inside the model's folder \S+/{source}: choose another"
         expected |= {
-            source: rf"{inside}|is a folder: give the name of a file",
+            source: rf"{inside}|is a folder: give the name of a file|run has done 7 steps",
             f"{source}/new/out": inside,
         }
     for output, says in expected.items():

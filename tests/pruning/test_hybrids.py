@@ -221,6 +221,7 @@ def test_cached_generation_is_recomputation(family: str, tmp_path: Path) -> None
         ({"layer_types": ["linear_attention", "mamba", "full_attention"]}, "mamba"),
         ({"linear_num_value_heads": 4}, "not a multiple"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
     ],
 )
 def test_configs_that_cannot_be_pruned(changes: dict[str, Any], expected: str) -> None:
