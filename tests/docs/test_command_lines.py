@@ -12,7 +12,7 @@ from launch.cli import COMMANDS
 from launch.processes.topology import split_options
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/concepts.md", "docs/results.md", "docs/many-nodes.md", "docs/from-the-paper.md")  # fmt: skip  # noqa: E501
+PAGES = ("README.md", "docs/concepts.md", "docs/results.md", "docs/many-nodes.md", "docs/serving.md", "docs/from-the-paper.md")  # fmt: skip  # noqa: E501
 MODULES = {command.module: name for name, command in COMMANDS.items()}
 DATA = "--data HuggingFaceFW/fineweb-edu --subset sample-10BT"
 
