@@ -28,6 +28,14 @@ config and tokenizer relative to itself and the rest in full, so the folder may 
 Keys of torchtitan that are not listed have no effect here: changing one is an error. No module that
 a recipe names is ever imported.
 
+## A model of your own
+
+`slimstate recipes --copy demo_pretrain` copies a small recipe and its `demo_config.json`, which
+names a family (`model_type`) and its sizes in the words of that family's config class in fla or
+transformers; what it leaves out has the class's default. Change `job.dump_folder`, `data.dataset`,
+`data.tokenizer` (next section) and, if you like, the sizes; `data.heldout` is the text that `eval`
+measures on.
+
 ## A tokenizer
 
 ```

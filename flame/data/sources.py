@@ -189,6 +189,6 @@ def files_of_builder(builder: Any, split: str) -> tuple[str, list[str]] | None:
 def _unreachable(name: str, problem: str) -> UserError:
     return UserError(
         f"data set {name!r} is no local file or folder, and as a hub name it cannot be loaded: "
-        f"{problem}; give data.dataset a local parquet, json, jsonl or txt file or folder, or "
+        f"{problem}; give a local parquet, json, jsonl or txt file or folder, or "
         "python-stdlib (HF_HUB_OFFLINE=1 uses what is cached)"
     )

@@ -20,6 +20,8 @@ CHUNK_CHARACTERS = 1 << 17
 """Documents and characters after which a chunk ends. A chunk is tokenised in one call: it is large
 enough to keep the tokenizer busy, and small enough not to be waited for."""
 
+_NEW = " (for a new model, `slimstate tokenizer FOLDER` makes one)"
+
 
 def load_tokenizer(reference: str) -> Any:
     """Return the tokenizer in a folder, or that of a hub model (cached or from the network).
@@ -35,14 +37,14 @@ def load_tokenizer(reference: str) -> Any:
     if path.exists():
         return load_folder(path)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise UserError(f"tokenizer folder {reference} does not exist")
+        raise UserError(f"tokenizer folder {reference} does not exist{_NEW}")
     try:
         folder = download(reference, FILES)
     except UserError as error:
         reason = hub_problem() or first_line(error)
         raise UserError(
             f"cannot load tokenizer {reference!r}: it is no local folder, and as a hub name it "
-            f"cannot be loaded: {reason}"
+            f"cannot be loaded: {reason}{_NEW}"
         ) from error
     return load_folder(folder)
 

@@ -87,6 +87,11 @@ def _notes(folder: Path, model_type: str) -> list[str]:
     if model_type in MODULES:
         notes.append("Without the first line transformers refuses `model_type` in config.json.")
     if imports_for(model_type):
+        if model_type not in MODULES:
+            notes.append(
+                "fla's kernels need a GPU: without one, write `import flame.register` "
+                "(of slimstate) in the place of `import fla`."
+            )
         notes.append(
             f"Right with transformers {GENERATING}. With fla 0.6, `generate` of 5.24 starts every "
             "token from an empty state, without a word."

@@ -2,12 +2,16 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 
 _OURS = ("flame", "pruning", "kernels", "launch")
-_TITAN = ("step:", "Model ")
+_TITAN = ("step:", "validate step:", "Model ")
 """How torchtitan's lines worth showing begin; it logs to the root logger."""
+
+_COLOUR = re.compile(r"(\033\[[\d;]*m)+")
+"""What torchtitan puts in front of them, where `metrics.disable_color_printing` is false."""
 
 _EXPECTED = ("torch.distributed is already initialized",)
 """How warnings begin that are about what this project does on purpose."""
@@ -21,7 +25,8 @@ class _Worthwhile(logging.Filter):
         if record.levelno >= logging.WARNING:
             return not message.startswith(_EXPECTED)
         if record.name == "root":
-            return message.startswith(_TITAN)
+            colour = _COLOUR.match(message)
+            return message.startswith(_TITAN, colour.end() if colour else 0)
         return record.name.partition(".")[0] in _OURS
 
 

@@ -93,6 +93,7 @@ def test_everything_survives_training_pruning_and_export(home: Path, tmp_path: P
         card = (tmp_path / f"export-{to}" / "README.md").read_text()
         assert "method l1" in card and "ratio 0.5" in card and f"`pruned-{to}`" in card
         assert f"from_pretrained('export-{to}')" in card and "import fla" in card
+        assert "import flame.register" in card, "what a machine without a GPU needs"
     assert is_model_card(tmp_path / "export-hf" / "README.md")
 
 
