@@ -80,7 +80,7 @@ def _lineage(
     if before.kind in ("pruned", "recovered"):
         kind = "recovered"
     tokens = run.tokens_of(run.step)
-    text = _trained(f"trained on from {owner.name}", run.step, tokens)
+    text = _trained(f"trained on from {owner.name}", run.step, tokens) + _way(run)
     return Lineage(kind, owner.name, before.plan_from, run.step, tokens, text)
 
 
@@ -106,6 +106,14 @@ def _trained(what: str, steps: int | None, tokens: int | None = None) -> str:
         return what if what != "trained" else ""
     counted = "" if tokens is None else f" ({tokens:,} tokens)"
     return f"{what} for {steps:,} step{'s' if steps != 1 else ''}{counted}"
+
+
+def _way(run: RunFolder) -> str:
+    """How a run trained, as far as that makes it unlike another of as many tokens."""
+    lora, distill = (run.recipe.get(name) for name in ("lora", "distill"))
+    rank = lora.get("rank") if isinstance(lora, dict) else 0
+    teacher = distill.get("teacher") if isinstance(distill, dict) else ""
+    return (f", LoRA of rank {rank}" if rank else "") + (", with a teacher" if teacher else "")
 
 
 def control_of(name: str, found: Mapping[str, Lineage]) -> str | None:

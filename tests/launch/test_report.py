@@ -187,6 +187,8 @@ def test_what_was_made_from_what_is_told_by_fingerprints(runs: Path, tmp_path: P
     trained(dense, dense, tmp_path / "short", 3)
     mark = fingerprint_of(half)
     trained(dense, half, tmp_path / "lora", 5, reference="../gone", fingerprint=mark)
+    with (tmp_path / "lora" / "recipe.toml").open("a") as recipe:
+        recipe.write('[lora]\nrank = 4\n[distill]\nteacher = "../gone"\n')
     found = lineages(find_runs([dense, half, tmp_path]))
     kinds = {name: (its.kind, its.parent, its.tokens) for name, its in found.items()}
     assert kinds == {
@@ -198,6 +200,7 @@ def test_what_was_made_from_what_is_told_by_fingerprints(runs: Path, tmp_path: P
         "short": ("dense_continued", "dense", 3 * 256),
     }
     assert found["r"].text == "trained on from half for 5 steps (1,280 tokens)"
+    assert found["lora"].text == f"{found['r'].text}, LoRA of rank 4, with a teacher"
     assert [control_of(name, found) for name in ("half", "r", "lora", "c")] == [
         "dense", "c", "c", None,
     ]  # fmt: skip
