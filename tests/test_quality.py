@@ -23,7 +23,7 @@ OBJECTIVE = "flame.training.objective."
 """The exception: the loss whose gradients a calibration sums."""
 
 MATHEMATICS = (
-    "spaces", "linalg", "state_rank", "statistics", "methods", "planning.budgets",
+    "layouts", "spaces", "linalg", "state_rank", "statistics", "methods", "planning.budgets",
     "planning.per_kind", "planning.allocation",
 )  # fmt: skip
 """Modules of pruning that import torch and nothing built on it."""
@@ -82,6 +82,14 @@ def test_no_room_imports_a_stage(package: str) -> None:
         if file.parent != ROOT / package and (name in stages or name.rpartition(".")[0] in stages)
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_modules_can_be_read_at_a_sitting(package: str) -> None:
+    """The exception is one algorithm, strong rank-revealing QR with its updates."""
+    lines = {str(f.relative_to(ROOT)): f.read_text().count("\n") for f in _files(package)}
+    long = {name for name, count in lines.items() if count > 250}
+    assert long <= {"pruning/linalg.py"}
 
 
 @pytest.mark.parametrize("package", LAYERS)

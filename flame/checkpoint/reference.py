@@ -168,7 +168,7 @@ def _resolve(
         problem = f"it is a file, a model is {_FORMS}" if path.exists() else "no such folder"
         raise UserError(f"no model at {reference}: {problem}")
     folder = download(str(reference))
-    return _resolve_hugging_face(folder, step, above)
+    return _resolve_hf(folder, step, above)
 
 
 def check_destination(
@@ -199,7 +199,7 @@ def _resolve_folder(path: Path, step: int | None, above: tuple[Path, ...]) -> Mo
         return _resolve_run(path, step)
     if path.name == CHECKPOINT_FOLDER and (path.parent / CONFIG_FILE).is_file():
         return _resolve_run(path.parent, step)
-    return _resolve_hugging_face(path, step, above)
+    return _resolve_hf(path, step, above)
 
 
 def _resolve_run(run: Path, step: int | None) -> ModelReference:
@@ -231,20 +231,19 @@ def _of_run(run: Path, step: Path, config: dict[str, Any]) -> ModelReference:
     return ModelReference(run, step, config, tokenizer_folder(run), recipe)
 
 
-def _resolve_hugging_face(
-    folder: Path, step: int | None, above: tuple[Path, ...]
-) -> ModelReference:
+def _resolve_hf(folder: Path, step: int | None, above: tuple[Path, ...]) -> ModelReference:
     if step is not None:
         raise UserError(f"{folder} is a Hugging Face folder: it has no step {step}")
-    if is_peft_folder(folder) and not (folder / CONFIG_FILE).is_file():
+    file = folder / CONFIG_FILE
+    if not file.is_file() and is_peft_folder(folder):
         if above:
             check_chain(above, folder.resolve())
         found = ModelReference(folder, None, {}, tokenizer_folder(folder), None, above)
         base = found.base()
         return replace(found, config=base.config, tokenizer=found.tokenizer or base.tokenizer)
-    if not (folder / CONFIG_FILE).is_file():
+    if not file.is_file():
         check_no_pickle(folder)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(file)
     check_plain_folder(folder)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")

@@ -169,7 +169,8 @@ class _Bench:
             return {}
         from flame.checkpoint.fingerprint import check_finite
         from flame.data.tokenizer import load_tokenizer
-        from launch.lm.model import NotFiniteError, SlimstateLM
+        from launch.lm.finite import NotFiniteError
+        from launch.lm.model import SlimstateLM
 
         tokenizer = load_tokenizer(tokenizer_name(reference, self.measures.text.tokenizer))
         lm = SlimstateLM(network, tokenizer, self.measures.max_length, self.measures.batch)

@@ -27,6 +27,7 @@ from flame.errors import UserError
 from flame.process.distributed import gather_objects, local_device, world_size
 from flame.process.progress import progress
 from launch.lm.batching import Scored, Tokens, alike, batches, padded, score
+from launch.lm.finite import check_finite
 from launch.lm.generation import generate
 from launch.lm.network import Network, own_share
 
@@ -36,10 +37,6 @@ LOGITS = 1 << 28
 
 MAX_GENERATED = 256
 """Tokens to generate where a task does not say, as in lm-eval."""
-
-
-class NotFiniteError(UserError):
-    """A model's scores are not numbers."""
 
 
 class SlimstateLM(TemplateLM):
@@ -156,7 +153,7 @@ class SlimstateLM(TemplateLM):
         parts = gather_objects((dict(zip(own, answers, strict=True)), self.truncated))
         self.truncated = before + sum(truncated for _, truncated in parts)
         found = {n: value for part, _ in parts for n, value in part.items()}
-        _check_finite(found.values())
+        check_finite(found.values())
         return [found[n] for n in range(len(requests))]
 
     def _rolling(self, requests: list[Any]) -> list[float]:
@@ -251,12 +248,3 @@ class SlimstateLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
         return [tuple(prompt[-room:]) or (self.prefix_token_id,) for prompt in prompts]
-
-
-def _check_finite(answers: Any) -> None:
-    values = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
-    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-        raise NotFiniteError(
-            "the model gives logits that are not finite: try --dtype float32, "
-            "on the CPU if the GPU's kernels refuse it"
-        )

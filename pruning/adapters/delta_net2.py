@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pruning.adapters.delta_net import DEFAULTS, DeltaNet
 from pruning.adapters.interface import Config
 from pruning.adapters.projections import with_defaults
-from pruning.spaces import Axis, Blocks, Space
+from pruning.layouts import Blocks
+from pruning.spaces import Axis, Space
 
 
 @dataclass(frozen=True)

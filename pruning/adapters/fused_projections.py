@@ -6,7 +6,8 @@ of q, k and v in the same order; Qwen3-Next interleaves those of q, k, v and the
 """
 
 from pruning.adapters.projections import MixerSizes
-from pruning.spaces import Blocks, HeadMajor, Joined, Kind, Layout, SharedHeads, Strided
+from pruning.layouts import Blocks, HeadMajor, Joined, Layout, SharedHeads, Strided
+from pruning.spaces import Kind
 
 
 def qkv_flat(kind: Kind, sizes: MixerSizes) -> Layout:

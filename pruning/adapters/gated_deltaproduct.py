@@ -10,7 +10,8 @@ from pruning.adapters.gated_deltanet import PER_VALUE_HEAD
 from pruning.adapters.head_dim import HeadDimFamily
 from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import positive_integer, with_defaults
-from pruning.spaces import Axis, Layout, Role, Space
+from pruning.layouts import Layout
+from pruning.spaces import Axis, Role, Space
 
 DEFAULTS = {
     "hidden_size": 2048,

@@ -27,7 +27,8 @@ from pruning.adapters.projections import (
     positive_integer,
     with_defaults,
 )
-from pruning.spaces import KINDS, Axis, Kind, SharedHeads, Space
+from pruning.layouts import SharedHeads
+from pruning.spaces import KINDS, Axis, Kind, Space
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 """Entries of `layer_types`."""

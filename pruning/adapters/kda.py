@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-from jaxtyping import Int64
-from torch import Tensor
-
 from pruning.adapters.head_dim import HeadDimFamily
 from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import MixerSizes, with_defaults
-from pruning.spaces import Axis, Blocks, Layout, Role, Space
+from pruning.layouts import Blocks, Layout, Strided
+from pruning.spaces import Axis, Role, Space
 
 DEFAULTS = {
     "hidden_size": 2048,
@@ -27,25 +24,6 @@ PER_VALUE_HEAD: tuple[tuple[str, Role], ...] = (
     ("b_proj.weight", "projection"),
     ("A_log", "vector"),
 )
-
-
-@dataclass(frozen=True)
-class GroupedHeads:
-    """Channel c of head h lies at c in each of the `group` heads that follow one another from
-    h * group on: what each value head has for every key channel of its key head."""
-
-    num_heads: int
-    group: int
-    head_dim: int
-
-    @property
-    def size(self) -> int:
-        """num_heads * group * head_dim."""
-        return self.num_heads * self.group * self.head_dim
-
-    def table(self) -> Int64[Tensor, "H d group"]:
-        """A position in each head of the group."""
-        return torch.arange(self.size).view(self.num_heads, self.group, self.head_dim).mT
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,10 @@ def _gate_axes(space: Space, sizes: MixerSizes) -> list[Axis]:
     group = sizes.value_heads // sizes.heads
     prefix = f"model.layers.{space.layer}.attn"
     if space.kind == "key":
-        decay: Layout = GroupedHeads(sizes.heads, group, sizes.key_width)
+        # A row for each value head: what it has for every key channel of its key head.
+        width = sizes.key_width
+        counts, strides = (sizes.heads, width, group), (group * width, 1, width)
+        decay: Layout = Strided(sizes.heads * group * width, counts, strides)
     else:
         decay = Blocks(sizes.heads, group * sizes.key_width)
     axes = [

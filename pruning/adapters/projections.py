@@ -16,7 +16,8 @@ from flame.errors import UserError
 from flame.models.widths import recurrent_layers
 from pruning.adapters.interface import Config, Widths
 from pruning.adapters.widths import ragged_config, uniform_sizes, widths_by_kind
-from pruning.spaces import Axis, Blocks, HeadMajor, Kind, Layout, Role, SharedHeads, Space
+from pruning.layouts import Blocks, HeadMajor, Layout, SharedHeads
+from pruning.spaces import Axis, Kind, Role, Space
 
 FLOAT32_BYTES = 4
 

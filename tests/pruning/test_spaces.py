@@ -6,19 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.spaces import (
-    Axis,
-    Blocks,
-    HeadMajor,
-    Kept,
-    Layout,
-    SharedHeads,
-    Space,
-    check_kept,
-    dropped_positions,
-    positions,
-    rows,
-)
+from pruning.layouts import Blocks, HeadMajor, Layout, SharedHeads
+from pruning.spaces import Axis, Kept, Space, check_kept, dropped_positions, positions, rows
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,21 @@ class Block(Protocol):
 
         What cannot be read comes as `Unreadable`. A block always gives the same number of values.
         """
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """Base of blocks that are one file, in which rows cannot be counted without reading."""
+
+    file: str
+    weight: int
+
+    rows = None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The file, from its beginning."""
+        return self.file, 0
 
 
 def open_file(file: str) -> Any:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from flame.data.files.bad_rows import Unreadable
-from flame.data.files.blocks import file_size, naming, open_file
+from flame.data.files.blocks import WholeFile, file_size, naming, open_file
 from flame.errors import first_line
 
 LARGEST_BLOCK = 4 * 2**20
@@ -48,17 +48,8 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class Compressed(WholeFile):
     """All lines of a gzip file; to reach a row, those before it are read."""
-
-    file: str
-    weight: int
-
-    rows = None
-
-    @property
-    def place(self) -> tuple[str, int]:
-        return self.file, 0
 
     def cells(self, text_key: str, start: int) -> Iterator[Any]:
         with naming(self.file), open_file(self.file) as raw, gzip.open(raw) as stream:

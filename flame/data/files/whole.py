@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from flame.data.files.bad_rows import Unreadable
-from flame.data.files.blocks import file_size, naming, open_file
+from flame.data.files.blocks import WholeFile, file_size, naming, open_file
 from flame.data.files.lines import cell, cell_of
 
 TEXT_FILES = 64
@@ -15,17 +15,8 @@ TEXT_FILES = 64
 
 
 @dataclass(frozen=True)
-class JsonFile:
+class JsonFile(WholeFile):
     """A `.json` file: a list of rows, one row, or rows in lines."""
-
-    file: str
-    weight: int
-
-    rows = None
-
-    @property
-    def place(self) -> tuple[str, int]:
-        return self.file, 0
 
     def cells(self, text_key: str, start: int) -> Iterator[Any]:
         with naming(self.file), open_file(self.file) as stream:

@@ -17,7 +17,8 @@ from flame.data.tokenizer import load_tokenizer, train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
 from launch.lm.batching import alike, batches, padded, score
-from launch.lm.model import NotFiniteError, SlimstateLM
+from launch.lm.finite import NotFiniteError
+from launch.lm.model import SlimstateLM
 from launch.lm.network import Placement, fits_whole, load_network
 from launch.lm.tasks import TaskOptions, evaluate_tasks, headline, load_tasks
 from tests.distributed import run_distributed

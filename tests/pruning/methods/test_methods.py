@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flame.options import entries
+from pruning.layouts import Blocks, HeadMajor, SharedHeads
 from pruning.linalg import strong_rrqr
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
@@ -20,7 +21,7 @@ from pruning.methods.l1 import L1
 from pruning.methods.pca import PCA
 from pruning.methods.random import Random
 from pruning.op_call import OpCall
-from pruning.spaces import KINDS, Axis, Blocks, HeadMajor, SharedHeads, Space, check_kept, rows
+from pruning.spaces import KINDS, Axis, Space, check_kept, rows
 from pruning.statistics import (
     GradientShare,
     QueryKeyGram,

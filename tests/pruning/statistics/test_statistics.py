@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import pruning.methods  # noqa: F401  (brings the statistics that methods need)
+from pruning.layouts import Blocks, HeadMajor, SharedHeads
 from pruning.linalg import strong_rrqr
 from pruning.op_call import OpCall
-from pruning.spaces import Axis, Blocks, HeadMajor, SharedHeads, Space
+from pruning.spaces import Axis, Space
 from pruning.statistics import (
     GradientShare,
     QueryKeyGram,
