@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.checkpoint.fingerprint import check_finite, fingerprint
+from flame.checkpoint.fingerprint import fingerprint, finite_parts
 from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import ModelReference, check_destination, vocabulary_size
+from flame.checkpoint.verify import verify_model
 from flame.errors import UserError
 from flame.options import argument, group, option
 from flame.process.atomic_output import clear_leftovers, writer_lock
-from flame.process.distributed import process_group, rank
+from flame.process.distributed import process_group, rank, world_size
 from flame.process.ending import signal_received
 from flame.process.output_checks import check_output
 from flame.process.peers import Peers, on_first
@@ -118,20 +119,21 @@ def calibrate(
             or the sums to resume from are another model's.
     """
 
-    def examine() -> str | None:
-        if rank() > 0:
-            return None
-        source = reference.source()
-        check_finite(source)
-        return fingerprint(reference.config, source)
-
     peers = Peers()
-    mark = peers.from_first(peers.agree(examine))
-    assert mark is not None
+    mark = examined(reference, peers)
     if rank() == 0:
         warn_of_few_tokens(data, adapter_for(reference.config).spaces(reference.config))
     resumed = peers.agree(lambda: _resumed(reference, kinds, mark, options))
     return collect(reference, kinds, data, mark, _points(options), resumed)
+
+
+def examined(reference: ModelReference, peers: Peers) -> str:
+    """Check a model's files and weights, which the ranks share; return its fingerprint."""
+    verify_model(reference)
+    source = peers.agree(reference.source)
+    peers.go_through(finite_parts(source, rank(), world_size()))
+    mark = peers.agree(lambda: fingerprint(reference.config, source) if rank() == 0 else "")
+    return peers.from_first(mark)
 
 
 def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:

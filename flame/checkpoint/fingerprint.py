@@ -6,7 +6,7 @@ The hash covers samples of the weights: it tells models apart, but does not prov
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError
 from flame.hugging_face.ties import own_names
+from flame.process.dealing import share
 from flame.process.progress import progress
 
 SAMPLED_BLOCKS = 3
@@ -67,12 +68,18 @@ def canonical_config(config: Mapping[str, Any]) -> str:
     return json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"))
 
 
-def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
-    """Raise `UserError` naming the first tensor that holds NaN or infinite values.
+def check_finite(source: TensorSource) -> None:
+    """Raise `UserError` naming the first tensor that holds NaN or infinite values."""
+    for _ in finite_parts(source):
+        pass
 
-    To share the work, a rank reads only every `stride`-th tensor from `first` on.
+
+def finite_parts(source: TensorSource, place: int = 0, sharers: int = 1) -> Iterator[int]:
+    """Check a source as `check_finite` does; yield the bytes of each tensor after it is read.
+
+    Number `place` of `sharers` ranks reads its share of the tensors alone.
     """
-    for name in progress(source.names()[first::stride], "check weights"):
+    for name in progress(share(source.names(), place, sharers), "check weights"):
         if not source.info(name).dtype.is_floating_point:
             continue
         tensor = source.read(name)
@@ -82,6 +89,7 @@ def check_finite(source: TensorSource, first: int = 0, stride: int = 1) -> None:
                 f"{name} holds {broken} NaN or infinite values: choose a checkpoint from before "
                 "training diverged"
             )
+        yield tensor.nbytes
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -76,15 +76,22 @@ def build_sharded(
 ) -> nn.Module:
     """Return the model of `reference` in evaluation mode, sharded over `mesh`. Collective.
 
-    The weights stay in fp32 and compute in `dtype`. A rank reads only its own rows.
+    The weights stay in fp32 and compute in `dtype`. A rank reads only its own rows, of files whose
+    hashes the ranks have compared together.
+
+    Raises:
+        UserError: on every rank, if the weights are damaged or those of another model.
     """
+    from flame.checkpoint.verify import verify_model
     from flame.model import meta_model, shard
     from flame.process.distributed import local_device
+    from flame.process.peers import Peers
 
     check_dtype(reference.config, dtype)
+    verify_model(reference)
     with phase("building the model"):
         model = shard(meta_model(reference.config), mesh, dtype)
-    return _filled(model, reference, local_device())
+    return Peers().agree(lambda: _filled(model, reference, local_device()))
 
 
 def _filled(model: nn.Module, reference: "ModelReference", device: torch.device | str) -> nn.Module:

@@ -24,7 +24,7 @@ from flame.checkpoint.steps import latest_whole_step, purge, step_folder
 from flame.errors import UserError
 from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
 from flame.storage.json_file import read_object
-from flame.storage.safe_reader import load_step
+from flame.storage.load_step import load_step
 
 LOADER_FILE = "dataloader.json"
 OPTIONAL = ("train_state.skipped_steps",)

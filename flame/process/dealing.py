@@ -1,11 +1,11 @@
-"""Items dealt to the ranks in turn, with as many turns on every rank.
+"""Items dealt to the ranks, in turn or in runs.
 
-FSDP2 gathers weights from all ranks in every forward pass, so a rank that has run out of items must
-take part for as long as another has one. It gets an item of another rank then, whose result it must
-not count.
+Dealt in turn, every rank has as many turns. FSDP2 gathers weights from all ranks in every forward
+pass, so a rank that has run out of items must take part for as long as another has one. It gets an
+item of another rank then, whose result it must not count.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -41,6 +41,16 @@ def turns(items: Iterable[T]) -> Iterator[Turn[T]]:
         counts = rank() < len(round_)
         yield Turn(first, round_[rank() if counts else 0], counts)
         first += len(round_)
+
+
+def share(items: Sequence[T], place: int, sharers: int) -> Sequence[T]:
+    """The run of items that number `place` of `sharers` has: of n items, item i is number
+    `i * sharers // n`'s.
+
+    So of fewer items than sharers, each part of the sharers (a node's ranks) has its part.
+    """
+    begin, end = (-(-number * len(items) // sharers) for number in (place, place + 1))
+    return items[begin:end]
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

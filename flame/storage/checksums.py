@@ -6,7 +6,7 @@ written to its end. Hashes are XXH3 with 128 bits: they find damage, they do not
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
 """DCP's index of a step."""
 _BLOCK = 1 << 20
+_PART = 256 << 20
+"""Bytes between two answers of whoever hashes a large file."""
 
 
 def hash_bytes(data: bytes) -> str:
@@ -58,6 +60,20 @@ class HashAlong:
         """Hash the rest of the file and return the hash of the whole."""
         self._advance(None)
         return self._hasher.hexdigest()
+
+    def parts(self) -> Iterator[int]:
+        """Hash the rest of the file and yield the bytes of each part, for `finish` after it."""
+        size = self._path_size()
+        while self._done < size:
+            before = self._done
+            self._advance(min(self._done + _PART, size))
+            if self._done == before:
+                return
+            yield self._done - before
+
+    def _path_size(self) -> int:
+        with opened(self._path, missing(self._path)) as descriptor:
+            return os.fstat(descriptor).st_size
 
     def _advance(self, stop: int | None) -> None:
         """Read and hash the file up to offset `stop`; None means to its end."""
@@ -137,9 +153,17 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 def check_file(folder: Path, name: str, hashes: Mapping[str, str]) -> None:
     """Raise `UserError` unless the file `name` has the hash that was recorded for it."""
+    for _ in checked_parts(folder, name, hashes):
+        pass
+
+
+def checked_parts(folder: Path, name: str, hashes: Mapping[str, str]) -> Iterator[int]:
+    """Compare a file with its hash as `check_file` does; yield the bytes of each part of it."""
     path = folder / name
     check_listed(folder, name, hashes)
-    check_hash(path, hash_file(path), hashes[name])
+    hasher = HashAlong(path)
+    yield from hasher.parts()
+    check_hash(path, hasher.finish(), hashes[name])
 
 
 def check_listed(folder: Path, name: str, hashes: Mapping[str, str]) -> None:

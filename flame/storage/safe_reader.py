@@ -6,25 +6,20 @@ recorded hash before it is used.
 
 import math
 import os
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from flame.errors import UserError, first_line
-from flame.process.peers import Peers, raise_cause
 from flame.storage.checksums import (
     METADATA,
     HashAlong,
@@ -35,6 +30,7 @@ from flame.storage.checksums import (
     missing,
     read_checksums,
 )
+from flame.storage.compared import is_compared
 from flame.storage.input_file import opened, read_into
 from flame.storage.load_planner import SafeLoadPlanner
 from flame.unpickling.archive import ARCHIVE_ERRORS, Block, load, locate
@@ -43,55 +39,16 @@ from flame.unpickling.index import load_index, read_index
 Check = Literal["first", "along", "never", "unverified"]
 
 
-def load_step(
-    state_dict: dict[str, Any],
-    step: Path,
-    process_group: dist.ProcessGroup | None = None,
-    *,
-    alone: bool = False,
-    optional: Collection[str] = (),
-) -> None:
-    """Load a step into `state_dict` in place, resharding as needed. Collective unless `alone`.
-
-    A rank compares the files that it reads with their hashes first. Entries that only the step has
-    are ignored.
-
-    Args:
-        state_dict: what to load; the step must hold every entry, in its shape.
-        step: the step folder.
-        process_group: the ranks that load together; None for all.
-        alone: load in this process by itself, even if a process group exists.
-        optional: flat names of entries that keep their value if the step lacks them.
-
-    Raises:
-        UserError: raised on every rank if any rank finds a part damaged, hostile or missing.
-    """
-    reader, peers = SafeReader(step), Peers(process_group, alone)
-    # DCP would log a traceback and look for per-rank metadata, so the index is read beforehand.
-    peers.agree(reader.read_metadata)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp.load(
-                state_dict,
-                storage_reader=reader,
-                planner=SafeLoadPlanner(optional),
-                process_group=peers.group,
-                no_dist=peers.alone,
-            )
-        except CheckpointException as error:
-            raise_cause(error, f"cannot read {step}")
-
-
 class SafeReader(FileSystemReader):
     """DCP's reader of step folders, with an allow-list for the index and hashes that are checked.
 
     Args:
         path: the step folder.
         check: when files are compared with their hashes. `first`: the whole file, before anything
-            in it is used. `along`: while it is read, so that only `finish` finds a mismatch; for
-            work that can be thrown away then. `never`: another reader checks them. `unverified`:
-            the step has no hashes, because another program wrote it.
+            in it is used, unless this job has compared the step before. `along`: while it is read,
+            so that only `finish` finds a mismatch; for work that can be thrown away then. `never`:
+            another reader checks them. `unverified`: the step has no hashes, because another
+            program wrote it.
     """
 
     def __init__(self, path: Path, check: Check = "first") -> None:
@@ -101,6 +58,8 @@ class SafeReader(FileSystemReader):
         self._index: Metadata | None = None
         self._hashes: dict[str, str] = {}
         self._checked: set[str] = set()
+        self._trusted = False
+        """Whether all files were compared before."""
         self._along: dict[str, HashAlong] = {}
         self._sizes: dict[str, dict[torch.Size, torch.Size]] = {}
         """Sizes of the chunks of each tensor that was read, by their offsets."""
@@ -112,6 +71,7 @@ class SafeReader(FileSystemReader):
             content = read_index(path)
             if self._check != "unverified":
                 self._hashes = read_checksums(self._folder)
+                self._trusted = self._check == "first" and is_compared(self._folder)
                 if hash_bytes(content) != self._hashes.get(METADATA):
                     raise UserError(f"{path} is damaged (its hash differs): use another step")
             self._index = load_index(content, path)
@@ -231,7 +191,7 @@ class SafeReader(FileSystemReader):
         name = place.relative_path
         if self._check != "unverified":
             check_listed(self._folder, name, self._hashes)
-        if self._check == "first" and name not in self._checked:
+        if self._check == "first" and not self._trusted and name not in self._checked:
             check_file(self._folder, name, self._hashes)
             self._checked.add(name)
         return place

@@ -4,22 +4,22 @@ The ranks share the reading; an error that one of them finds is raised on all.
 """
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flame.checkpoint.dcp_source import DcpSource
-from flame.checkpoint.fingerprint import check_finite
+from flame.checkpoint.fingerprint import finite_parts
 from flame.checkpoint.load import check_weights
 from flame.checkpoint.reference import ModelReference, resolve
+from flame.checkpoint.source import TensorSource
 from flame.checkpoint.steps import (
     is_whole,
     latest_whole_step,
     set_aside,
     step_folder,
-    verify_step,
     whole_steps,
 )
+from flame.checkpoint.verify import verify_model, verify_together
 from flame.errors import UserError
 from flame.model import meta_model
 from flame.process.distributed import rank, world_size
@@ -39,12 +39,12 @@ def check_start(job: Any) -> None:
     peers = Peers()
     step = _undamaged_step(job, peers)
     if step is not None:
-        peers.agree(lambda: _check_finite(DcpSource(step, check="never")))
+        _check_finite(peers, peers.agree(lambda: DcpSource(step)))
         peers.agree(lambda: _check_entries(step) if rank() == 0 else None)
     if job.model.init and (step is None or job.lora.rank > 0):
-        peers.agree(lambda: _check_init(start_model(job)))
+        _check_model(peers, peers.agree(lambda: start_model(job)))
     if job.distill.teacher:
-        peers.agree(lambda: _check_init(resolve(job.distill.teacher)))
+        _check_model(peers, peers.agree(lambda: resolve(job.distill.teacher)))
 
 
 def _undamaged_step(job: Any, peers: Peers) -> Path | None:
@@ -57,7 +57,7 @@ def _undamaged_step(job: Any, peers: Peers) -> Path | None:
         if step is None:
             return None
         try:
-            peers.agree(partial(verify_step, step, rank(), world_size()))
+            verify_together(step)
             return step
         except UserError as error:
             before = peers.from_first(_whole_step_before(step) if rank() == 0 else None)
@@ -103,14 +103,20 @@ def _resumed_step(job: Any) -> Path | None:
 
 def _check_entries(step: Path) -> None:
     """Read the entries that are no tensors; the reader refuses all but plain data."""
-    DcpSource(step, everything=True, check="never").values()
+    DcpSource(step, everything=True).values()
 
 
-def _check_init(reference: ModelReference) -> None:
-    source = reference.source()
-    check_weights(meta_model(reference.config), source)
-    _check_finite(source)
+def _check_model(peers: Peers, reference: ModelReference) -> None:
+    """Check a model whose weights are loaded later. Collective."""
+    verify_model(reference)
+
+    def opened() -> TensorSource:
+        source = reference.source()
+        check_weights(meta_model(reference.config), source)
+        return source
+
+    _check_finite(peers, peers.agree(opened))
 
 
-def _check_finite(source: Any) -> None:
-    check_finite(source, rank(), world_size())
+def _check_finite(peers: Peers, source: TensorSource) -> None:
+    peers.go_through(finite_parts(source, rank(), world_size()))

@@ -32,7 +32,7 @@ from flame.unpickling.values import Factory, RefusedError, find_dtype, size_of, 
 
 _SMALL_INDEX = 4 << 20
 """Bytes that any step's index may have."""
-_INDEX_SHARE = 64
+_INDEX_SHARE = 16
 """A larger index may have one byte for as many bytes of the step."""
 
 

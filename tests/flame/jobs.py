@@ -66,7 +66,8 @@ def tensors_of(step: Path) -> dict[str, torch.Tensor]:
     """All tensors of a step, optimizer state included."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from flame.storage.safe_reader import SafeReader, load_step
+    from flame.storage.load_step import load_step
+    from flame.storage.safe_reader import SafeReader
 
     entries = SafeReader(step).read_metadata().state_dict_metadata
     state: dict[str, Any] = {

@@ -19,7 +19,7 @@ from flame.checkpoint.steps import verify_step, whole_steps
 from flame.errors import UserError
 from flame.process.collective_timeout import naming_hung_ranks
 from flame.storage.checksums import read_checksums
-from flame.storage.safe_reader import load_step
+from flame.storage.load_step import load_step
 from tests.distributed import run_distributed
 from tests.flame.jobs import losses_of, train_job
 

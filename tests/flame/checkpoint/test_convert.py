@@ -26,7 +26,7 @@ from flame.hugging_face.model_folder import write_hf
 from flame.hugging_face.safetensors_source import SafetensorsSource
 from flame.process.output_checks import MADE
 from flame.storage.checksums import CHECKSUMS
-from flame.storage.safe_reader import load_step
+from flame.storage.load_step import load_step
 from tests.flame.damage import Bomb, rewrite
 from tests.flame.tiny import (
     GATED_DELTANET,

@@ -29,7 +29,8 @@ from flame.checkpoint.steps import (
 )
 from flame.errors import UserError
 from flame.storage.checksums import CHECKSUMS, hash_file
-from flame.storage.safe_reader import SafeReader, load_step
+from flame.storage.load_step import load_step
+from flame.storage.safe_reader import SafeReader
 from tests.distributed import run_distributed
 from tests.flame.damage import Bomb, flip_byte, rewrite
 

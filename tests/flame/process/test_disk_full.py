@@ -13,7 +13,7 @@ from flame.checkpoint.manager import CheckpointManager
 from flame.checkpoint.save import save_step
 from flame.checkpoint.steps import verify_step
 from flame.errors import UserError
-from flame.storage.safe_reader import load_step
+from flame.storage.load_step import load_step
 from tests.flame.checkpoint.test_async import manager_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() > 0, reason="mounting needs root")
