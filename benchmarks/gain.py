@@ -99,7 +99,7 @@ def measured(reference: ModelReference, plan: Plan, rows: list[Any]) -> list[dic
     for form, (of_form, tensors) in forms.items():
         kl = []
         for dtype in (torch.float32, torch.bfloat16):
-            total, _, tokens = sum_divergences(built(of_form, tensors, dtype), masked, rows)
+            total, _, tokens, _ = sum_divergences(built(of_form, tensors, dtype), masked, rows)
             kl.append(total / tokens)
         ratio = of_form.get("norm_eps", 1e-6) / before
         found.append({"form": form, "eps": ratio, "kl": kl[0], "kl_bf16": kl[1]})
