@@ -36,8 +36,8 @@ class ChunkLayout:
     """Whether each slot holds a token, and not padding."""
     padded: bool
     """Whether any slot is padding."""
-    identity: bool
-    """Whether slots and tokens have the same order and there is no padding."""
+    rows: int | None
+    """The number of documents if all are equally long and there is no padding; else None."""
 
     @property
     def chunks(self) -> int:
@@ -73,7 +73,7 @@ def chunk_layout(lengths: tuple[int, ...], size: int, device: torch.device) -> C
         slot=slot.to(device),
         filled=filled.to(device),
         padded=padded,
-        identity=not padded and bool((source == torch.arange(len(source))).all()),
+        rows=len(alive) and alive[-1] if not padded and len(set(lengths)) == 1 else None,
     )
 
 
@@ -138,12 +138,17 @@ def to_chunks(tokens: Tensor, layout: ChunkLayout) -> Tensor:
     depends on them (in a delta rule beta = 0 does).
     """
     flat = tokens.flatten(0, 1)
-    slots = flat if layout.identity else _ToChunks.apply(flat, layout)
+    if layout.rows is not None:
+        # One copy where a gather and a transposition would be two.
+        cut = flat.unflatten(0, (layout.rows, len(layout.alive), layout.size))
+        return cut.movedim((1, 3), (0, 2)).flatten(0, 1).contiguous()
+    slots = _ToChunks.apply(flat, layout)
     return slots.unflatten(0, (layout.chunks, layout.size)).transpose(1, 2).contiguous()
 
 
 def from_chunks(slots: Tensor, layout: ChunkLayout, shape: Sequence[int]) -> Tensor:
     """Return the tokens in `[chunks, H, size, D]` as a tensor of `shape` `[B, T, H, D]`."""
-    flat = slots.transpose(1, 2).flatten(0, 1)
-    tokens = flat if layout.identity else _FromChunks.apply(flat, layout)
-    return tokens.reshape(*shape)
+    if layout.rows is not None:
+        cut = slots.unflatten(0, (len(layout.alive), layout.rows))
+        return cut.movedim((0, 2), (1, 3)).reshape(*shape)
+    return _FromChunks.apply(slots.transpose(1, 2).flatten(0, 1), layout).reshape(*shape)

@@ -1,75 +1,108 @@
 """The only sequential part of the chunked delta rule: the state that passes between chunks.
 
-    V_new[c] = U[c] - W[c] S[c]
+    V_new[c] = U[c] - W[c] S[c],     R[c] = Q[c] S[c]
     S[c+1]   = gamma[c] S[c] + Kd[c]^T V_new[c]
 
-A step is two products forward and two backward. Tensors are `[chunks, H, ...]` with the chunks in
-the order of a `ChunkLayout`, whose `alive` counts the documents that each step advances. Kd are the
-keys times their decay to the end of the chunk (`k_end`), gamma the decay over the chunk.
+A step is three products forward and three backward, all while the state lies in the cache. Tensors
+are `[chunks, H, ...]` with the chunks in the order of a `ChunkLayout`, whose `alive` counts the
+documents that each step advances. Q are the queries times the decay from the start of the chunk
+(`q_start`), Kd the keys times their decay to its end (`k_end`), gamma the decay over the chunk.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+class Carried(NamedTuple):
+    """What the recurrence gives."""
+
+    v_new: Float[Tensor, "chunks H C V"]
+    read: Float[Tensor, "chunks H C V"]
+    """What the queries read from the state before their chunk."""
+    states: Float[Tensor, "chunks H K V"]
+    """The state before each chunk."""
+    final: Float[Tensor, "N H K V"]
+
+
 def carry_states(
     u: Float[Tensor, "chunks H C V"],
     w: Float[Tensor, "chunks H C K"],
+    q_start: Float[Tensor, "chunks H C K"],
     k_end: Float[Tensor, "chunks H C K"],
-    gamma: Float[Tensor, "chunks H 1 1"] | None,
+    gamma: Float[Tensor, "chunks H *K 1"] | None,
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
-) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
-    """Return V_new, the state before each chunk, and the final states.
+) -> Carried:
+    """Run the recurrence.
 
     `initial` and the final states are in the layout's order of documents. `gamma` None means that
     nothing decays.
     """
-    states = initial.new_empty(u.shape[0], *initial.shape[1:])
-    final, v_new = initial.clone(), torch.empty_like(u, memory_format=torch.contiguous_format)
-    state, start = initial, 0
-    for count in alive:
-        block = slice(start, start + count)
-        state = state[:count]
-        states[block] = state
-        _bmm(u[block], w[block], state, alpha=-1, out=v_new[block])
-        kept = state if gamma is None else state * gamma[block]
-        state = final[:count]
-        _bmm(kept, k_end[block].transpose(-1, -2), v_new[block], out=state)
-        start += count
-    return v_new, states, final
+    states = initial.new_empty(*u.shape[:2], *initial.shape[2:])
+    v_new, read = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(2))
+    final = initial.clone(memory_format=torch.contiguous_format)
+    ends, befores = final.flatten(0, 1), _steps(states, alive)
+    cut = [_steps(x, alive) for x in (u, w, q_start, k_end.mT, v_new, read)]
+    decays = _decays(gamma, alive)
+    for i, (value, key, query, write, new, out) in enumerate(zip(*cut, strict=True)):
+        state = befores[i]
+        if i == 0 or len(befores[i - 1]) != len(state):
+            state.copy_(ends[: len(state)])
+        torch.baddbmm(value, key, state, alpha=-1, out=new)
+        torch.bmm(query, state, out=out)
+        # Where no document ends, the next state is made in its place; else in the final states.
+        goes_on = i + 1 < len(befores) and len(befores[i + 1]) == len(state)
+        after = befores[i + 1] if goes_on else ends[: len(state)]
+        _decay(state, decays[i], after)
+        after.baddbmm_(write, new)
+    return Carried(v_new, read, states, final)
 
 
 def carry_gradients(
     dv_new: Float[Tensor, "chunks H C V"],
-    dstates: Float[Tensor, "chunks H K V"],
-    dfinal: Float[Tensor, "N H K V"],
+    dread: Float[Tensor, "chunks H C V"],
     w: Float[Tensor, "chunks H C K"],
+    q_start: Float[Tensor, "chunks H C K"],
     k_end: Float[Tensor, "chunks H C K"],
-    gamma: Float[Tensor, "chunks H 1 1"] | None,
+    gamma: Float[Tensor, "chunks H *K 1"] | None,
+    dfinal: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
-) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
-    """Return the gradients of `u`, of the state after each chunk, and of the initial states.
+) -> tuple[Float[Tensor, "chunks H K V"], Float[Tensor, "N H K V"]]:
+    """Return the gradients of the state after each chunk and of the initial states.
 
-    `dv_new` and `dstates` are the outputs' gradients of V_new and of the states before each chunk;
-    both are overwritten.
+    `dv_new` are V_new's gradients within its chunk. What later chunks give is added in place; they
+    are then U's gradients too.
     """
-    dafter = torch.empty_like(dstates)
-    dstate, start = dfinal.clone(), dstates.shape[0]
-    for count in reversed(alive):
-        block = slice(start - count, start)
-        after = dafter[block]
-        after.copy_(dstate[:count])
-        _bmm(dv_new[block], k_end[block], after, out=dv_new[block])
-        kept = dstates[block]
-        kept += after if gamma is None else after * gamma[block]
-        _bmm(kept, w[block].transpose(-1, -2), dv_new[block], alpha=-1, out=dstate[:count])
-        start -= count
-    return dv_new, dafter, dstate
+    dafter = dfinal.new_empty(*dv_new.shape[:2], *dfinal.shape[2:])
+    dinitial = dfinal.clone(memory_format=torch.contiguous_format)
+    ends, afters = dinitial.flatten(0, 1), _steps(dafter, alive)
+    cut = [_steps(x, alive) for x in (dv_new, dread, w.mT, q_start.mT, k_end)]
+    decays = _decays(gamma, alive)
+    for i, (dnew, dout, key, query, write) in reversed(list(enumerate(zip(*cut, strict=True)))):
+        after = afters[i]
+        if i + 1 == len(afters) or len(afters[i + 1]) != len(after):
+            after.copy_(ends[: len(after)])
+        dnew.baddbmm_(write, after)
+        goes_on = i > 0 and len(afters[i - 1]) == len(after)
+        before = afters[i - 1] if goes_on else ends[: len(after)]
+        _decay(after, decays[i], before)
+        before.baddbmm_(query, dout)
+        before.baddbmm_(key, dnew, alpha=-1)
+    return dafter, dinitial
 
 
-def _bmm(base: Tensor, left: Tensor, right: Tensor, *, out: Tensor, alpha: float = 1) -> None:
-    """Write `base + alpha * left @ right` over two batch dimensions to `out`."""
-    batched = [x.flatten(0, 1) for x in (base, left, right)]
-    torch.baddbmm(*batched, alpha=alpha, out=out.view(-1, *out.shape[2:]))
+def _steps(x: Tensor, alive: tuple[int, ...]) -> Sequence[Tensor]:
+    """Cut `[chunks, H, ...]` into the steps of the recurrence, `[documents * H, ...]`."""
+    return x.flatten(0, 1).split([documents * x.shape[1] for documents in alive])
+
+
+def _decays(gamma: Tensor | None, alive: tuple[int, ...]) -> Sequence[Tensor | None]:
+    return [None] * len(alive) if gamma is None else _steps(gamma, alive)
+
+
+def _decay(state: Tensor, gamma: Tensor | None, out: Tensor) -> None:
+    out.copy_(state) if gamma is None else torch.mul(state, gamma, out=out)

@@ -1,5 +1,6 @@
 """The delta rule token by token, for decoding; longer inputs go to the chunked form."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,18 +77,26 @@ def recurrent_delta_rule(
     if not 1 <= steps <= MAX_STEPS:
         return delta_rule(q, k, v, beta, g, options, rule=rule)
 
-    def unbound(x: Tensor) -> tuple[Tensor, ...]:
-        return x.reshape(-1, steps, *x.shape[2:]).unbind(1)
-
     scale = k.shape[-1] ** -0.5 if options.scale is None else options.scale
-    inputs = (q, k, v, beta) if g is None else (q, k, v, beta, g)
-    state, outs = options.initial_state, []
-    for query, key, value, rate, *decay in zip(*map(unbound, inputs), strict=True):
-        token = (query, key, value, rate, decay[0] if decay else None)
-        out, state = _step(*token, scale, state, options.normalize, options.state_v_first)
+    state = _key_first(options, v, k, steps)
+    outs = []
+    decays = [None] * steps if g is None else _tokens(g, steps)
+    tokens = zip(*(_tokens(x, steps) for x in (q, k, v, beta)), decays, strict=True)
+    for query, key, value, rate, decay in tokens:
+        out, state = _step(query, key, value, rate, decay, scale, state, options.normalize)
         outs.append(out)
-    o = torch.stack(outs, 1).view(v.shape).to(v.dtype)
-    return o, state if options.output_final_state else None
+    o = outs[0] if steps == 1 else torch.stack(outs, 1)
+    if not options.output_final_state:
+        return o.view(v.shape).to(v.dtype), None
+    state = state.transpose(-1, -2) if options.state_v_first else state
+    return o.view(v.shape).to(v.dtype), state.contiguous()
+
+
+def _tokens(x: Tensor, steps: int) -> Sequence[Tensor]:
+    """Return for each step its token of every document, `[N, ...]`."""
+    if steps == 1:
+        return (x.reshape(-1, *x.shape[2:]),)
+    return x.reshape(-1, steps, *x.shape[2:]).unbind(1)
 
 
 def _equal_length(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -107,29 +116,32 @@ def _step(
     beta: Float[Tensor, "N H"],
     g: Float[Tensor, "N H *K"] | None,
     scale: float,
-    state: Tensor | None,
+    state: Float[Tensor, "N H K V"],
     normalize: bool,
-    state_v_first: bool,
-) -> tuple[Float[Tensor, "N H V"], Tensor]:
-    dtype, groups = wide_dtype(q), v.shape[1] // k.shape[1]
-    pair = torch.stack([q, k]).to(dtype)
+) -> tuple[Float[Tensor, "N H V"], Float[Tensor, "N H K V"]]:
+    """Return the outputs and the next states; `state` is not written to."""
+    dtype, groups, size = state.dtype, v.shape[1] // k.shape[1], v.shape[0] * v.shape[1]
+    pair = torch.stack([q, k], -2).to(dtype)
     pair = l2_normalize(pair) if normalize else pair
-    pair = pair.repeat_interleave(groups, 2) if groups > 1 else pair
-    query, key = (pair[0] * scale).unsqueeze(-1), pair[1].unsqueeze(-1)
-    value = v.to(dtype).unsqueeze(-1)
-    state = _value_first(state, value, key, state_v_first)
+    pair = pair.repeat_interleave(groups, 1) if groups > 1 else pair
+    query, key = pair.view(size, 2, -1).split(1, 1)
+    after = state.flatten(0, 1)
     if g is not None:
-        decay = g.to(dtype).exp()
-        state = state * (decay[..., None, None] if g.ndim == 2 else decay.unsqueeze(-2))
-    change = (value - state @ key) * beta.to(dtype)[..., None, None]
-    state = state + change * key.transpose(-1, -2)
-    out = (state @ query).squeeze(-1)
-    return out, state if state_v_first else state.transpose(-1, -2).contiguous()
+        after = after * g.to(dtype).exp().view(size, -1, 1)
+    value = v.to(dtype).reshape(size, 1, -1)
+    change = torch.baddbmm(value, key, after, alpha=-1) * beta.to(dtype).reshape(size, 1, 1)
+    # The decayed state is nobody else's, unless a backward pass will read it.
+    if g is not None and not after.requires_grad:
+        after.addcmul_(key.mT, change)
+    else:
+        after = torch.addcmul(after, key.mT, change)
+    out = torch.bmm(query, after) * scale
+    return out.view(v.shape), after.view(state.shape)
 
 
-def _value_first(
-    state: Tensor | None, value: Tensor, key: Tensor, state_v_first: bool
-) -> Float[Tensor, "N H V K"]:
+def _key_first(options: Options, v: Tensor, k: Tensor, steps: int) -> Float[Tensor, "N H K V"]:
+    state, dtype = options.initial_state, wide_dtype(k)
     if state is None:
-        return value.new_zeros(*value.shape[:3], key.shape[2])
-    return (state if state_v_first else state.transpose(-1, -2)).to(value.dtype)
+        documents = v.shape[:2].numel() // steps
+        return v.new_zeros(documents, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
+    return (state.transpose(-1, -2) if options.state_v_first else state).to(dtype)

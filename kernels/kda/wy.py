@@ -49,15 +49,15 @@ class _ChunkedKda(torch.autograd.Function):
         rate, decays = beta.unsqueeze(-1), pairs.decays(g)
         scores, products = pairs.pair_products(q, k, decays.levels)
         inverse = unit_lower_inverse(products * rate)
-        solved = inverse @ torch.cat([v, k * decays.start], -1).mul_(rate)
-        u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+        u, w = inverse @ (v * rate), inverse @ (k * decays.start).mul_(rate)
         whole = decays.start[..., -1, :].unsqueeze(-1)
-        v_new, states, final = carry_states(u, w, k * decays.end, whole, initial, alive)
-        out = scores @ v_new
-        out += (q * decays.start) @ states
+        v_new, out, states, final = carry_states(
+            u, w, q * decays.start, k * decays.end, whole, initial, alive
+        )
+        out += scores @ v_new
         levels = [x for level in decays.levels for x in level]
         ctx.save_for_backward(
-            q, k, v, beta, inverse, solved, states, v_new, scores, products,
+            q, k, v, beta, inverse, u, w, states, v_new, scores, products,
             decays.start, decays.end, *levels,
         )  # fmt: skip
         ctx.alive = alive
@@ -66,19 +66,18 @@ class _ChunkedKda(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         # Under activation checkpointing the saved tensors can be unpacked only once.
-        q, k, v, beta, inverse, solved, states, v_new, scores, products, *saved = ctx.saved_tensors
+        q, k, v, beta, inverse, u, w, states, v_new, scores, products, *saved = ctx.saved_tensors
         start, end, *flat = saved
         levels = tuple(pairs.Level(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
         rate, dout, whole = beta.unsqueeze(-1), dout.contiguous(), start[..., -1, :].unsqueeze(-1)
-        dq_start, w = dout @ states.mT, solved[..., v.shape[-1] :]
-        du, dafter, dinitial = carry_gradients(
-            scores.mT @ dout, (q * start).mT @ dout, dfinal, w, k * end, whole, ctx.alive
+        du = scores.mT @ dout
+        dafter, dinitial = carry_gradients(
+            du, dout, w, q * start, k * end, whole, dfinal, ctx.alive
         )
-        dright = inverse.mT @ torch.cat([du, (du @ states.mT).neg_()], -1)
-        dv_rate, dk_rate = dright.split([v.shape[-1], k.shape[-1]], -1)
+        dq_start, dk_rate = dout @ states.mT, (inverse.mT @ (du @ states.mT)).neg_()
+        dv_rate, dscores = inverse.mT @ du, dout @ v_new.mT
         # Minus the gradient of the system, of which only the strict lower triangle counts.
-        dsystem = (dright @ solved.mT).tril_(-1).neg_()
-        dscores = dout @ v_new.mT
+        dsystem = (dk_rate @ w.mT).add_(dv_rate @ u.mT).tril_(-1).neg_()
         found = pairs.pair_products_backward(q, k, levels, dscores, dsystem * rate)
         drate = (dsystem.mul_(products)).sum(-1) + (dv_rate * v).sum(-1)
         drate += (dk_rate * k * start).sum(-1)
