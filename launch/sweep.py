@@ -57,6 +57,7 @@ def run(options: Options) -> None:
             statistics=options.statistics,
             recovery=options.recovery,
             budget_words=options.budget_words,
+            data=options.data,
             keep=options.keep,
         )
         announcer = _Announcer(options) if first else None

@@ -70,8 +70,8 @@ def _asked(plan: Plan, options: Options) -> Plan:
         return plan
     if plan.tensors_file is not None:
         raise UserError(
-            f"plan {options.plan} mixes channels, which --pad cannot fill up with zeros: leave it "
-            "out"
+            f"plan {options.plan} has tensors of its own, which --pad cannot fill up with zeros: "
+            "leave it out, or plan with --pad"
         )
     found = with_padding(plan)
     if found.config_after == plan.config_after and "allocate" not in plan.budget:

@@ -12,9 +12,8 @@ from flame.checkpoint.reference import ModelReference, check_destination, vocabu
 from flame.checkpoint.verify import verify_model
 from flame.errors import UserError
 from flame.options import argument, group, option
-from flame.process.atomic_output import clear_leftovers, writer_lock
+from flame.process.atomic_output import writer_lock
 from flame.process.distributed import process_group, rank, world_size
-from flame.process.ending import signal_received
 from flame.process.output_checks import check_output
 from flame.process.peers import Peers, on_first
 from flame.stage import Stage
@@ -22,8 +21,8 @@ from pruning.adapters import adapter_for
 from pruning.calibration.collect import Resumed, ResumePoints, collect
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
+from pruning.calibration.resuming import check_resume, offer_resume, saying_how_to_go_on
 from pruning.calibration.stats_file import (
-    META_FILE,
     AddGradient,
     Collected,
     Meta,
@@ -36,8 +35,11 @@ from pruning.calibration.stats_file import (
 )
 from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, OVERWRITE_HELP, DataOptions
+from pruning.planning.plan import Plan, check_fingerprint, check_plan
+from pruning.planning.plan_file import read_plan, with_loaded_tensors
+from pruning.repair.repaired import choice_mark
 from pruning.spaces import Space
-from pruning.statistics import Statistic
+from pruning.statistics import OutputEquations, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -52,23 +54,59 @@ class Options:
     save_every: int = option(
         0, "sequences between resume points; 0 saves at the end only", least=0, metavar="N"
     )
+    plan: Path | None = option(
+        None, "sum what plan --repair-stats needs for this plan, not what methods need"
+    )
     resume: bool = option(False, "finish a calibration that was cut short")
     overwrite: bool = option(False, OVERWRITE_HELP)
     data: DataOptions = group(DataOptions, "calibration")
     given: GivenFiles = group(GivenFiles, GIVEN)
 
+    @property
+    def kinds(self) -> tuple[type[Statistic], ...]:
+        """The statistics to collect.
+
+        Raises:
+            UserError: no method needs any, one is unknown, or methods are given beside a plan.
+        """
+        if self.plan is None:
+            return kinds_of(self.methods)
+        if self.methods != tuple(METHODS):
+            raise UserError(
+                "--methods is for what methods choose by, --plan for what was chosen: give one"
+            )
+        return (OutputEquations,)
+
+    def read_plan(self) -> Plan | None:
+        """The plan whose pruned layers are to run, with its new tensors; None without one."""
+        if self.plan is None:
+            return None
+        return with_loaded_tensors(read_plan(self.plan), self.plan.absolute().parent)
+
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, the output, the data or a resume cannot work."""
-    kinds_of(options.methods)
+    kinds = options.kinds
     reference = options.given.resolve(options.model)
-    _offer_resume(options)
+    if not (options.resume or options.overwrite):
+        offer_resume(options.stats)
     check_destination(reference, options.stats, options.overwrite or options.resume)
     adapter_for(reference.config)
-    check_gradients(kinds_of(options.methods), reference.config)
+    plan = options.read_plan()
+    if plan is not None:
+        check_plan(plan, reference.config, f"plan {options.plan}")
+    check_gradients(kinds, reference.config)
     data = calibration_data(reference, options.data)
     if options.resume:
-        _check_resume(options, data)
+        asked = {
+            "data": data.record(),
+            "seq_len": data.seq_len,
+            "seed": data.config.seed,
+            "wanted": data.sequences,
+            "statistics": sorted(kind.__name__ for kind in kinds),
+            "plan": "" if plan is None else choice_mark(plan),
+        }
+        check_resume(options.stats, asked)
     check_data(data, vocabulary_size(reference.config), world_size)
 
 
@@ -78,8 +116,9 @@ def run(options: Options) -> None:
         on_first(lambda: stack.enter_context(_claimed(options)))
         reference = options.given.resolve(options.model)
         data = calibration_data(reference, options.data)
-        with _saying_how_to_go_on(options):
-            collected, meta = calibrate(reference, kinds_of(options.methods), data, options)
+        with saying_how_to_go_on(options.stats):
+            plan = Peers().agree(options.read_plan)
+            collected, meta = calibrate(reference, options.kinds, data, options, plan)
 
         def save() -> None:
             save_statistics(options.stats, collected, meta, overwrite=True, locked=True)
@@ -105,6 +144,7 @@ def calibrate(
     kinds: tuple[type[Statistic], ...],
     data: CalibrationData,
     options: Options | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Collected, Meta]:
     """Return a model's statistics and their description. Collective over all ranks.
 
@@ -113,18 +153,21 @@ def calibrate(
         kinds: the statistics to collect.
         data: what to run the model on.
         options: says whether to write resume points and to resume; None for neither.
+        plan: whose pruned layers to run beside the model's, the same on every rank.
 
     Raises:
         UserError: on every rank, if weights or activations are not finite, the data is too short,
-            or the sums to resume from are another model's.
+            or the sums to resume from or the plan are another model's.
     """
 
     peers = Peers()
     mark = examined(reference, peers)
-    if rank() == 0:
+    if plan is not None:
+        check_fingerprint(plan, mark)
+    elif rank() == 0:
         warn_of_few_tokens(data, adapter_for(reference.config).spaces(reference.config))
     resumed = peers.agree(lambda: _resumed(reference, kinds, mark, options))
-    return collect(reference, kinds, data, mark, _points(options), resumed)
+    return collect(reference, kinds, data, mark, _points(options), resumed, plan)
 
 
 def examined(reference: ModelReference, peers: Peers) -> str:
@@ -159,58 +202,6 @@ def kinds_of(methods: tuple[str, ...]) -> tuple[type[Statistic], ...]:
     if not kinds:
         raise UserError(f"{', '.join(methods)} needs no statistics: there is nothing to calibrate")
     return tuple(kinds[name] for name in sorted(kinds))
-
-
-def _offer_resume(options: Options) -> None:
-    """Raise UserError if the statistics were begun before and the options do not say what to do."""
-    if options.resume or options.overwrite or not (options.stats / META_FILE).is_file():
-        return
-    meta = read_meta(options.stats)
-    if not meta.is_complete:
-        raise UserError(
-            f"{options.stats} exists, and holds {meta.sequences} of {meta.wanted} sequences of a "
-            "calibration that was cut short: pass --resume to go on, or --overwrite to begin again"
-        )
-
-
-@contextmanager
-def _saying_how_to_go_on(options: Options) -> Iterator[None]:
-    """Say at a signal in the block what is kept of a calibration, on rank 0."""
-    try:
-        yield
-    finally:
-        if signal_received() and rank() == 0:
-            _say_what_is_kept(options)
-
-
-def _say_what_is_kept(options: Options) -> None:
-    if not (options.stats / META_FILE).is_file():
-        kept = "nothing is kept (--save-every N keeps what was done)"
-    else:
-        meta = read_meta(options.stats)
-        kept = f"{meta.sequences} of {meta.wanted} sequences are kept: --resume goes on from there"
-    print(f"stopped; {kept}", flush=True)
-
-
-def _check_resume(options: Options, data: CalibrationData) -> None:
-    meta = read_meta(options.stats)
-    if meta.is_complete:
-        # Its job may have been killed after the last word.
-        clear_leftovers(options.stats)
-        raise UserError(f"{options.stats} is complete: there is nothing to resume")
-    asked = {
-        "data": data.record(),
-        "seq_len": data.seq_len,
-        "seed": data.config.seed,
-        "wanted": data.sequences,
-        "statistics": sorted(kind.__name__ for kind in kinds_of(options.methods)),
-    }
-    for key, value in asked.items():
-        if getattr(meta, key) != value:
-            raise UserError(
-                f"{options.stats} was begun with {key} {getattr(meta, key)}, not {value}: resume "
-                "it with the options that it was begun with"
-            )
 
 
 def _resumed(

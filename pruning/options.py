@@ -42,6 +42,13 @@ class DataOptions:
     seq_len: int | None = option(
         None, f"tokens each (default: the recipe's, or {SEQ_LEN})", least=1, metavar="N"
     )
+    replay_fraction: float = option(
+        1.0,
+        "part of the sequences on which output-error repeats each layer without single channels",
+        above=0,
+        most=1,
+        metavar="F",
+    )
     seed: int = seed_option()
 
 

@@ -22,7 +22,9 @@ from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose
 from pruning.planning.plan import Plan, planned_spaces, spaces_of_kinds
 from pruning.planning.plan_file import plan_text, with_saved_tensors
+from pruning.repair.repaired import REPAIR_HELP, Repair, choice_mark, layers_of, repaired
 from pruning.spaces import Space, widths_of
+from pruning.statistics import OutputEquations
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Options:
     model: str = argument("MODEL", MODEL_HELP)
     plan: Path = argument("PLAN", "file to write")
     stats: Path | None = option(None, "folder that slimstate calibrate wrote")
+    repair: Repair = option("none", REPAIR_HELP)
+    repair_stats: Path | None = option(
+        None, "folder that slimstate calibrate --plan wrote for this choice"
+    )
     overwrite: bool = option(False, OVERWRITE_HELP)
     seed: int = seed_option()
     choice: MethodOptions = group(MethodOptions, "method")
@@ -47,9 +53,10 @@ def check(options: Options, world_size: int = 1) -> None:
     reference = options.given.resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
     check_budget(options.budget, reference.config, options.method)
-    if hasattr(options.method, "new_tensors"):
+    if hasattr(options.method, "new_tensors") or options.repair != "none":
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
     check_stats(options.stats, options.method)
+    _check_repair(options)
 
 
 def run(options: Options) -> None:
@@ -59,6 +66,8 @@ def run(options: Options) -> None:
         plan = planned(
             options.given.resolve(options.model), options.method, options.budget, options.stats
         )
+        if options.repair_stats is not None:
+            plan = _repaired(plan, options, options.repair_stats)
         with ExitStack() as stack:
             file = stack.enter_context(replacing_file(options.plan, options.overwrite))
             if plan.new_tensors:
@@ -83,6 +92,39 @@ def check_stats(stats: Path | None, method: Method) -> None:
             "--stats"
         )
     check_kinds(stats, read_meta(stats), method.needs, method.name)
+
+
+def _check_repair(options: Options) -> None:
+    """Raise UserError if a repair lacks its sums, or sums are given without a repair."""
+    if options.repair == "none":
+        if options.repair_stats is not None:
+            raise UserError(
+                f"--repair-stats {options.repair_stats} is for a repair: give --repair output too"
+            )
+        return
+    if options.repair_stats is None:
+        raise UserError(
+            f"--repair {options.repair} reads data: plan without it, then make its sums with "
+            f"slimstate calibrate {options.model} SUMS --plan {options.plan}, and give "
+            "--repair-stats SUMS (slimstate prune does all of it)"
+        )
+    meta = read_meta(options.repair_stats)
+    check_kinds(options.repair_stats, meta, (OutputEquations,), f"--repair {options.repair}")
+
+
+def _repaired(plan: Plan, options: Options, stats: Path) -> Plan:
+    """`plan` with its repair; UserError if `stats` are of another choice or model."""
+    meta = read_meta(stats)
+    check_model(stats, meta, plan.fingerprint)
+    if meta.plan != choice_mark(plan):
+        raise UserError(
+            f"{stats} has the sums of another plan's layers: run slimstate calibrate --plan for "
+            "what this method and budget choose"
+        )
+    spaces = layers_of(plan.config_before)
+    sums = load_statistics(stats, spaces, (OutputEquations,))
+    source = options.given.resolve(options.model).source()
+    return repaired(plan, source, sums, meta.for_plan())
 
 
 def planned(reference: ModelReference, method: Method, budget: Budget, stats: Path | None) -> Plan:

@@ -17,7 +17,7 @@ from flame.checkpoint.reference import (
 from flame.errors import UserError
 from flame.options import argument, group, option, words
 from flame.process.atomic_output import replacing_folder
-from flame.process.distributed import RANK_ZERO_WORKS, process_group, rank
+from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank
 from flame.process.peers import on_first
 from flame.stage import Stage
 from pruning.apply import form_of, say_what_to_know
@@ -30,6 +30,8 @@ from pruning.plan import check_stats, planned, summary
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
 from pruning.planning.plan import Plan
+from pruning.repair.repaired import REPAIR_HELP, Repair, repaired
+from pruning.statistics import OutputEquations, Statistic
 from pruning.transform.write import write_pruned
 
 
@@ -39,6 +41,7 @@ class Options:
     out: Path = argument("OUT", "folder to write")
     to: Form | None = option(None, "format to write (default: the model's)")
     stats: Path | None = option(None, "use the statistics of slimstate calibrate")
+    repair: Repair = option("none", REPAIR_HELP)
     overwrite: bool = option(False, OVERWRITE_HELP)
     choice: MethodOptions = group(MethodOptions, "method")
     budget: Budget = group(Budget, BUDGET)
@@ -50,6 +53,11 @@ class Options:
         """The method with its hyper-parameters; raises UserError if there is no such method."""
         return self.choice.chosen(self.data.seed, self.budget.paper)
 
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The statistics that the method chooses by and that no folder gives."""
+        return self.method.needs if self.stats is None else ()
+
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
@@ -58,10 +66,11 @@ def check(options: Options, world_size: int = 1) -> None:
     widths = check_budget(options.budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
-    if options.stats is not None:
+    reads = bool(options.needs) or options.repair != "none"
+    if options.stats is not None and not reads:
         _check_no_data(options)
-    elif options.method.needs:
-        check_gradients(options.method.needs, reference.config)
+    if reads:
+        check_gradients(options.needs, reference.config)
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
         # Also in the plan's notes; here it is said before the work.
@@ -96,10 +105,22 @@ def run(options: Options) -> None:
 def make_plan(options: Options, reference: ModelReference) -> Plan:
     """Return the plan on rank 0, and a meaningless value on others. Collective.
 
-    Calibrates if the method needs statistics and the options name none.
+    Calibrates if the method needs statistics and the options name none, and once more, with the
+    pruned layers beside the dense ones, for a repair.
     """
+    plan = _chosen(options, reference)
+    if options.repair == "none":
+        return plan
+    plan = from_rank_zero(plan)
+    data = calibration_data(reference, options.data)
+    sums, meta = calibrate(reference, (OutputEquations,), data, plan=plan)
+    return on_first(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
+
+
+def _chosen(options: Options, reference: ModelReference) -> Plan:
+    """The plan before any repair, on rank 0. Collective."""
     method, budget = options.method, options.budget
-    if options.stats is not None or not method.needs:
+    if not options.needs:
         return on_first(lambda: planned(reference, method, budget, options.stats))
     data = calibration_data(reference, options.data)
     collected, meta = calibrate(reference, method.needs, data)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pruning.adapters.interface import Adapter, Site
+from pruning.mixers import find_mixers, output_projection
 from pruning.op_call import OpCall, unroll_
 
 
@@ -84,8 +85,8 @@ def tap_mixer_outputs(
 
     with ExitStack() as stack:
         for layer, mixer in find_mixers(model, adapter).items():
-            output = getattr(mixer, "o_proj", None) or mixer.get_submodule("out_proj")
-            stack.callback(output.register_forward_pre_hook(deliver(layer)).remove)
+            hook = output_projection(mixer).register_forward_pre_hook(deliver(layer))
+            stack.callback(hook.remove)
         yield
 
 
@@ -108,20 +109,6 @@ those of transformers' name for fla's operator."""
 
 _NAMES = {"query": "q", "key": "k", "value": "v"}
 """Transformers' names of the operator's arguments, and fla's."""
-
-
-def find_mixers(model: nn.Module, adapter: Adapter) -> dict[int, nn.Module]:
-    """The linear-attention mixers of `model` by layer index; softmax layers are not among them.
-
-    Raises:
-        ValueError: the model has none, so it is not of the adapter's family.
-    """
-    module, name = adapter.mixer_class
-    mixer_class = getattr(importlib.import_module(module), name)
-    found = {int(m.layer_idx): m for m in model.modules() if isinstance(m, mixer_class)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no {name} layer to tap")
-    return dict(sorted(found.items()))
 
 
 class _Listener:

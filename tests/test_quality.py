@@ -23,8 +23,8 @@ OBJECTIVE = "flame.training.objective."
 """The exception: the loss whose gradients a calibration sums."""
 
 MATHEMATICS = (
-    "layouts", "spaces", "linalg", "state_rank", "statistics", "methods", "planning.budgets",
-    "planning.per_kind", "planning.allocation",
+    "layouts", "spaces", "linalg", "state_rank", "replay", "statistics", "methods",
+    "planning.budgets", "planning.per_kind", "planning.allocation", "repair.output_fit",
 )  # fmt: skip
 """Modules of pruning that import torch and nothing built on it."""
 

@@ -26,7 +26,7 @@ class Declaration:
     least: float | None = None
     """The inclusive lower bound of a number, or of each number of a list."""
     most: float | None = None
-    """The inclusive upper bound; `least` must be given too."""
+    """The inclusive upper bound; a lower one must be given too."""
     above: float | None = None
     """The exclusive lower bound."""
     below: float | None = None
@@ -60,7 +60,7 @@ class Declaration:
         if self.below is not None:
             return f" between {self.above} and {self.below}"
         if self.above is not None:
-            return f" above {self.above}"
+            return f" above {self.above}" + (f", at most {self.most}" if self.most else "")
         if self.most is not None:
             return f" from {self.least} to {self.most}"
         return "" if self.least is None else f" of at least {self.least}"

@@ -20,6 +20,7 @@ from launch.sweeping.options import Options
 from launch.sweeping.points import Point
 from launch.sweeping.work import CONTINUED
 from pruning import calibrate, prune
+from pruning.calibration.data import calibration_data, check_data
 from pruning.calibration.stats_file import check_kinds, check_model, read_meta
 from pruning.methods import METHODS
 from pruning.planning.choose import check_budget
@@ -46,6 +47,9 @@ def check(options: Options, world_size: int = 1) -> None:
         _check_statistics(options, reference)
     elif options.needing:
         calibrate.check(replace(calibration(options), overwrite=True), world_size)
+    elif options.repairs:
+        data = calibration_data(reference, options.data)
+        check_data(data, vocabulary_size(reference.config), 1)
     if options.recovery is not None:
         # The training of the dense model is that of every pruned one, but larger.
         out = options.folder.models(CONTINUED) / "recovered"
@@ -106,7 +110,7 @@ def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
 def _check_statistics(options: Options, reference: ModelReference) -> None:
     """Raise UserError if `--stats` is not whole, of another model, or lacks what a method needs."""
     assert options.stats is not None
-    for word in words(options.data):
+    for word in () if options.repairs else words(options.data):
         raise UserError(
             f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
             "out"

@@ -15,6 +15,7 @@ from launch.sweeping.work import CONTINUED, DENSE, Recovery
 from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, DataOptions
 from pruning.planning.budgets import Budget
+from pruning.repair.repaired import REPAIR_HELP, Repair
 
 SET_BY_SWEEP = ("job.config_file", "job.dump_folder", "model.init", "model.config")
 
@@ -45,6 +46,7 @@ class Options:
     budget: Budget = group(
         Budget, "budget of all points", without=("ratio", "width", "state_bytes")
     )
+    repair: Repair = option("none", f"of points that have no :repair= of their own; {REPAIR_HELP}")
     data: DataOptions = group(DataOptions, "calibration")
 
     def check(self) -> None:
@@ -78,6 +80,12 @@ class Options:
         return tuple(name for name in methods if METHODS[name].needs)
 
     @property
+    def repairs(self) -> bool:
+        """Whether a point is repaired, which reads data."""
+        of_points = (dict(zip(p.words, p.words[1:], strict=False)) for p in self.points)
+        return any(words.get("--repair", self.repair) != "none" for words in of_points)
+
+    @property
     def statistics(self) -> Path:
         """The folder of the statistics that methods choose by."""
         return self.stats or self.folder.statistics
@@ -85,7 +93,8 @@ class Options:
     @property
     def budget_words(self) -> tuple[str, ...]:
         """The options of `slimstate prune` that hold for all points."""
-        return tuple(words(replace(self.budget, space=Budget.space)))
+        repair = () if self.repair == "none" else ("--repair", self.repair)
+        return (*words(replace(self.budget, space=Budget.space)), *repair)
 
     @property
     def text(self) -> HeldoutOptions:

@@ -21,7 +21,16 @@ from flame.errors import UserError
 WORD = re.compile(r"(?P<method>[^:@=]+)(?P<options>(:[^:@]+)*)(@(?P<spaces>[^:@]+))?")
 SYNTAX = "METHOD[:option=value…][@KIND[=RATIO]…]"
 
-DATA_OPTIONS = ("data", "subset", "split", "text-key", "tokenizer", "sequences", "seq-len")
+DATA_OPTIONS = (
+    "data",
+    "subset",
+    "split",
+    "text-key",
+    "tokenizer",
+    "sequences",
+    "seq-len",
+    "replay-fraction",
+)
 SET_BY_SWEEP = {
     "method": "the word's first part",
     "ratio": "@KIND=RATIO or --ratios",

@@ -23,6 +23,7 @@ from flame.process.environment import environment
 from launch.evaluation.heldout_text import HeldoutText
 from launch.sweeping.folder import Record, SweepFolder
 from launch.sweeping.points import Point
+from pruning.options import DataOptions
 
 DENSE, CONTINUED = "dense", "dense-continued"
 """Names of the controls among the points: the model itself, and trained on as a point recovers."""
@@ -78,7 +79,9 @@ class Work:
     dtype: str = "auto"
     recovery: Recovery | None = None
     budget_words: tuple[str, ...] = ()
-    """Options of `slimstate prune` for every point."""
+    """Options of `slimstate prune` for every point; a point's own come after them."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """What repairs are fitted on."""
 
     keep: bool = False
 
@@ -135,6 +138,8 @@ class Work:
         options = prune.STAGE.parse(words)
         if options.method.needs:
             options = dataclasses.replace(options, stats=self.statistics)
+        if options.repair != "none":
+            options = dataclasses.replace(options, data=self.data)
         prune.check(options, 1)
         prune.run(options)
         plan = self.folder.keep_plan(point.file_name, Path(out))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flame.checkpoint.load import build_sharded
@@ -33,7 +32,11 @@ from pruning.adapters import adapter_for
 from pruning.calibration.data import CalibrationData
 from pruning.calibration.feeding import Feed
 from pruning.calibration.gradients import ReadRows, WeightGradients
+from pruning.calibration.passes import run_batch
 from pruning.calibration.stats_file import AddGradient, Collected, Meta, zeros
+from pruning.planning.plan import Plan
+from pruning.repair.pruned_mixers import pruned_mixers
+from pruning.repair.repaired import choice_mark
 from pruning.spaces import Space
 from pruning.statistics import Source, Statistic
 from pruning.statistics.row_sample import row_sample
@@ -71,6 +74,7 @@ def collect(
     fingerprint: str,
     points: ResumePoints | None = None,
     resumed: Resumed | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Collected, Meta]:
     """Statistics of the model of `reference` over `data`, the sums of all ranks on every rank.
 
@@ -83,12 +87,14 @@ def collect(
         fingerprint: the model's, to be recorded.
         points: where to save on the way.
         resumed: what to go on from.
+        plan: whose pruned layers to run beside the dense ones, with its new tensors in memory; the
+            same on every rank.
 
     Raises:
         UserError: on every rank: the data is shorter than asked for, or an activation, a state or
             a gradient is NaN or infinite (layer and sequence are named).
     """
-    collector = _Collector(reference, kinds, data, fingerprint, resumed)
+    collector = _Collector(reference, kinds, data, fingerprint, resumed, plan)
     return collector.run(points)
 
 
@@ -102,18 +108,22 @@ class _Collector:
         data: CalibrationData,
         fingerprint: str,
         resumed: Resumed | None,
+        plan: Plan | None,
     ) -> None:
+        self.mark = "" if plan is None else choice_mark(plan)
         self.data, self.kinds, self.fingerprint = data, kinds, fingerprint
         self.tokens = self.done = 0
         self.peers = Peers()
         adapter = adapter_for(reference.config)
         self.spaces = adapter.spaces(reference.config)
-        self.model = build_sharded(reference, data_parallel_mesh(), compute_dtype())
+        mesh, dtype = data_parallel_mesh(), compute_dtype()
+        self.model = build_sharded(reference, mesh, dtype)
+        pruned = None if plan is None else pruned_mixers(reference, plan, mesh, dtype)
         self.hidden_size = _hidden_size(self.model, self.spaces)
         self.collected = zeros(self.spaces, kinds, self.hidden_size, local_device())
         self.gradients = self._gradients()
         sample = row_sample(data.sequences, data.seq_len, data.config.seed)
-        self.feed = Feed(self.collected, self.spaces, adapter, sample)
+        self.feed = Feed(self.collected, self.spaces, adapter, sample, data.is_replayed, pruned)
         self.loader = data.loader(rank(), world_size())
         if resumed is not None:
             self._resume(resumed)
@@ -204,6 +214,7 @@ class _Collector:
             hidden_size=self.hidden_size,
             statistics=sorted(kind.__name__ for kind in self.kinds),
             cursor=self.loader.merge_states(gather_objects(self.loader.state_dict())),
+            plan=self.mark,
         )
 
     def _resume(self, resumed: Resumed) -> None:
@@ -218,23 +229,6 @@ class _Collector:
         for space, of_space in resumed.collected.items():
             for kind, statistic in of_space.items():
                 self.collected[space][kind].load_state_dict(statistic.state_dict())
-
-
-def run_batch(
-    model: nn.Module,
-    batch: tuple[dict[str, Tensor], Tensor] | None,
-    gradients: WeightGradients | None,
-) -> None:
-    """Run the model on a sequence, or without one on a token that is not counted."""
-    nothing = torch.zeros((1, 1), dtype=torch.int64)
-    inputs, labels = batch if batch is not None else ({"input": nothing}, nothing)
-    given = {name: value.to(local_device()) for name, value in inputs.items()}
-    if gradients is not None:
-        gradients.backward(model, given, labels.to(local_device()), counts=batch is not None)
-        return
-    # Logits are not looked at, and those of all tokens would take most of the memory.
-    with torch.no_grad():
-        model(input_ids=given.pop("input"), use_cache=False, logits_to_keep=1, **given)
 
 
 def _hidden_size(model: nn.Module, spaces: list[Space]) -> int:

@@ -5,6 +5,8 @@ The defaults are those that the model was trained with, from its run folder's re
 
 import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from flame.checkpoint.reference import ModelReference
@@ -28,13 +30,23 @@ class CalibrationData:
     sequences: int
     seq_len: int
     """Tokens a sequence."""
+    replay_fraction: float = 1.0
+    """Part of the sequences on which layers are repeated without single channels."""
     asked: str = ""
     """Both numbers in words, with the options that they come from, for messages."""
 
     def record(self) -> dict[str, Any]:
         """The settings that identify the data, as plans and statistics record them."""
         values = dataclasses.asdict(self.config)
-        return {key: value for key, value in values.items() if key not in NOT_RECORDED}
+        found = {key: value for key, value in values.items() if key not in NOT_RECORDED}
+        if self.replay_fraction != 1:
+            found["replay_fraction"] = self.replay_fraction
+        return found
+
+    def is_replayed(self, sequence: int) -> bool:
+        """Whether layers are repeated on the `sequence`-th sequence, from 0: spread evenly."""
+        part = Fraction(repr(self.replay_fraction))
+        return ceil((sequence + 1) * part) > ceil(sequence * part)
 
     def too_short(self, found: str = "it ends before") -> str:
         """The message for data that has fewer sequences than asked for."""
@@ -99,6 +111,7 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
         tokenizer=_tokenizer(reference, options, config),
         sequences=options.sequences,
         seq_len=seq_len,
+        replay_fraction=options.replay_fraction,
         asked=_asked(options, seq_len, of_recipe is not None),
     )
 

@@ -1,6 +1,6 @@
 """From taps to statistics: every tensor that a tap delivers is checked and then summed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from pruning.adapters import Adapter
 from pruning.op_call import OpCall
+from pruning.repair.pruned_mixers import PrunedMixers
+from pruning.replay import Replay
+from pruning.replay_taps import tap_replays
 from pruning.spaces import Space
 from pruning.states.rollout import sampled_states
-from pruning.statistics import Source, Statistic
+from pruning.statistics import OutputPair, Source, Statistic
 from pruning.statistics.row_sample import RowSample
 from pruning.taps import operator_for, tap_mixer_inputs, tap_mixer_outputs, tap_ops
 
@@ -32,12 +35,16 @@ class Feed:
         spaces: Iterable[Space],
         adapter: Adapter,
         sample: RowSample,
+        is_replayed: Callable[[int], bool] = lambda sequence: True,
+        pruned: PrunedMixers | None = None,
     ) -> None:
-        self.adapter, self.sample = adapter, sample
+        self.adapter, self.sample, self.is_replayed = adapter, sample, is_replayed
+        self.pruned = pruned
         # Looked up before a tap takes its place, or the states' own calls would be tapped.
         self.operator = operator_for(adapter)
         self.sequence: int | None = None
         self.complaint: UserError | None = None
+        self.calls: dict[int, OpCall] = {}
         self.fed: dict[Source, dict[int, list[Statistic]]] = {}
         for space in spaces:
             for statistic in collected[space.name].values():
@@ -48,12 +55,17 @@ class Feed:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Open the taps that the statistics need."""
         with ExitStack() as stack:
-            if {Source.OP, Source.STATE} & self.fed.keys():
+            if {Source.OP, Source.STATE, Source.REPLAY} & self.fed.keys():
                 stack.enter_context(tap_ops(model, self.adapter, self._on_call))
+            if Source.REPLAY in self.fed:
+                tap = tap_replays(model, self.adapter, self.operator, self.calls, self._on_replay)
+                stack.enter_context(tap)
             if Source.MIXER_INPUT in self.fed:
                 stack.enter_context(tap_mixer_inputs(model, self.adapter, self._on_input))
             if Source.OUTPUT in self.fed:
                 stack.enter_context(tap_mixer_outputs(model, self.adapter, self._on_output))
+            if self.pruned is not None:
+                stack.enter_context(self.pruned.attached(model, self.adapter, self._on_pair))
             yield
 
     def start(self, sequence: int | None) -> None:
@@ -75,6 +87,8 @@ class Feed:
         self._give(Source.OP, call.layer, call)
         if Source.STATE in self.fed:
             self._on_states(call)
+        if Source.REPLAY in self.fed and self.is_replayed(self.sequence):
+            self.calls[call.layer] = call
 
     def _on_states(self, call: OpCall) -> None:
         for states in sampled_states(call, self.operator):
@@ -89,6 +103,17 @@ class Feed:
     def _on_output(self, layer: int, out: Tensor) -> None:
         if self._accepts(layer, {"the heads' output": out}, "before the output projection"):
             self._give(Source.OUTPUT, layer, out)
+
+    def _on_replay(self, layer: int, replay: Replay) -> None:
+        self._give(Source.REPLAY, layer, replay)
+        for statistic in self.fed[Source.REPLAY].get(layer, []):
+            for total in statistic.state_dict().values():
+                self._accepts(layer, {"the heads' output": total}, "once a channel is removed")
+
+    def _on_pair(self, layer: int, pair: OutputPair) -> None:
+        given = {"the dense heads' output": pair.dense, "the pruned heads' output": pair.pruned}
+        if self._accepts(layer, given, "before the output projection"):
+            self._give(Source.OUTPUT_PAIR, layer, pair)
 
     def _accepts(self, layer: int, given: Mapping[str, Tensor | None], where: str) -> bool:
         """Whether to sum these tensors; stores a complaint if one of them is not finite."""

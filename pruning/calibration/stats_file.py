@@ -60,6 +60,8 @@ class Meta:
     """Names of the statistics, sorted."""
     cursor: dict[str, Any]
     """State of the data loader after the sequences seen."""
+    plan: str = ""
+    """What tells apart the plan whose pruned layers were run; empty for the model alone."""
 
     @property
     def is_complete(self) -> bool:
@@ -147,8 +149,7 @@ def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
 
 def read_meta(path: Path) -> Meta:
     """The record of the statistics folder `path`; UserError if it has none that can be read."""
-    content = _read_meta_file(path)
-    found = content.get("format")
+    found = (content := _read_meta_file(path)).get("format")
     if type(found) is not int or found > FORMAT:
         raise UserError(
             f"{path} has statistics of format {found}, this slimstate reads up to {FORMAT}: "
@@ -158,7 +159,7 @@ def read_meta(path: Path) -> Meta:
         check_shape(content, Meta)
     except ValueError as error:
         raise UserError(f"{Path(path) / META_FILE}: {error}; calibrate again") from error
-    return Meta(**{field.name: content[field.name] for field in fields(Meta)})
+    return Meta(**{f.name: content[f.name] for f in fields(Meta) if f.name in content})
 
 
 def load_statistics(

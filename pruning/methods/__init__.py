@@ -8,6 +8,7 @@ from pruning.methods.jrnp import JointRankNorm
 from pruning.methods.l1 import L1
 from pruning.methods.l2 import L2
 from pruning.methods.output_energy import OutputEnergy
+from pruning.methods.output_error import OutputError
 from pruning.methods.pca import PCA
 from pruning.methods.random import Random
 from pruning.methods.taylor import Taylor
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         DeltaRuleRRQR,
+        OutputError,
         Taylor,
         Wanda,
         ActivationNorm,

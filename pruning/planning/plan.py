@@ -51,12 +51,15 @@ class Plan:
     versions: dict[str, str]
     """Of the programs that made the plan."""
     tensors_file: TensorsFile | None = None
-    """Where the new tensors are, if the method made any and they are saved."""
+    """Where the new tensors are, if the method or a repair made any and they are saved."""
     pad: bool = False
     """Whether heads are filled up with zeros to the largest width, for a stock model."""
     undo_gain: bool = False
     """Whether the pruned model gives what zeros in the dropped channels would, not a larger output
     as published (`pruning.planning.gain`)."""
+    repair: dict[str, Any] | None = None
+    """How tensors that stay were fitted anew (`pruning.repair`), and on which data; None if none
+    were."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
     new_tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)

@@ -17,7 +17,7 @@ import torch
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from flame.storage.safetensors_file import save_tensors
+from flame.storage.safetensors_file import open_safetensors, save_tensors
 from pruning.planning.plan import Plan, TensorsFile
 from pruning.spaces import Kept
 
@@ -44,6 +44,7 @@ def plan_text(plan: Plan) -> str:
         "method": {"name": plan.method, "options": plan.options},
         "notes": list(plan.notes),
         "pad": plan.pad,
+        "repair": plan.repair,
         "replaced": {"file": saved.name, "hash": saved.hash} if saved else None,
         "undo_gain": plan.undo_gain,
         "spaces": {name: [row.tolist() for row in kept] for name, kept in plan.kept.items()},
@@ -85,6 +86,7 @@ def _plan(content: dict[str, Any]) -> Plan:
         tensors_file=_tensors_file(_optional(content, "replaced")),
         pad=_flag(content, "pad"),
         undo_gain=_flag(content, "undo_gain"),
+        repair=_optional(content, "repair"),
         notes=_notes(content.get("notes", [])),
     )
 
@@ -95,6 +97,29 @@ def with_saved_tensors(plan: Plan, file: Path, name: str = "") -> Plan:
     save_tensors(tensors, file)
     saved = TensorsFile(name or file.name, hash_file(file))
     return replace(plan, tensors_file=saved, new_tensors={})
+
+
+def with_loaded_tensors(plan: Plan, folder: Path) -> Plan:
+    """`plan`, which was read from a file in `folder`, with its new tensors in memory.
+
+    Raises:
+        UserError: their file is missing, or not the one that the plan was made with.
+    """
+    if plan.tensors_file is None:
+        return plan
+    tensors = open_safetensors(checked_tensors(plan.tensors_file, folder))
+    loaded = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return replace(plan, tensors_file=None, new_tensors=loaded)
+
+
+def checked_tensors(file: TensorsFile, folder: Path) -> Path:
+    """Where a plan's new tensors are; UserError if they are missing or others than the plan's."""
+    path = folder / file.name
+    if not path.is_file():
+        raise UserError(f"the plan replaces tensors by those of {path}, which is missing")
+    if hash_file(path) != file.hash:
+        raise UserError(f"{path} is not the file that the plan was made with (its hash differs)")
+    return path
 
 
 def _json(value: Any) -> str:

@@ -4,6 +4,8 @@ from pruning.statistics.gradients import GradientShare, Shard, WeightGradientPro
 from pruning.statistics.grams import NormalisedGrams, QueryKeyGram, QueryKeySample
 from pruning.statistics.interface import Source, Statistic
 from pruning.statistics.norms import InputSquares, KeySquares, ValueSquares
+from pruning.statistics.output_equations import OutputEquations, OutputPair
+from pruning.statistics.output_errors import KeyOutputErrors, ValueOutputErrors
 from pruning.statistics.outputs import HeadOutputGram, OutputSquares
 from pruning.statistics.states import StateSpectra
 
@@ -11,8 +13,11 @@ __all__ = [
     "GradientShare",
     "HeadOutputGram",
     "InputSquares",
+    "KeyOutputErrors",
     "KeySquares",
     "NormalisedGrams",
+    "OutputEquations",
+    "OutputPair",
     "OutputSquares",
     "QueryKeyGram",
     "QueryKeySample",
@@ -20,6 +25,7 @@ __all__ = [
     "Source",
     "StateSpectra",
     "Statistic",
+    "ValueOutputErrors",
     "ValueSquares",
     "WeightGradientProducts",
 ]

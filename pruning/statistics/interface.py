@@ -33,6 +33,10 @@ class Source(Enum):
     """The hidden states that enter the token mixer, [tokens, hidden]."""
     OUTPUT = "output"
     """What enters the output projection, after norm and gate: [tokens, value heads * d_v]."""
+    OUTPUT_PAIR = "output pair"
+    """An `OutputPair`: the same of a dense layer and of its pruned form, for the same inputs."""
+    REPLAY = "replay"
+    """A `Replay`: the layer's pass over some tokens, which can be repeated without channels."""
     STATE = "state"
     """Recurrent states, key dimension first: [n, value heads, d_k, d_v]."""
     WEIGHT_GRADIENT = "weight gradient"
@@ -64,7 +68,7 @@ class Statistic(ABC):
             device: where the sums are.
         """
         sizes = {"H": space.num_heads, "d": space.head_dim, "hidden": hidden_size}
-        if cls.source is Source.OUTPUT:
+        if cls.source in (Source.OUTPUT, Source.OUTPUT_PAIR):
             size = output_axis(space).layout.size
             sizes |= {"out": size, "block": size // space.head_dim}
         sums = {}

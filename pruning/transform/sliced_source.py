@@ -1,6 +1,8 @@
 """The tensors of a model as a plan leaves them, one at a time."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +16,31 @@ OPTIMIZER_STATE = "optimizer.state."
 """Beginning of the names of optimizer entries in a step: then the parameter's, then the entry's."""
 
 
+class NewTensors(Protocol):
+    """Tensors that a plan has made: an open safetensors file, or `InMemory`."""
+
+    def keys(self) -> Iterable[str]:
+        """Their names."""
+        ...
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """The new tensors of a plan that are not saved yet."""
+
+    tensors: Mapping[str, Tensor]
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
 class SlicedSource:
     """A source as it is after a plan: sliced, replaced where the plan says so, and finite.
 
@@ -22,10 +49,12 @@ class SlicedSource:
     Args:
         source: the tensors before, those of the optimizer among them or not.
         slices: from `pruning.transform.slices.slices_of`.
-        replaced: handle of a safetensors file, whose tensors take the place of sliced ones.
+        replaced: tensors that take the place of sliced ones.
     """
 
-    def __init__(self, source: TensorSource, slices: Slices, replaced: Any = None) -> None:
+    def __init__(
+        self, source: TensorSource, slices: Slices, replaced: NewTensors | None = None
+    ) -> None:
         self._source, self._slices, self._replaced = source, slices, replaced
         self._names = set(source.names())
         self._new = set(replaced.keys()) if replaced is not None else set()
@@ -58,6 +87,7 @@ class SlicedSource:
         if parameter_of(name) != name:
             # Moments of other channels than these: the optimizer begins anew, counting from zero.
             return torch.zeros(info.shape, dtype=info.dtype)
+        assert self._replaced is not None
         tensor = self._replaced.get_tensor(name)
         if tuple(tensor.shape) != info.shape:
             raise UserError(

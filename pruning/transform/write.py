@@ -26,15 +26,19 @@ from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, ModelReference
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import total_bytes
-from flame.errors import UserError
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import write_hf
 from flame.hugging_face.stock_form import stock_form
-from flame.storage.checksums import hash_file
 from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
 from pruning.planning.plan import Plan, check_fingerprint
-from pruning.planning.plan_file import PLAN_FILE, TENSORS_FILE, plan_text, with_saved_tensors
+from pruning.planning.plan_file import (
+    PLAN_FILE,
+    TENSORS_FILE,
+    checked_tensors,
+    plan_text,
+    with_saved_tensors,
+)
 from pruning.transform.model_reader import ModelReader, small_files
 from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
@@ -123,12 +127,7 @@ def _copy_tensors(plan: Plan, plan_folder: Path | None, folder: Path) -> Any:
     """A handle of the plan's new tensors, copied beside the plan's copy; None without any."""
     if plan.tensors_file is None:
         return None
-    name = plan.tensors_file.name
-    path = (plan_folder or folder) / name
-    if not path.is_file():
-        raise UserError(f"the plan replaces tensors by those of {path}, which is missing")
-    if hash_file(path) != plan.tensors_file.hash:
-        raise UserError(f"{path} is not the file that the plan was made with (its hash differs)")
-    if path != folder / name:
-        shutil.copyfile(path, folder / name)
+    path = checked_tensors(plan.tensors_file, plan_folder or folder)
+    if path.parent != folder:
+        shutil.copyfile(path, folder / path.name)
     return open_safetensors(path)

@@ -14,10 +14,11 @@ from flame.errors import UserError
 from flame.model import meta_model, restore_after_to_empty
 from pruning import prune
 from pruning.adapters import ADAPTERS, adapter_for
+from pruning.mixers import find_mixers
 from pruning.op_call import OpCall
 from pruning.planning.plan import Plan, planned_spaces
 from pruning.planning.plan_file import read_plan
-from pruning.taps import find_mixers, tap_mixer_inputs, tap_mixer_outputs, tap_ops
+from pruning.taps import tap_mixer_inputs, tap_mixer_outputs, tap_ops
 from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
 from tests.memory_source import MemorySource

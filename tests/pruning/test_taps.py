@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.adapters import ADAPTERS, adapter_for
+from pruning.mixers import find_mixers
 from pruning.op_call import OpCall
-from pruning.taps import find_mixers, tap_mixer_inputs, tap_ops
+from pruning.taps import tap_mixer_inputs, tap_ops
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 BOUNDARIES = torch.tensor([0, 70, 71, 100])

@@ -30,6 +30,7 @@ from pruning.statistics import (
     StateSpectra,
     Statistic,
 )
+from tests.pruning.replays import replay_of
 
 HEADS, DIM, VALUES, HIDDEN = 3, 16, 8, 20
 LAYOUT = HeadMajor(HEADS, DIM)
@@ -124,6 +125,7 @@ def statistics(
         Source.MIXER_INPUT: torch.randn(60, HIDDEN),
         Source.OUTPUT: torch.randn(60, HEADS * VALUES)
         @ torch.randn(HEADS * VALUES, HEADS * VALUES),
+        Source.REPLAY: replay_of(call),
         Source.STATE: torch.randn(5, HEADS, DIM, VALUES) * torch.rand(HEADS, 1, 1),
         Source.WEIGHT_GRADIENT: GradientShare(space, shards, call.tokens),
     }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flame.checkpoint.load import load_model
 from flame.checkpoint.reference import resolve
@@ -24,13 +25,17 @@ from pruning.calibration.stats_file import Collected
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
 from pruning.methods.jrnp import JointRankNorm
+from pruning.mixers import find_mixers
 from pruning.op_call import OpCall
 from pruning.options import DataOptions
 from pruning.spaces import Space
+from pruning.statistics import KeyOutputErrors, ValueOutputErrors
 from pruning.statistics.row_sample import row_sample
 from pruning.taps import tap_mixer_inputs, tap_ops
 from tests.distributed import run_distributed
+from tests.pruning.masking import difference
 from tests.pruning.models import FAMILIES, select_from_whole_matrix, weights, write_hf, write_text
+from tests.pruning.replays import changes
 
 SEQUENCES, SEQ_LEN = 6, 200
 CASES = [("gated_deltanet", 1), ("gated_deltanet", 2), ("gated_deltanet", 4), ("delta_net", 2)]
@@ -291,5 +296,51 @@ def test_drrqr_is_that_of_the_matrix_of_all_rows_or_of_the_sample(
                 assert kept[head].tolist() == select_from_whole_matrix(matrix, 16), space.name
 
 
+@cache
+def output_errors(home: Path, family: str) -> dict[str, Tensor]:
+    """By space of the last layer, products of the changes of its last head, from zeroed weights."""
+    reference, data = resolve(home / family), data_of(home, family)
+    model, adapter = load_model(reference), adapter_for(reference.config)
+    given: list[tuple[tuple, dict]] = []
+    layer, mixer = list(find_mixers(model, adapter).items())[-1]
+    hook = mixer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+    )
+    loader = data.loader(0, 1)
+    with torch.no_grad():
+        for _, (inputs, _labels) in zip(range(SEQUENCES), loader, strict=False):
+            model(inputs["input"], cu_seqlens=inputs["cu_seqlens"], use_cache=False)
+    loader.close()
+    hook.remove()
+    model.double()
+    found = {}
+    for space in (s for s in spaces_of(home, family, ("key", "value")) if s.layer == layer):
+        of_sequences = [
+            changes(model, space, space.num_heads - 1, *_doubled(*some)).flatten(1)
+            for some in given
+        ]
+        found[space.name] = sum((x @ x.mT for x in of_sequences), torch.zeros(()))
+    return found
+
+
+def _doubled(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def double(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floats else value
+
+    return tuple(map(double, args)), {name: double(value) for name, value in kwargs.items()}
+
+
+@pytest.mark.parametrize(("family", "world_size"), CASES)
+def test_output_errors_are_those_of_layers_with_zeros(
+    family: str, world_size: int, home: Path
+) -> None:
+    collected = calibrated(home, family, world_size)
+    for name, expected in output_errors(home, family).items():
+        kind = KeyOutputErrors if name.endswith("key") else ValueOutputErrors
+        # Calibration runs in float32, what it is compared with in float64.
+        assert difference(collected[name][kind].gram[-1], expected) < 1e-5
+
+
 def test_every_method_is_compared() -> None:
-    assert set(METHODS) == {*SCORES, "jrnp", "drrqr", "random"}
+    assert set(METHODS) == {*SCORES, "jrnp", "drrqr", "output-error", "random"}
