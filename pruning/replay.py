@@ -37,6 +37,8 @@ class Replay:
     """What the norm takes beside them: nothing, or the gate, with N · H · G rows of V."""
     weight: Float[Tensor, "hidden HGV"]
     """The output projection's."""
+    outputs: Float[Tensor, "N HGV"]
+    """What the layer gave to it."""
 
     @property
     def heads(self) -> int:

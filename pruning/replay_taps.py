@@ -36,7 +36,8 @@ def tap_replays(
             gate, call = gates.pop(layer), calls.pop(layer, None)
             if call is not None:
                 weight: Tensor = output.weight.detach()  # type: ignore[operator,union-attr]
-                on_replay(layer, Replay(call, operator, norm, gate, weight))
+                outputs = args[0].detach().flatten(0, -2)
+                on_replay(layer, Replay(call, operator, norm, gate, weight, outputs))
 
         return hook
 

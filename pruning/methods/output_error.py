@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from pruning.methods.interface import Statistics, Weights, summed
-from pruning.spaces import Kind, Space, check_count
-from pruning.statistics import KeyOutputErrors, Statistic, ValueOutputErrors
+from pruning.spaces import KINDS, Kind, Space, check_count
+from pruning.statistics import HeadOutputErrors, KeyOutputErrors, Statistic, ValueOutputErrors
 
 TIE = 1e-9
 """Errors that differ by less than this part of the error without any channel count as equal."""
@@ -20,21 +20,26 @@ class OutputError:
     """The set of channels whose removal changes the layer's output least, measured.
 
     The output without each single channel is measured by running the delta rule, norm and gate
-    again; changes of several channels count as added. Channels go one by one, the one first that
-    adds least to the squared error of all that have gone; then pairs of a channel that went and one
-    that stays change places while that lowers it. It has no paper of its own.
+    again. The changes of several channels count as added, which for whole heads they are. Channels
+    go one by one, the one first that adds least to the squared error of all that have gone; then
+    pairs of a channel that went and one that stays change places while that lowers it. It has no
+    paper of its own.
     """
 
     name: ClassVar[str] = "output-error"
-    kinds: ClassVar[tuple[Kind, ...]] = ("key", "value")
-    needs: ClassVar[tuple[type[Statistic], ...]] = (KeyOutputErrors, ValueOutputErrors)
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
+    needs: ClassVar[tuple[type[Statistic], ...]] = (
+        KeyOutputErrors,
+        ValueOutputErrors,
+        HeadOutputErrors,
+    )
 
     def select(
         self, space: Space, k: int, weights: Weights, statistics: Statistics
     ) -> Int64[Tensor, "H k"]:
         """The k channels of each head that stay, in increasing order."""
         check_count(k, space.head_dim, f"{space.noun} of {space.name}")
-        kind = KeyOutputErrors if space.kind == "key" else ValueOutputErrors
+        kind = next(kind for kind in self.needs if space.kind in kind.kinds)
         statistic = summed(statistics, kind, space, self)
         return least_error(statistic.gram.cpu(), k)  # type: ignore[attr-defined]
 

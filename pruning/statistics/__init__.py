@@ -5,12 +5,17 @@ from pruning.statistics.grams import NormalisedGrams, QueryKeyGram, QueryKeySamp
 from pruning.statistics.interface import Source, Statistic
 from pruning.statistics.norms import InputSquares, KeySquares, ValueSquares
 from pruning.statistics.output_equations import OutputEquations, OutputPair
-from pruning.statistics.output_errors import KeyOutputErrors, ValueOutputErrors
+from pruning.statistics.output_errors import (
+    HeadOutputErrors,
+    KeyOutputErrors,
+    ValueOutputErrors,
+)
 from pruning.statistics.outputs import HeadOutputGram, OutputSquares
 from pruning.statistics.states import StateSpectra
 
 __all__ = [
     "GradientShare",
+    "HeadOutputErrors",
     "HeadOutputGram",
     "InputSquares",
     "KeyOutputErrors",

@@ -57,12 +57,38 @@ class ValueOutputErrors(Statistic):
     gram: Float64[Tensor, "H d d"]
     """A value space has one row of channels, so H is 1."""
     tokens: Int64[Tensor, ""]
+    """Number of tokens summed."""
 
     def update(self, seen: Replay) -> None:
         """Add some tokens; the delta rule runs once more, without any channel set to zero."""
         weight = seen.weight.double()
         for changes in seen.without_value_channels():
             add_products_(self.gram[0], changes, weight.mT @ weight)
+        self.tokens += seen.call.tokens
+
+
+@dataclass
+class HeadOutputErrors(Statistic):
+    """The same of heads, each a channel of a head space: without one the output loses its part.
+
+    Heads add up, so the error of a set is exact. With grouped value heads a channel is a group.
+    """
+
+    source: ClassVar[Source] = Source.REPLAY
+    kinds: ClassVar[tuple[Kind, ...]] = ("head",)
+
+    gram: Float64[Tensor, "H d d"]
+    """A head space has one row of channels, so H is 1."""
+    tokens: Int64[Tensor, ""]
+    """Number of tokens summed."""
+
+    def update(self, seen: Replay) -> None:
+        """Add some tokens; nothing runs again."""
+        columns = seen.weight.double().unflatten(1, (seen.heads, -1)).transpose(0, 1)
+        for outputs in seen.outputs.split(TOKENS_AT_ONCE):
+            of_heads = outputs.double().unflatten(1, (seen.heads, -1)).transpose(0, 1)
+            parts = (of_heads @ columns.mT).flatten(1)
+            self.gram[0].addmm_(parts, parts.mT)
         self.tokens += seen.call.tokens
 
 

@@ -28,7 +28,8 @@ def replay_of(call: OpCall, seed: int = 0) -> Replay:
     call = replace(call, v=values, beta=beta, g=None)
     gate = torch.randn(values.shape, generator=generator)
     weight = torch.randn(10, values.shape[2:].numel(), generator=generator)
-    return Replay(call, operator_for(ADAPTERS["delta_net"]), Norm(), (gate,), weight)
+    outputs = torch.randn(call.tokens, weight.shape[1], generator=generator)
+    return Replay(call, operator_for(ADAPTERS["delta_net"]), Norm(), (gate,), weight, outputs)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 from pruning.adapters import ADAPTERS
 from pruning.calibration.feeding import Feed
 from pruning.mixers import find_mixers
-from pruning.statistics import KeyOutputErrors, Statistic, ValueOutputErrors
+from pruning.statistics import HeadOutputErrors, KeyOutputErrors, Statistic, ValueOutputErrors
 from pruning.statistics.row_sample import row_sample
 from tests.pruning import families, hybrids
 from tests.pruning.masking import difference
@@ -22,7 +22,11 @@ BUILDS: dict[str, tuple[dict[str, Any], Callable[..., nn.Module]]] = {
     for configs, build in ((families.CONFIGS, families.build), (hybrids.CONFIGS, hybrids.build))
     for name, config in configs.items()
 }
-KINDS: dict[str, type[Statistic]] = {"key": KeyOutputErrors, "value": ValueOutputErrors}
+KINDS: dict[str, type[Statistic]] = {
+    "key": KeyOutputErrors,
+    "value": ValueOutputErrors,
+    "head": HeadOutputErrors,
+}
 
 
 @pytest.mark.parametrize("name", BUILDS)
