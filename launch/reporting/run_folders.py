@@ -143,8 +143,10 @@ def _pruning_words(run: RunFolder, runs: Mapping[str, RunFolder]) -> list[str]:
     )
     method, budget = plan.get("method", {}), plan.get("budget", {})
     words = [source, str(run.folder), "--method", str(method.get("name", "?"))]
-    calibration = plan.get("calibration") or {}
+    repair = plan.get("repair") or {}
+    calibration = plan.get("calibration") or repair.get("calibration") or {}
     asked = {
+        "repair": repair.get("kind"),
         **{name: budget.get(name) for name in BUDGET_OPTIONS},
         "pad": plan.get("pad"),
         **(method.get("options") or {}),
