@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.options import argument, group, option
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.models.gpu_limits import check_dtype
 from flame.options import argument, option
 from flame.options.shared import DTYPE_HELP, DType

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from flame.checkpoint.fingerprint import fingerprint, finite_parts
 from flame.checkpoint.foreign import GIVEN, GivenFiles
-from flame.checkpoint.reference import ModelReference, check_destination, vocabulary_size
+from flame.checkpoint.reference import ModelReference, check_destination
 from flame.checkpoint.verify import verify_model
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.options import argument, group, option
 from flame.process.atomic_output import writer_lock
 from flame.process.distributed import process_group, rank, world_size

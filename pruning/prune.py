@@ -12,9 +12,9 @@ from flame.checkpoint.reference import (
     Form,
     ModelReference,
     check_destination,
-    vocabulary_size,
 )
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.options import argument, group, option, words
 from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank

@@ -28,7 +28,9 @@ from flame.hugging_face.companions import (
     is_tokenizer_part,
 )
 from flame.hugging_face.model_card import write_model_card
-from flame.hugging_face.model_folder import Recorded, check_ties, write_hf
+from flame.hugging_face.model_folder import Recorded, check_ties
+from flame.hugging_face.outer_model import OuterModel
+from flame.hugging_face.put_back import outer_of, write_stock_folder
 from flame.hugging_face.stock_form import stock_form
 from flame.lora.peft_folder import (
     base_name,
@@ -51,6 +53,7 @@ def convert(
     overwrite: bool = False,
     inside_source: bool = False,
     base: str | None = None,
+    within: OuterModel | None = None,
 ) -> str:
     """Write the model that `src` names as a Hugging Face folder, a run folder or a peft folder.
 
@@ -61,6 +64,8 @@ def convert(
         overwrite: replace an existing `dst`.
         inside_source: allow `dst` in the source's folder, as a run's own `merged/` is.
         base: with `"peft"`, what to call the base model (`flame.lora.peft_folder.base_name`).
+        within: with `"hf"`, the model of text and more that the text model is put back into
+            (default: the one it was read from, if it was).
 
     Returns:
         A line that says what was read and written.
@@ -87,7 +92,7 @@ def convert(
     with replacing_folder(dst, overwrite) as folder:
         copied = copy_beside(reference, folder) + copy_plan(reference.folder, folder)
         if to == "hf":
-            write_hf(folder, config, infos, source.read)
+            write_stock_folder(folder, within or outer_of(reference), config, infos, source.read)
             write_model_card(folder, dst.name, config, made_from(reference, folder))
         else:
             write_run(folder, config, infos, source.read)

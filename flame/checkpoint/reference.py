@@ -16,6 +16,7 @@ from flame.data.hub import download, may_be_hub_name
 from flame.errors import UserError
 from flame.hugging_face.companions import tokenizer_folder
 from flame.hugging_face.config_file import CONFIG_FILE, check_plain_folder, read_config
+from flame.hugging_face.outer_model import OuterModel, text_config
 from flame.lora.base import (
     ADAPTER_FILE,
     ADAPTER_WEIGHTS,
@@ -50,7 +51,7 @@ class ModelReference:
     step_folder: Path | None
     """The step of a run; None for a Hugging Face folder."""
     config: dict[str, Any]
-    """The model's `config.json`."""
+    """The `config.json` of the model, or of the text model in it."""
     tokenizer: Path | None
     """The folder that holds the tokenizer, if there is one."""
     recipe: Path | None
@@ -59,6 +60,8 @@ class ModelReference:
     """Folders of adapters that this model was looked up for, each the base of the one before it."""
     unverified: bool = False
     """Whether another program wrote the step: it has no hashes, and names of its own."""
+    outer: OuterModel | None = None
+    """The model of text and more whose text model this is, if its folder holds one."""
 
     @property
     def kind(self) -> Form:
@@ -184,14 +187,6 @@ def check_destination(
     check_output(dst, overwrite)
 
 
-def vocabulary_size(config: dict[str, Any]) -> int:
-    """Return `vocab_size` of a `config.json`; raise `UserError` unless it is a positive integer."""
-    size = config.get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"config.json: vocab_size is {size!r}, expected a positive integer")
-    return size
-
-
 def _resolve_folder(path: Path, step: int | None, above: tuple[Path, ...]) -> ModelReference:
     if (path / METADATA).exists() or re.fullmatch(r"step-\d+", path.name):
         return _resolve_step(path, step)
@@ -247,4 +242,7 @@ def _resolve_hf(folder: Path, step: int | None, above: tuple[Path, ...]) -> Mode
     check_plain_folder(folder)
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has a {CONFIG_FILE} but neither safetensors nor checkpoints")
-    return ModelReference(folder, None, config, tokenizer_folder(folder), None)
+    text, outer = text_config(config), OuterModel(folder, config)
+    if text is None:
+        return ModelReference(folder, None, config, tokenizer_folder(folder), None)
+    return ModelReference(folder, None, text, tokenizer_folder(folder), None, outer=outer)

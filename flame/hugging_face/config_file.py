@@ -54,6 +54,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def vocabulary_size(config: dict[str, Any]) -> int:
+    """Return `vocab_size` of a `config.json`; raise `UserError` unless it is a positive integer."""
+    size = config.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"config.json: vocab_size is {size!r}, expected a positive integer")
+    return size
+
+
 def check_size(path: Path, key: str, value: Any) -> None:
     """Raise `UserError` if `value` cannot be what a `config.json` has under `key`."""
     largest = LARGEST.get(re.split(r"[_.]", key)[-1])

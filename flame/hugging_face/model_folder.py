@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -29,6 +29,15 @@ from flame.storage.safetensors_file import write_safetensors
 MAX_SHARD_SIZE = "5GB"
 
 log = logging.getLogger(__name__)
+
+
+class HasInfos(Protocol):
+    """The part of a source that tells what will be written."""
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
 
 _QUANTISED = (
     "weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "input_scale",
@@ -91,17 +100,22 @@ def write_hf(
     own = {name: infos[name] for name in sorted(infos) if form.ties.get(name) not in infos}
     record = Recorded(read)
     disk = RegroupedSource(PromisedTensors(own, record), form.on_save(own))
+    written = with_dtype(config, [disk.info(name).promise() for name in disk.names()])
+    write_files(folder, written, disk, disk.read)
+    record.check(open_folder(folder, written), form.ties)
+
+
+def write_files(folder: Path, config: Mapping[str, Any], disk: HasInfos, read: Read) -> None:
+    """Write `config.json` and the tensors of `disk`, read by `read`, into an existing folder."""
+    write_object(folder / CONFIG_FILE, config, sort_keys=True)
     promises = {name: disk.info(name).promise() for name in disk.names()}
-    written = _with_dtype(config, promises.values())
-    write_object(folder / CONFIG_FILE, written, sort_keys=True)
     split = split_torch_state_dict_into_shards(promises, max_shard_size=MAX_SHARD_SIZE)
     for file, names in progress(split.filename_to_tensors.items(), "write safetensors"):
         forms = {name: (disk.info(name).shape, disk.info(name).dtype) for name in names}
-        write_safetensors(folder / file, forms, disk.read)
+        write_safetensors(folder / file, forms, read)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_object(folder / SAFETENSORS_INDEX, index, sort_keys=True)
-    record.check(open_folder(folder, written), form.ties)
 
 
 def check_ties(form: StockForm, names: Container[str], read: Read) -> None:
@@ -174,7 +188,8 @@ def _say_unused(folder: Path, names: tuple[str, ...]) -> None:
     if names:
         log.warning(
             "slimstate: note: %s has tensors for which a causal language model has no use, so they "
-            "are left out: %s",
+            "are left out (a Hugging Face folder written of it keeps a vision tower and an MTP "
+            "head): %s",
             folder,
             some(names, 3),
         )
@@ -198,7 +213,7 @@ def _check_plain(
                 )
 
 
-def _with_dtype(config: Mapping[str, Any], promises: Iterable[Tensor]) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, Any], promises: Iterable[Tensor]) -> dict[str, Any]:
     """Return `config` with the dtype of most of the weights, so that loading does not round."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in promises:

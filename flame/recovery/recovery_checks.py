@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from flame.checkpoint.reference import resolve, vocabulary_size
+from flame.checkpoint.reference import resolve
 from flame.checkpoint.steps import whole_steps
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.recovery.adapter_scaling import check_recorded, check_start
 from flame.recovery.lora import check_adapters, check_targets, inject
 from flame.recovery.trainable import check_modules, suggestion

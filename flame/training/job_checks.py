@@ -6,9 +6,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE, vocabulary_size
+from flame.checkpoint.reference import CONFIG_FILE, RECIPE_FILE
 from flame.checkpoint.steps import broken_steps, whole_steps
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.process.distributed import device_type
 from flame.process.output_checks import check_place
 from flame.recipe.keys import check_values

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.models.gpu_limits import float32_advice
 from launch.evaluation.document_sums import DocumentSums
 from launch.evaluation.intervals import DocumentLosses

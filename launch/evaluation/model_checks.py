@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.reference import ModelReference, vocabulary_size
+from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
-from flame.hugging_face.config_file import keeps_documents_apart
+from flame.hugging_face.config_file import keeps_documents_apart, vocabulary_size
 from launch.evaluation.heldout_text import tokenizer_name
 
 

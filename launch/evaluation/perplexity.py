@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flame.checkpoint.reference import vocabulary_size
 from flame.errors import UserError
-from flame.hugging_face.config_file import keeps_documents_apart
+from flame.hugging_face.config_file import keeps_documents_apart, vocabulary_size
 from flame.models.gpu_limits import float32_advice
 from flame.versions import versions
 from launch.evaluation.document_sums import DocumentSums

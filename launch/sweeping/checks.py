@@ -8,9 +8,10 @@ from typing import Any
 from flame import train
 from flame.checkpoint.convert import check_space
 from flame.checkpoint.fingerprint import fingerprint
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.checkpoint.source import total_bytes
 from flame.errors import UserError
+from flame.hugging_face.config_file import vocabulary_size
 from flame.options import words
 from flame.process.output_checks import check_file_output
 from flame.recipe import read_tables

@@ -40,9 +40,6 @@ TIED: dict[str, str] = {
 }
 """Families with a matrix state whose config has no key width of its own, with the reason."""
 
-TEXT_MODELS: dict[str, str] = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-"""Families of text and vision together, with the family of their text model alone."""
-
 TIED_KINDS: dict[tuple[str, Kind], str] = {
     ("kda", "value"): "its value width is also the rank of its decay's and its gate's projections",
 }
@@ -78,11 +75,5 @@ def _refusal(model_type: object) -> str:
         return (
             f"key channels of {model_type} cannot be pruned: {TIED[model_type]}, so no stock "
             f"config describes the result: use a family that keeps the two apart ({known})"
-        )
-    if isinstance(model_type, str) and model_type in TEXT_MODELS:
-        return (
-            f"{model_type} is text and vision together: save its text model, of family "
-            f"{TEXT_MODELS[model_type]}, by transformers' AutoModelForCausalLM.from_pretrained(…)"
-            ".save_pretrained(…), and prune that"
         )
     return f"no adapter for model family {model_type!r}: pruning knows the families {known}"

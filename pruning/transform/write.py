@@ -27,7 +27,7 @@ from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, Mod
 from flame.checkpoint.save import save_step
 from flame.checkpoint.source import total_bytes
 from flame.hugging_face.model_card import write_model_card
-from flame.hugging_face.model_folder import write_hf
+from flame.hugging_face.put_back import outer_of, write_stock_folder
 from flame.hugging_face.stock_form import stock_form
 from flame.storage.safetensors_file import open_safetensors
 from pruning.adapters.interface import Config
@@ -80,7 +80,7 @@ def write_pruned(
     if reader.state is not None:
         _write_training_state(config, reference, reader, sliced, read, folder)
     elif form == "hf":
-        write_hf(folder, config, source_infos(sliced), read)
+        write_stock_folder(folder, outer_of(reference), config, source_infos(sliced), read)
         write_model_card(folder, destination.name, config, made_from(reference, folder))
     else:
         write_run(folder, config, source_infos(sliced), read)
