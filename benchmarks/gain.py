@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flame.checkpoint.load import load_model
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import UserError, run_stage
-from flame.hugging_face.config_file import keeps_documents_apart
+from flame.hugging_face.config_file import keeps_documents_apart, vocabulary_size
 from flame.model import stock_config
 from launch.drawing.table import Column, Table
 from launch.evaluation.fidelity import sum_divergences
