@@ -163,25 +163,26 @@ def bare_loop(job: Any, batches: list[Any]) -> Callable[[int], None]:
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
 
-    from flame.model import layers, stock_config, sum_replicated_gradients
+    from flame.model import layers, stock_config
     from flame.process.distributed import device_type, local_device, world_size
     from flame.run_folder.origin import model_config
+    from flame.training.step.gradients import sum_replicated_gradients
 
     device = local_device()
     torch.manual_seed(0)
     config = stock_config(model_config(job))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     mesh = init_device_mesh(device_type(), (world_size(),))
-    small = {p for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias"))}
+    small = [p for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias"))]
     for module in [*layers(model), model]:
-        fully_shard(module, mesh=mesh, ignored_params=small)
+        fully_shard(module, mesh=mesh, ignored_params=set(small))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    sum_replicated_gradients(model)
-    sharded = [p for p in model.parameters() if p not in small]
-    groups: list[dict[str, Any]] = [{"params": sharded}, {"params": list(small)}]
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    groups: list[dict[str, Any]] = [{"params": sharded}, {"params": small}]
     optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.1, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / 10**6)) / 2
@@ -198,6 +199,7 @@ def bare_loop(job: Any, batches: list[Any]) -> Callable[[int], None]:
                 logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
             )
             (loss / (labels.numel() * world_size())).backward()
+            sum_replicated_gradients(small)
             torch.nn.utils.clip_grad_norm_(sharded, 1.0)
             optimizer.step()
             schedule.step()
@@ -213,6 +215,9 @@ def _endless(batches: list[Any]) -> Iterator[Any]:
 
 class _NoCheckpoints:
     """Saves nothing: the bare loop does not either."""
+
+    def due(self, step: int) -> bool:
+        return False
 
     def save(self, curr_step: int, last_step: bool = False) -> None: ...
 

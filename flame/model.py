@@ -119,7 +119,7 @@ def full_precision_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that always compute in fp32: `A_log`, `dt_bias`, DoRA's magnitudes.
 
     FSDP2 casts whole groups, so they stay outside it: replicated, never cast, their gradients
-    summed by `sum_replicated_gradients`.
+    summed by `flame.training.step.gradients`.
     """
     return {
         name: parameter
@@ -156,24 +156,6 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
-
-
-def sum_replicated_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Make backward passes sum, over `group`, the gradients that FSDP2 does not reduce.
-
-    They are those of the parameters that a sharded model keeps whole on every rank.
-    """
-    if dist.get_world_size(group) == 1:
-        return
-
-    def summed(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=group)
-        return gradient
-
-    for parameter in model.parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):
-            parameter.register_hook(summed)
 
 
 @torch.no_grad()

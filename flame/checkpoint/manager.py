@@ -75,11 +75,14 @@ class CheckpointManager:
         self.background = BackgroundSaver(patience) if background else None
         self._saved = -1
 
+    def due(self, step: int) -> bool:
+        """Whether `step` is one that is saved though it is not the last."""
+        return step % self.interval == 0 or (step == 1 and self.first_step)
+
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save step `curr_step` if it is due or the last step. Collective."""
-        due = curr_step % self.interval == 0 or (curr_step == 1 and self.first_step)
-        if not (due or last_step):
+        if not (self.due(curr_step) or last_step):
             return
         if self.background is not None:
             self.background.wait()

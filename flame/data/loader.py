@@ -34,7 +34,7 @@ from flame.data.position import check_position
 from flame.data.tokenizer import Encoder
 
 PREFETCH = 4
-"""Batches made ahead of the consumer."""
+"""Batches made ahead of the consumer, at least."""
 
 Position = tuple[int, dict[int, Cursors]]
 """The next sequence of a rank, and where each of its virtual shards stands."""
@@ -56,8 +56,8 @@ class PackedLoader:
         seq_len: T, tokens in a sequence.
         local_batch_size: B, sequences in a batch.
         rank: this process's number among the `world_size` that share the data.
-        agree: called at every batch with whether this rank has one; returns whether all ranks have,
-            so that they end together. Needed in several processes if the data ends (`repeat` off).
+        ahead: batches that the thread makes ahead of the consumer, at least `PREFETCH`.
+        pin: whether batches lie in pinned memory, which a GPU copies from while the host goes on.
 
     Raises:
         UserError: the virtual shards cannot be dealt out evenly, or one has no document.
@@ -72,7 +72,8 @@ class PackedLoader:
         local_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        agree: Callable[[bool], bool] = bool,
+        ahead: int = PREFETCH,
+        pin: bool = False,
     ) -> None:
         check_order(config.virtual_shards, world_size)
         check_shards(documents, config.virtual_shards)
@@ -84,7 +85,8 @@ class PackedLoader:
         self.world_size = world_size
         self._encoder = Encoder(tokenizer, config.add_eos)
         self._predicted = answers_of(config.dataset, tokenizer)
-        self._agree = agree
+        self._ahead = max(PREFETCH, ahead)
+        self._pin = pin
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
         self._sequence = rank
@@ -98,7 +100,7 @@ class PackedLoader:
         if self._pool is None:
             self._start()
         result = self._pending[0].result()
-        if not self._agree(result is not None):
+        if result is None:
             raise StopIteration
         self._pending.popleft()
         self._pending.append(self._submit())
@@ -173,10 +175,13 @@ class PackedLoader:
         collate = varlen_batch if self.config.varlen else plain_batch
         part = partial(part_of, self.documents)
         rows = _rows(packers, part, self._sequence, self.world_size, self.seq_len)
-        whole = partial(collate, predicted=self._predicted)
+        # Not a closure over this loader, whom the thread would keep alive.
+        whole: Callable[[list[Row]], Batch] = partial(collate, predicted=self._predicted)
+        if self._pin:
+            whole = partial(_pinned, whole)
         self._batches = _batches(rows, packers, self.local_batch_size, whole)
         self._pool = ThreadPoolExecutor(1, "data")
-        self._pending.extend(self._submit() for _ in range(PREFETCH))
+        self._pending.extend(self._submit() for _ in range(self._ahead))
 
     def _packers(self, shard: int, cursors: Cursors) -> Packers:
         epochs = None if self.config.repeat else 1
@@ -211,3 +216,8 @@ def _batches(
     while len(group := list(islice(rows, size))) == size:
         cursors = {shard: tuple(packer.cursor for packer in own) for shard, own in packers.items()}
         yield collate([row for row, _ in group]), group[-1][1], cursors
+
+
+def _pinned(collate: Callable[[list[Row]], Batch], group: list[Row]) -> Batch:
+    inputs, labels = collate(group)
+    return {name: value.pin_memory() for name, value in inputs.items()}, labels.pin_memory()

@@ -23,6 +23,12 @@ class Parallelism:
         "`never` keeps a block's weights gathered from the forward to the backward pass: faster, "
         "more memory",
     )
+    reduce_gradients: Literal["each_micro_batch", "once_a_step"] = option(
+        "each_micro_batch",
+        "when gradients are summed over the processes; `once_a_step` sends them once however many "
+        "micro-batches a step has, but each process holds them in full until then "
+        "(`--estimate` counts it)",
+    )
 
 
 @dataclass

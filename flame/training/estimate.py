@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flame.model import count_parameters, full_precision_parameters, layers, meta_model
 from flame.training.losses import LOGITS_AT_A_TIME
 from flame.training.micro_batch import with_micro_batch
+from flame.training.step.gradients import ONCE
 
 FLOAT = 4
 """Bytes of an fp32 number, the dtype of weights, gradients and moments."""
@@ -54,6 +55,7 @@ def estimate(job: Any, world_size: int) -> list[Part]:
     return [
         Part("parameters", FLOAT * shard_numel(model, model.parameters(), shards), True),
         Part("gradients", FLOAT * shard_numel(model, trained, shards), True),
+        *_unreduced(job, model, trained, world_size),
         Part("optimizer", moment_bytes(model, trained, shards), True),
         *_teacher(job, shards, compute),
         Part("gathered weights", compute * gathered_numel(model), False),
@@ -102,6 +104,19 @@ def gathered_numel(model: nn.Module) -> int:
     """Count the weights gathered at once: the root group and the two largest blocks."""
     blocks = sorted((count_parameters(block.parameters()) for block in layers(model)), reverse=True)
     return count_parameters(model.parameters()) - sum(blocks) + sum(blocks[:2])
+
+
+def _unreduced(
+    job: Any, model: nn.Module, trained: list[nn.Parameter], world_size: int
+) -> list[Part]:
+    """The gradients in full that wait for the last micro-batch, if there are several."""
+    training = job.training
+    several = training.global_batch_size > training.local_batch_size * world_size
+    if job.parallelism.reduce_gradients != ONCE or not several:
+        return []
+    whole = {id(p) for p in full_precision_parameters(model).values()}
+    sharded = [p for p in trained if id(p) not in whole]
+    return [Part("unreduced gradients", FLOAT * count_parameters(sharded), True)]
 
 
 def _teacher(job: Any, shards: int, compute: int) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Adam and AdamW for sharded models, and clipping of their gradients."""
+"""Adam and AdamW for sharded models."""
 
 import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
@@ -35,6 +35,21 @@ class GroupedOptimizers(OptimizersContainer):
         self._post_init([p for group in groups for p in group["params"]], options)
         # The recipe's hyper-parameters, applied again after a checkpoint is loaded.
         self._given = [{**options, "weight_decay": group["weight_decay"]} for group in groups]
+        self._reads_flag = options["fused"]
+
+    def step_if(self, finite: Tensor) -> None:
+        """Update the parameters if `finite`, a scalar, is 1; if it is 0, change nothing.
+
+        Then parameters, moments and step counts stay as they are. A fused optimizer reads the flag
+        on the device; the others make the host wait for it.
+        """
+        if self._reads_flag:
+            (optimizer,) = self.optimizers
+            # As torch's GradScaler sets it.
+            optimizer.found_inf = 1 - finite
+            self.step()
+        elif bool(finite):
+            self.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint's moments, but keep the recipe's hyper-parameters."""
@@ -78,26 +93,3 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, *_: Any) -> Grou
         "foreach": config.implementation == "foreach",
     }
     return GroupedOptimizers(model_parts[0], OPTIMIZERS[config.name], options)
-
-
-@torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a global 2-norm of at most `max_norm`; return the norm before.
-
-    Sharded and replicated parameters are taken together. A replicated gradient is the same on every
-    rank and counts once.
-    """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    sharded = [p for p in with_gradient if isinstance(p.grad, DTensor)]
-    replicated = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
-    norms = [_norm(part) for part in (sharded, replicated) if part]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for part in (sharded, replicated):
-        if part:
-            torch.nn.utils.clip_grads_with_norm_(part, max_norm, total, foreach=True)
-    return total
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -30,9 +30,8 @@ from flame.model import (
     meta_model,
     restore_after_to_empty,
     shard,
-    sum_replicated_gradients,
 )
-from flame.process.distributed import compute_dtype, device_type, gather_objects
+from flame.process.distributed import compute_dtype, device_type
 from flame.recovery.lora import initialise_adapters, inject, load_adapters
 from flame.recovery.trainable import freeze_others
 from flame.run_folder.origin import model_config, steps_done, tokenizer_of
@@ -92,7 +91,6 @@ def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None
     initialise_adapters(model, seed)
     if job.lora.init:
         load_adapters(model, resolve(job.lora.init).own_source())
-    sum_replicated_gradients(model)
 
 
 def parallelize(model: nn.Module, parallel_dims: Any, job: Any) -> nn.Module:
@@ -162,7 +160,9 @@ def profilers(job: Any, step: int) -> Iterator[list[Any]]:
 
 
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> PackedLoader:
+    """Return this rank's loader, which makes the batches of two steps ahead."""
     data, training = job_config.data, job_config.training
+    taken = training.global_batch_size // (training.local_batch_size * dp_world_size)
     return PackedLoader(
         build_documents(data, data.split),
         tokenizer,
@@ -171,7 +171,8 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: A
         local_batch_size=training.local_batch_size,
         rank=dp_rank,
         world_size=dp_world_size,
-        agree=bool if data.repeat else lambda ready: all(gather_objects(ready)),
+        ahead=2 * taken,
+        pin=device_type() == "cuda",
     )
 
 

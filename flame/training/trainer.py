@@ -4,7 +4,6 @@ import flame.process.titan_cpu  # noqa: F401  (must precede torchtitan)
 
 # isort: split
 import logging
-import math
 import signal
 import time
 from datetime import timedelta
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer as TitanTrainer
@@ -23,22 +21,32 @@ from flame.checkpoint.manager import CheckpointManager
 from flame.config import writing_nothing
 from flame.errors import UserError
 from flame.process.collective_timeout import naming_hung_ranks
-from flame.process.distributed import summed, world_size
+from flame.process.distributed import gather_objects, world_size
 from flame.process.stop_signals import StopSignals
 from flame.recovery.lora import trained_tensors
 from flame.recovery.reached import check_reached, trained_entries
-from flame.training.batches import DataError, take_batches
 from flame.training.micro_batch import with_micro_batch
-from flame.training.nonfinite_steps import NonfiniteSteps
 from flame.training.objective import build_objective
-from flame.training.optimizer import clip_gradients
 from flame.training.schedule import counted
-from flame.training.seeds import seed_step
+from flame.training.step.batches import (
+    DataEndError,
+    DataError,
+    StepBatches,
+    StopRequestedError,
+    take_batches,
+)
+from flame.training.step.figures import Launched, agreed
+from flame.training.step.gradients import (
+    clip_gradients,
+    reducing,
+    replicated,
+    sum_replicated_gradients,
+)
+from flame.training.step.late_reader import LateReader
+from flame.training.step.nonfinite_steps import NonfiniteSteps
+from flame.training.step.seeds import seed_step
 from flame.training.train_spec import profilers, register, training_dtype
 from flame.training.validation import Validation
-
-LOSS_PARTS = ("cross_entropy", "kl", "hidden")
-"""Parts of the loss, which TensorBoard shows as `loss/…`."""
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +56,9 @@ class Trainer(TitanTrainer):
 
     It differs from torchtitan's in that the model is a Hugging Face module, checkpoints are those
     of `flame.checkpoint.manager`, gradients of parameters that FSDP2 does not shard are summed, the
-    count of seen tokens is global, a step that is not finite changes nothing, and a signal ends
-    the loop after the current step.
+    count of seen tokens is global, a step that is not finite changes nothing, a signal ends the
+    loop after the current step, and the host never waits for a step before it has launched the
+    next, unless that is to save or to validate.
     """
 
     ntokens_seen: int
@@ -80,6 +89,7 @@ class Trainer(TitanTrainer):
         self.nonfinite = NonfiniteSteps(
             job.training.max_nonfinite_steps, checkpoints, self.checkpointer.settle
         )
+        self.reader = LateReader(self.metrics_processor, self.nonfinite)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
@@ -94,31 +104,17 @@ class Trainer(TitanTrainer):
         parts = [losses.total.detach(), losses.cross_entropy, losses.kl, losses.hidden]
         return torch.stack(parts) / global_valid_tokens
 
-    def train_step(self, data_iterator: Any) -> None:
-        """Train on `global_batch_size` sequences; update only if losses and norm are finite."""
-        training, seen = self.job_config.training, int(self.ntokens_seen)
-        self.optimizers.zero_grad()
-        seed_step(self.job_config.debug.seed or 0, self.step)
-        batches, local_tokens, all_tokens = take_batches(
-            self.dataloader, data_iterator, self.gradient_accumulation_steps
-        )
-        tokens = max(all_tokens, 1)
-        losses = [self._micro_step(inputs, labels, tokens) for inputs, labels in batches]
-        if self.step == self.first_step:
-            check_reached(self.model_parts[0], *trained_entries(self.job_config))
-        local = torch.stack(losses).sum(dim=0)
-        parameters = [p for p in self.model_parts[0].parameters() if p.requires_grad]
-        norm = clip_gradients(parameters, training.max_norm)
-        finite = self._agree(local, norm)
-        if finite:
-            self.optimizers.step()
-        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        self.lr_schedulers.step()
-        # torchtitan counts the tokens of this rank alone.
-        self.ntokens_seen = seen + training.global_batch_size * training.seq_len
-        self.nonfinite.count(self.step, finite)
-        if finite and self.metrics_processor.should_log(self.step):
-            self._log(float(local[0]) * tokens / max(local_tokens, 1), rate)
+    def next_batches(self) -> StepBatches:
+        """Return what the next step trains on. Collective; raises what `take_batches` does."""
+        stop = self.signals.received > 0 and self.step >= self.first_step
+        return take_batches(self.dataloader, self.gradient_accumulation_steps, stop)
+
+    def train_step(self, taken: StepBatches) -> None:
+        """Train on `global_batch_size` sequences, and read the figures of the step before.
+
+        The step changes weights and moments only if its losses and norm are finite. Collective.
+        """
+        self.reader.follow(self._launch(taken))
 
     def load(self) -> None:
         """Load the step that the job goes on from, if any; write nothing. Collective.
@@ -160,35 +156,70 @@ class Trainer(TitanTrainer):
         super().close()
 
     def _steps(self, signals: StopSignals, running: list[Any]) -> None:
-        self.signals, batches = signals, self.batch_generator(self.dataloader)
+        self.signals = signals
         first, last = self.step + 1, self.job_config.training.steps
         self.first_step = first
-        ending: Exception | None = None
-        while self.step < last and not self.stop_asked:
-            self.step += 1
-            self.gc_handler.run(self.step)
-            try:
-                with naming_hung_ranks(self.step):
-                    self.train_step(batches)
-            except (DataloaderExhaustedError, DataError) as error:
-                log.warning("the data ended before step %d", self.step)
-                ending = error
-                self.step -= 1
-                break
-            # Weights after which steps are not finite may be the cause: do not save them.
-            if not self.nonfinite.in_a_row:
-                self._save()
-                with naming_hung_ranks(self.step):
-                    self.validation.log_if_due(self.step, self.metrics_processor)
-            for profiler in running:
-                profiler.step()
-            if self.step == first:
-                self._shorten_timeouts()
+        failure: DataError | None = None
+        try:
+            while self.step < last:
+                with naming_hung_ranks(self.step + 1):
+                    taken = self.next_batches()
+                self.step += 1
+                self._step(taken)
+                for profiler in running:
+                    profiler.step()
+                if self.step == first:
+                    self._shorten_timeouts()
+            with naming_hung_ranks(self.step):
+                self.stop_asked = any(gather_objects(signals.received > 0))
+        except StopRequestedError:
+            self.stop_asked = True
+        except (DataEndError, DataError) as error:
+            log.warning("the data ended before step %d", self.step + 1)
+            failure = error if isinstance(error, DataError) else None
+        self.reader.read()
         if self.step >= first:
             self._save(last_step=True)
-        if isinstance(ending, DataError):
+        if failure is not None:
             saved = f"; step {self.step} is saved" if self.step >= first else ""
-            raise UserError(f"{ending}{saved}") from ending
+            raise UserError(f"{failure}{saved}") from failure
+
+    def _step(self, taken: StepBatches) -> None:
+        """Train step `self.step`, then save and validate if it is time."""
+        self.gc_handler.run(self.step)
+        with naming_hung_ranks(self.step):
+            self.train_step(taken)
+        if not (self.checkpointer.due(self.step) or self.validation.due(self.step)):
+            return
+        self.reader.read()
+        # Weights after which steps are not finite may be the cause: do not save them.
+        if not self.nonfinite.in_a_row:
+            self._save()
+            with naming_hung_ranks(self.step):
+                self.validation.log_if_due(self.step, self.metrics_processor)
+
+    def _launch(self, taken: StepBatches) -> Launched:
+        """Give the device the work of step `self.step`; the host waits for none of it."""
+        training, (model,) = self.job_config.training, self.model_parts
+        self.optimizers.zero_grad()
+        seed_step(self.job_config.debug.seed or 0, self.step)
+        tokens, when = max(taken.all_tokens, 1), self.job_config.parallelism.reduce_gradients
+        losses = [
+            self._micro_step(inputs, labels, tokens)
+            for inputs, labels in reducing(model, taken.batches, when)
+        ]
+        if self.step == self.first_step:
+            check_reached(model, *trained_entries(self.job_config))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        sum_replicated_gradients(replicated(parameters))
+        norm = clip_gradients(parameters, training.max_norm)
+        figures = agreed(torch.stack(losses).sum(dim=0), norm, tokens / max(taken.tokens, 1))
+        self.optimizers.step_if(figures[-1])
+        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        self.lr_schedulers.step()
+        trained = training.global_batch_size * training.seq_len
+        self.ntokens_seen += trained
+        return Launched(self.step, rate, taken, trained, self.ntokens_seen, figures)
 
     def _save(self, last_step: bool = False) -> None:
         with naming_hung_ranks(self.step):
@@ -205,40 +236,6 @@ class Trainer(TitanTrainer):
             labels=self._to_device(labels),
             global_valid_tokens=tokens,
         )
-
-    def _agree(self, losses: Tensor, norm: Tensor) -> bool:
-        """Sum losses and stop requests over the ranks; return whether losses and norm are finite.
-
-        One all-reduce carries all of it, so that all ranks decide alike.
-        """
-        asked = float(self.signals.received > 0)
-        said = torch.stack([norm.to(losses), torch.tensor(asked).to(losses)])
-        *self.losses, norms, requests = summed(torch.cat([losses, said]))
-        self.gradient_norm = norms / world_size()
-        self.stop_asked = requests > 0
-        return all(map(math.isfinite, (*self.losses, norms)))
-
-    def _log(self, worst: float, rate: float) -> None:
-        """Write this step's metrics to the terminal and TensorBoard. Collective.
-
-        Args:
-            worst: this rank's mean loss; the largest of all ranks is logged.
-            rate: the learning rate.
-        """
-        monitor, total = self.metrics_processor, self.losses[0]
-        if self.parallel_dims.dp_enabled:
-            mesh = self.parallel_dims.get_optional_mesh("loss")
-            worst = dist_utils.dist_max(torch.tensor(worst, device=self.device), mesh)
-        tokens = monitor.ntokens_since_last_log * world_size()
-        extra = {
-            "n_tokens_seen": self.ntokens_seen,
-            "lr": rate,
-            "tokens_per_second": tokens / (time.perf_counter() - monitor.time_last_log),
-            "skipped_steps": self.nonfinite.total,
-        }
-        parts = zip(LOSS_PARTS, self.losses[1:], strict=True)
-        extra |= {f"loss/{name}": value for name, value in parts}
-        monitor.log(self.step, total, worst, self.gradient_norm, extra_metrics=extra)
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

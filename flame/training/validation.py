@@ -48,18 +48,22 @@ class Validation:
         self.job, self.model, self.tokenizer = job, model, tokenizer
         self.to_device = to_device
 
-    def log_if_due(self, step: int, monitor: Any) -> None:
-        """Measure after step `step`, if it is the first, the last or a `freq`-th, and log it.
+    def due(self, step: int) -> bool:
+        """Whether step `step` is the first, the last or a `freq`-th, and validation is on."""
+        settings = self.job.validation
+        regular = step in (1, self.job.training.steps) or step % settings.freq == 0
+        return settings.enable and regular
 
-        Collective. The time that it takes counts as none of the training's.
+    def log_if_due(self, step: int, monitor: Any) -> None:
+        """Measure after step `step`, if it is due, and log it. Collective.
+
+        The time that it takes counts as none of the training's.
 
         Args:
             step: the step that was done.
             monitor: torchtitan's `MetricsProcessor`.
         """
-        settings = self.job.validation
-        due = step in (1, self.job.training.steps) or step % settings.freq == 0
-        if not (settings.enable and due):
+        if not self.due(step):
             return
         tokens, begin = monitor.ntokens_since_last_log, time.perf_counter()
         since = begin - monitor.time_last_log

@@ -276,37 +276,6 @@ def test_another_seq_len_goes_on_at_the_same_token(tokenizer: Any) -> None:
     long.close()
 
 
-def test_data_without_repetition_end_on_all_ranks_together(tokenizer: Any) -> None:
-    config = make_config(repeat=False)
-    whole = len(list(make_loader(documents(config), tokenizer, config)))
-    assert whole > 8 and whole % 4
-    alone = [
-        len(list(make_loader(documents(config), tokenizer, config, 1, r, 4))) for r in range(4)
-    ]
-    assert len(set(alone)) > 1
-    barrier, ready = threading.Barrier(4), [False] * 4
-    counts = [0] * 4
-
-    def iterate(rank: int) -> None:
-        def agree(own: bool) -> bool:
-            ready[rank] = own
-            barrier.wait(30)
-            everyone = all(ready)
-            barrier.wait(30)
-            return everyone
-
-        docs = documents(config)
-        loader = PackedLoader(docs, tokenizer, config, SEQ_LEN, 1, rank, 4, agree)
-        counts[rank] = len(list(loader))
-
-    threads = [threading.Thread(target=iterate, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert counts == [whole // 4] * 4
-
-
 def test_the_end_stays_the_end(tokenizer: Any) -> None:
     config = make_config(repeat=False)
     loader = make_loader(documents(config), tokenizer, config)

@@ -66,8 +66,9 @@ def first_gradients(job: Any) -> dict[str, torch.Tensor]:
         if ".lora_B." in name:
             generator = torch.Generator().manual_seed(len(name))
             copy_full(parameter, torch.randn(parameter.shape, generator=generator) / 10)
-    trainer.train_step(trainer.batch_generator(trainer.dataloader))
-    found = {"losses": torch.tensor(trainer.losses)}
+    trainer.train_step(trainer.next_batches())
+    trainer.reader.read()
+    found = {"losses": torch.tensor(trainer.reader.figures.losses)}
     for name, parameter in trainer.model_parts[0].named_parameters():
         if parameter.grad is not None:
             whole = parameter.grad

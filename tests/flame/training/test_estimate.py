@@ -21,9 +21,8 @@ def held(assets: Path, out: Path, options: dict[str, Any]) -> dict[str, int]:
 
     trainer = Trainer(make_job(assets, out, metrics__enable_tensorboard=False, **options))
     trainer.step = 1
-    batches = trainer.batch_generator(trainer.dataloader)
-    saved = saved_bytes(lambda: trainer.objective(*next(batches)))
-    trainer.train_step(batches)
+    saved = saved_bytes(lambda: trainer.objective(*next(trainer.dataloader)))
+    trainer.train_step(trainer.next_batches())
     (model,) = trainer.model_parts
     moments = [
         value for state in trainer.optimizers.optimizers[0].state.values()

@@ -46,7 +46,7 @@ def clipped(max_norm: float) -> tuple[float, float, float]:
 
     from flame.model import meta_model, shard
     from flame.process.distributed import data_parallel_mesh
-    from flame.training.optimizer import clip_gradients
+    from flame.training.step.gradients import clip_gradients
 
     model = shard(meta_model(CONFIG), data_parallel_mesh()).to_empty(device="cpu")
     whole = {}

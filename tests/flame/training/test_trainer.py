@@ -197,7 +197,7 @@ def gathered_gradients(job: Any) -> dict[str, torch.Tensor]:
             generator = torch.Generator().manual_seed(len(name))
             copy_full(parameter, torch.randn(parameter.shape, generator=generator) / 10)
     job.training.max_norm = 1e9
-    trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    trainer.train_step(trainer.next_batches())
     gradients = {}
     for name, parameter in trainer.model_parts[0].named_parameters():
         if parameter.grad is not None:

@@ -48,7 +48,7 @@ def poisoned(assets: Path, out: Path, steps: tuple[int, ...], **overrides: Any) 
 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("flame.training.nonfinite_steps").addHandler(handler)
+    logging.getLogger("flame.training.step.nonfinite_steps").addHandler(handler)
     Trainer.forward_backward_step = poison  # type: ignore[method-assign]
     try:
         train_job(assets, out, **overrides)
@@ -56,7 +56,7 @@ def poisoned(assets: Path, out: Path, steps: tuple[int, ...], **overrides: Any) 
         said.append(str(error))
     finally:
         Trainer.forward_backward_step = forward_backward  # type: ignore[method-assign]
-        logging.getLogger("flame.training.nonfinite_steps").removeHandler(handler)
+        logging.getLogger("flame.training.step.nonfinite_steps").removeHandler(handler)
     return "\n".join(said)
 
 

@@ -1,4 +1,4 @@
-"""Data that one rank cannot read ends all of them, after the last whole step is saved."""
+"""Data that one rank cannot read, or has too little of, end all after a whole step is saved."""
 
 import json
 from pathlib import Path
@@ -51,3 +51,29 @@ def test_one_bad_row_too_many_saves_the_step_before_it(assets: Path, tmp_path: P
     assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-6)
     final = "checkpoint/step-6"
     assert largest_difference(run / final, whole / final) < 1e-6
+
+
+def test_data_that_end_on_one_rank_end_all_and_leave_the_position_of_what_was_trained(
+    assets: Path, tmp_path: Path
+) -> None:
+    """Documents are dealt unevenly; a step has four micro-batches, some of which are still read."""
+    rows = [json.dumps({"text": f"x = {i}\n" * (9 if i % 4 else 5)}) for i in range(150)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    options = {
+        "data__dataset": str(tmp_path / "text.jsonl"),
+        "data__repeat": False,
+        "data__shuffle": False,
+        "training__local_batch_size": 1,
+        "training__steps": 50,
+        "lr_scheduler__total_steps": 50,
+        "checkpoint__interval": 100,
+    }
+    ends = {}
+    for size in (1, 2):
+        run = tmp_path / f"on{size}"
+        assert run_distributed(said, size, assets, run, **options) == [""] * size
+        (step,) = (run / "checkpoint").iterdir()
+        ends[size] = int(step.name.removeprefix("step-"))
+        position = json.loads((step / "dataloader.json").read_text())
+        assert position["next_sequence"] == 8 * ends[size]
+    assert ends[1] == ends[2] > 1
