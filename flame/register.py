@@ -6,6 +6,7 @@ Importing it has these side effects, which do no more when repeated:
   name, which would hide ours;
 - fla's operators get a CPU path (`kernels.fla_cpu`); an accelerator's tensors still take fla's own
   kernels;
+- fla counts packed documents on the host where it can (`flame.models.document_bounds`);
 - this project's model classes (`flame.models`) are registered with transformers' Auto classes.
 
 It imports fla and transformers, and nothing of torchtitan.
@@ -42,6 +43,7 @@ def register() -> None:
     _join_kernels()
     _import_fla()
     importlib.import_module("kernels.fla_cpu").install()
+    importlib.import_module("flame.models.document_bounds").count_on_host()
     importlib.import_module("flame.models").register_classes()
 
 

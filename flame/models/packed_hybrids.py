@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flame.errors import UserError
+from flame.models.document_bounds import on_host
 
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
 """The families, by `model_type`, in which packed documents were found to equal separate ones."""
@@ -45,10 +46,10 @@ def take_packed_documents(model: nn.Module) -> None:
 def _translated(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
     bounds = kwargs.pop("cu_seqlens", None)
     if bounds is not None:
-        lengths = bounds.diff()
-        starts = bounds[:-1].repeat_interleave(lengths)
-        positions = torch.arange(len(starts), device=bounds.device) - starts
-        longest = int(lengths.max())
+        known = on_host(bounds)
+        tokens, longest = int(known[-1]), int(known.diff().max())
+        starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=tokens)
+        positions = torch.arange(tokens, device=bounds.device) - starts
         kwargs |= {
             "position_ids": positions[None],
             "cu_seq_lens_q": bounds,

@@ -58,7 +58,8 @@ class Training:
     max_nonfinite_steps: int = option(
         10,
         "stop after this many steps in a row whose loss or gradient norm is not finite; such a "
-        "step changes no weight, the schedule and the data go on",
+        "step changes no weight, the schedule and the data go on. It is seen when the next step is "
+        "under way, of which nothing is kept then",
         least=1,
         most=MOST,
     )
@@ -90,7 +91,9 @@ class Optimizer:
     eps: float = option(1e-8, "added to the root of the mean square", least=0)
     weight_decay: float = option(0.1, "weight decay, of all parameters but those exempt", least=0)
     implementation: Literal["for-loop", "foreach", "fused"] = option(
-        "fused", "how the update is computed; all give the same to rounding"
+        "fused",
+        "how the update is computed; all give the same to rounding. With the others than `fused` "
+        "the host waits in each step for the GPU to say whether the step is finite",
     )
 
 

@@ -20,6 +20,7 @@ from torchtitan.train import Trainer as TitanTrainer
 from flame.checkpoint.manager import CheckpointManager
 from flame.config import writing_nothing
 from flame.errors import UserError
+from flame.models.document_bounds import remember
 from flame.process.collective_timeout import naming_hung_ranks
 from flame.process.distributed import gather_objects, world_size
 from flame.process.stop_signals import StopSignals
@@ -232,7 +233,7 @@ class Trainer(TitanTrainer):
 
     def _micro_step(self, inputs: dict[str, Any], labels: Tensor, tokens: float) -> Tensor:
         return self.forward_backward_step(
-            input_dict={key: self._to_device(value) for key, value in inputs.items()},
+            input_dict={k: remember(self._to_device(v), v) for k, v in inputs.items()},
             labels=self._to_device(labels),
             global_valid_tokens=tokens,
         )

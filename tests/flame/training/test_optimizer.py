@@ -1,5 +1,8 @@
 """Parameter groups and gradient clipping on models that mix sharded and replicated parameters."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from tests.distributed import run_distributed
@@ -79,3 +82,49 @@ def test_clipping_counts_every_gradient_once() -> None:
 def test_gradients_below_the_bound_are_left_alone() -> None:
     for _, after, expected in run_distributed(clipped, 2, 1e6):
         assert abs(after - expected) < 1e-4 * expected
+
+
+def trained(implementation: str, finite: list[bool]) -> dict[str, torch.Tensor]:
+    """Parameters and the optimizer's state after a step for each flag; a bad one's gradient is NaN.
+
+    The gradients of a good step depend on how many good ones were before it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from flame.model import meta_model, shard
+    from flame.process.distributed import data_parallel_mesh
+    from flame.recipe.sections import Optimizer
+    from flame.training.optimizer import build_optimizers
+
+    model = shard(meta_model(CONFIG), data_parallel_mesh()).to_empty(device="cpu")
+    config: Any = Optimizer(implementation=implementation)  # type: ignore[arg-type]
+    config.early_step_in_backward = False
+    optimizers, good = build_optimizers([model], config), 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    for flag in finite:
+        good += flag
+        for number, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * good + number)
+            value = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = sharded_like(parameter, value if flag else value * float("nan"))
+        optimizers.step_if(torch.tensor(float(flag)))
+    state = optimizers.optimizers[0].state
+    found = {}
+    for name, parameter in model.named_parameters():
+        values = {"": parameter.detach(), **state[parameter]}
+        for key, value in values.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            found[f"{name} {key}"] = whole.clone()
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_a_step_that_is_not_finite_changes_nothing(implementation: str) -> None:
+    (undisturbed,) = run_distributed(trained, 1, implementation, [True, True])
+    (disturbed,) = run_distributed(trained, 1, implementation, [False, True, False, True, False])
+    assert any(name.endswith(" step") for name in undisturbed)
+    assert disturbed.keys() == undisturbed.keys()
+    for name, expected in undisturbed.items():
+        assert torch.equal(disturbed[name], expected), name

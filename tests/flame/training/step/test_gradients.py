@@ -90,6 +90,7 @@ def test_collectives_of_a_step_are_counted(assets: Path, tmp_path: Path, when: s
     held = parts["unreduced gradients"].bytes if when == "once_a_step" else 0
     assert ("unreduced gradients" in parts) == (when == "once_a_step")
     for seen, bytes_ in found:
+        assert seen["allgather_base"] == 4 * (2 * GROUPS - 1)
         assert seen["reduce_scatter_base"] == GROUPS * (4 if when == "each_micro_batch" else 1)
         assert seen["allreduce"] + seen["all_reduce"] == 4
         assert bytes_ == held
