@@ -42,6 +42,7 @@ COMMANDS = {
     "eval": Command("launch.evaluate", "measure perplexity, tasks and fidelity of models"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),
     "capacity": Command("launch.capacity", "work out how many requests a GPU holds"),
+    "serve-check": Command("launch.serve_check", "say which engines serve a model, and on what"),
     "analyze": Command("launch.analyze", "measure the rank of the recurrent states over time"),
     "recall": Command("launch.recall", "measure associative recall and needles in haystacks"),
     "report": Command("launch.report", "write one page about runs and their results"),
@@ -77,7 +78,7 @@ def dispatch(words: list[str]) -> None:
 def overview() -> str:
     """Return the text of `slimstate --help`."""
     lines = ["usage: slimstate COMMAND [ARGUMENTS …] [--nproc N …] [--dry-run]", "", "commands:"]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`slimstate COMMAND --help` lists a command's arguments."]
     return "\n".join(lines)
 

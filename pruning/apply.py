@@ -99,7 +99,7 @@ def say_what_to_know(plan: Plan, reference: ModelReference, form: Form) -> None:
         warning = kernel_warning(width)
         if warning is not None:
             log.warning("slimstate: warning: %s", warning)
-    say_notes(plan)
+    say_notes(plan, reference.outer if form == "hf" else None)
 
 
 def _key_widths(plan: Plan) -> set[int]:

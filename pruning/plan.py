@@ -8,6 +8,7 @@ from flame.checkpoint.fingerprint import check_finite, fingerprint
 from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
+from flame.hugging_face.outer_model import OuterModel
 from flame.options import argument, group, option
 from flame.process.atomic_output import replacing_file
 from flame.process.distributed import RANK_ZERO_WORKS, process_group
@@ -20,9 +21,11 @@ from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, MethodOptions, seed_option
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose
+from pruning.planning.fitting import fitted
 from pruning.planning.plan import Plan, planned_spaces, spaces_of_kinds
 from pruning.planning.plan_file import plan_text, with_saved_tensors
 from pruning.repair.repaired import REPAIR_HELP, Repair, choice_mark, layers_of, repaired
+from pruning.serving.verdict import around, serving_lines
 from pruning.spaces import Space, widths_of
 from pruning.statistics import OutputEquations
 
@@ -52,8 +55,10 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics or output cannot work."""
     reference = options.given.resolve(options.model)
     check_file_output(options.plan, options.overwrite, inside=reference.folder)
-    check_budget(options.budget, reference.config, options.method)
-    if hasattr(options.method, "new_tensors") or options.repair != "none":
+    method = options.method
+    budget = fitted(options.budget, reference.config, method, reference.outer)
+    check_budget(budget, reference.config, method)
+    if hasattr(method, "new_tensors") or options.repair != "none":
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
     check_stats(options.stats, options.method)
     _check_repair(options)
@@ -63,9 +68,9 @@ def run(options: Options) -> None:
     """Write the plan and print what it does. Collective; rank 0 works and the others wait."""
 
     def write() -> None:
-        plan = planned(
-            options.given.resolve(options.model), options.method, options.budget, options.stats
-        )
+        reference, method = options.given.resolve(options.model), options.method
+        budget = fitted(options.budget, reference.config, method, reference.outer)
+        plan = planned(reference, method, budget, options.stats)
         if options.repair_stats is not None:
             plan = _repaired(plan, options, options.repair_stats)
         with ExitStack() as stack:
@@ -74,7 +79,7 @@ def run(options: Options) -> None:
                 plan = _saved(plan, options, stack)
             file.write_text(plan_text(plan))
         print(f"{options.plan}: {summary(plan)}", flush=True)
-        say_notes(plan)
+        say_notes(plan, reference.outer)
 
     with process_group(RANK_ZERO_WORKS):
         on_first(write)
@@ -168,10 +173,12 @@ def _kept(spaces: list[Space], widths: dict[str, tuple[int, ...]]) -> str:
     return f"{some} of {first.head_dim} {first.noun}{'' if first.kind == 'head' else ' a head'}"
 
 
-def say_notes(plan: Plan) -> None:
-    """Print the plan's notes, which a user must know."""
+def say_notes(plan: Plan, outer: OuterModel | None) -> None:
+    """Print the plan's notes, and which engines serve its result: what a user must know."""
     for note in plan.notes:
         print(f"note: {note}", flush=True)
+    for line in serving_lines(around(plan.config_after, outer), plan.config_before):
+        print(f"serving: {line}", flush=True)
 
 
 def tensors_beside(plan: Path) -> Path:

@@ -29,6 +29,7 @@ from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, Met
 from pruning.plan import check_stats, planned, summary
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
+from pruning.planning.fitting import fitted
 from pruning.planning.plan import Plan
 from pruning.repair.repaired import REPAIR_HELP, Repair, repaired
 from pruning.statistics import OutputEquations, Statistic
@@ -63,7 +64,8 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
     reference = options.given.resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
-    widths = check_budget(options.budget, reference.config, options.method)
+    budget = fitted(options.budget, reference.config, options.method, reference.outer)
+    widths = check_budget(budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
     reads = bool(options.needs) or options.repair != "none"
@@ -74,7 +76,7 @@ def check(options: Options, world_size: int = 1) -> None:
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
         # Also in the plan's notes; here it is said before the work.
-        for note in ratio_notes(options.budget, reference.config, widths):
+        for note in ratio_notes(budget, reference.config, widths):
             print(f"note: {note}", flush=True)
 
 
@@ -119,7 +121,8 @@ def make_plan(options: Options, reference: ModelReference) -> Plan:
 
 def _chosen(options: Options, reference: ModelReference) -> Plan:
     """The plan before any repair, on rank 0. Collective."""
-    method, budget = options.method, options.budget
+    method = options.method
+    budget = fitted(options.budget, reference.config, method, reference.outer)
     if not options.needs:
         return on_first(lambda: planned(reference, method, budget, options.stats))
     data = calibration_data(reference, options.data)

@@ -38,6 +38,7 @@ STAGES = {
         "analyze",
         "bench",
         "capacity",
+        "serve_check",
         "sweep",
         "report",
         "demo",

@@ -145,8 +145,8 @@ def entries_of_several(several: Declaration, title: str = "") -> Iterator[Entry]
 
 
 def flag_of(name: str) -> str:
-    """The option of a field: `seq_len` is `--seq-len`."""
-    return f"--{name.replace('_', '-')}"
+    """The option of a field: `seq_len` is `--seq-len`, `for_` is `--for`."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _without_none(annotation: Any) -> Any:

@@ -171,8 +171,25 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
         "calibration sequences": calibration.get("sequences"),
         "calibration tokens": calibration.get("tokens"),
         "fingerprint of the source": str(plan.get("fingerprint", ""))[:12],
+        **_served(plan),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _served(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Return which engines serve the result of a plan, and how; nothing if it is not readable."""
+    from pruning.serving.shape import served_shape
+    from pruning.serving.verdict import serving_lines, verdicts
+
+    after, before = plan.get("config_after"), plan.get("config_before")
+    if not isinstance(after, dict) or not isinstance(before, dict):
+        return {}
+    try:
+        if served_shape(after) is None:
+            return {"served by": " ".join(serving_lines(after))}
+        return {f"served by {each.who}": each.what for each in verdicts(after, dense=before)}
+    except UserError:
+        return {}
 
 
 def _widths(spaces: Mapping[str, Any], kind: str) -> str | None:

@@ -18,7 +18,8 @@ from flame.storage.json_file import read_object_if_any, write_object
 from flame.versions import versions
 
 FORMATS = {
-    "eval": 1, "recall": 1, "bench": 1, "capacity": 1, "analyze": 1, "sweep": 1, "demo": 1,
+    "eval": 1, "recall": 1, "bench": 1, "capacity": 1, "serve-check": 1, "analyze": 1, "sweep": 1,
+    "demo": 1,
 }  # fmt: skip
 """The version of what each kind of result holds."""
 

@@ -44,7 +44,7 @@ class Options:
     title: str = option("", "title of the page")
     overwrite: bool = option(False, "start afresh: remove an earlier sweep in OUT")
     budget: Budget = group(
-        Budget, "budget of all points", without=("ratio", "width", "state_bytes")
+        Budget, "budget of all points", without=("ratio", "width", "state_bytes", "for_")
     )
     repair: Repair = option("none", f"of points that have no :repair= of their own; {REPAIR_HELP}")
     data: DataOptions = group(DataOptions, "calibration")
@@ -65,7 +65,8 @@ class Options:
     @cached_property
     def points(self) -> tuple[Point, ...]:
         """The models to make, for each method, ratio and seed; raises UserError for a bad word."""
-        return points(self.methods, self.ratios, self.budget.space, self.seeds)
+        space = "key" if self.budget.space is None else self.budget.space
+        return points(self.methods, self.ratios, space, self.seeds)
 
     @property
     def names(self) -> list[str]:

@@ -21,11 +21,14 @@ from pruning.planning.per_kind import (
     parse_width,
 )
 from pruning.planning.rounding import default_multiple, departure, width
+from pruning.serving.contract import ENGINES
 from pruning.spaces import KINDS, NOUNS, Kind, Space
 
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
 Allocate = Literal["uniform", "layer", "model"]
+
+SQUARE = "square"  # key and value channels of one width
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,17 @@ class Budget:
         least=1,
         metavar="N",
     )
-    space: str = option("key", "what to prune: key, value (channels) or head", metavar="KIND,KIND")
+    space: str | None = option(
+        None,
+        "what to prune: key, value (channels), head, or square (default: key; with --for any)",
+        metavar="KIND,KIND",
+    )
+    for_: tuple[str, ...] = option(
+        (),
+        f"engines that are to serve the result, for its widths: {', '.join(ENGINES)}",
+        metavar="NAME,NAME",
+        choices=tuple(ENGINES),
+    )
     allocate: Allocate = option(
         "uniform",
         "share the channels by the method's scores between the heads of a layer or of the model",
@@ -71,6 +84,8 @@ class Budget:
     paper: bool = option(
         False, "as published: --multiple-of 1, the method's own settings, outputs left to grow"
     )
+    fitted: str = ""
+    """What became of a budget for engines or for a square (`pruning.planning.fitting`)."""
 
     @property
     def asked_multiple(self) -> int | None:
@@ -95,10 +110,13 @@ class Budget:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds that `space` names; UserError for an unknown or repeated name."""
-        names = [name.strip() for name in self.space.split(",")]
+        if self.space == SQUARE:
+            return ("key", "value")
+        names = [name.strip() for name in ("key" if self.space is None else self.space).split(",")]
         for name in names:
             if name not in KINDS:
-                raise UserError(f"unknown kind of space {name!r}: choose from {', '.join(KINDS)}")
+                known = f"{', '.join(KINDS)}, or {SQUARE} alone"
+                raise UserError(f"unknown kind of space {name!r}: choose from {known}")
         if len(set(names)) < len(names):
             raise UserError(f"--space {self.space} names a kind twice")
         return tuple(kind for kind in KINDS if kind in names)
@@ -112,6 +130,7 @@ class Budget:
             "space": ",".join(self.kinds),
             "multiple_of": self.asked_multiple,
             "allocate": self.allocate if self.allocate != "uniform" else None,
+            "for": ",".join(self.for_) or None,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -131,8 +150,7 @@ def uniform_widths(
         UserError: a width would not change, or no width satisfies the budget.
     """
     sizes = {space.kind: space.head_dim for space in spaces}
-    given = (budget.ratio, budget.width, budget.state_bytes)
-    if sum(value is not None for value in given) != 1:
+    if (budget.ratio, budget.width, budget.state_bytes).count(None) != 2:
         raise UserError("give exactly one of --ratio, --width and --state-bytes")
     if budget.ratio is not None:
         ratios = for_kinds(budget.ratio, sizes, "--ratio")

@@ -112,6 +112,7 @@ def choose(
         pad=budget.pad,
         undo_gain=undo_gain,
         notes=(
+            *([budget.fitted] if budget.fitted else []),
             *departures(budget, spaces, uniform),
             *_notes(method, config, budget.kinds),
             *([] if undo_gain else gain_notes(spaces, kept, budget, config)),

@@ -122,6 +122,7 @@ def test_runs_alone_have_sizes_plan_and_losses(runs: Path) -> None:
     assert data.loss_curves == {"dense": ([1, 2, 3], [5.5, 4.25, 4.125])}
     assert data.plans["half"]["method"] == "drrqr" and data.method == "drrqr"
     assert data.plans["half"]["calibration tokens"] == 128
+    assert "no serving engine has a class" in data.plans["half"]["served by"]
     assert [len(layer.kept[0]) for layer in data.kept] == [16, 16]
     assert data.commands[0].startswith("slimstate train --config")
     assert data.commands[1].startswith(f"slimstate prune {runs}/dense {runs}/half --method drrqr")

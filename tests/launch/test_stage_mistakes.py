@@ -32,6 +32,7 @@ MISSING: dict[str, tuple[str, ...]] = {
     "eval": ("./nowhere", "--perplexity"),
     "bench": ("./nowhere",),
     "capacity": ("./nowhere",),
+    "serve-check": ("./nowhere",),
     "analyze": ("./nowhere", "out"),
     "recall": ("./nowhere",),
     "report": ("./nowhere",),
@@ -52,6 +53,7 @@ WRONG_TYPE: dict[str, tuple[str, ...]] = {
     "eval": ("--batch", "many"),
     "bench": ("--lengths", "16,many"),
     "capacity": ("--slots", "many"),
+    "serve-check": ("--tensor-parallel", "many"),
     "analyze": ("--epsilon", "many"),
     "recall": ("--pairs", "4,many"),
     "report": ("--latex=many",),
@@ -66,7 +68,7 @@ CASES = [(name, kind) for name in cli.COMMANDS for kind in KINDS]
 FAST = {("plan", "unknown option"), ("eval", "wrong type"), ("prune", "missing file")}
 """Starts of torchrun that the fast part of the suite makes."""
 
-ALONE = ("tokenizer", "recipes", "bench", "capacity", "report")
+ALONE = ("tokenizer", "recipes", "bench", "capacity", "serve-check", "report")
 """Stages of one process."""
 
 
