@@ -4,8 +4,8 @@ Importing it has these side effects, which do no more when repeated:
 
 - our `kernels` folder joins the package `kernels`, also if that is the Hugging Face package of that
   name, which would hide ours;
-- fla's operators get a CPU path (`kernels.fla_cpu`); an accelerator's tensors still take fla's own
-  kernels;
+- fla's operators get a CPU path (`kernels.fla_cpu`); an accelerator's tensors take fla's own
+  kernels, or ours where those are made for the shape (`kernels.fla_triton`);
 - fla counts packed documents on the host where it can (`flame.models.document_bounds`);
 - this project's model classes (`flame.models`) are registered with transformers' Auto classes.
 
@@ -43,6 +43,7 @@ def register() -> None:
     _join_kernels()
     _import_fla()
     importlib.import_module("kernels.fla_cpu").install()
+    importlib.import_module("kernels.fla_triton").install()
     importlib.import_module("flame.models.document_bounds").count_on_host()
     importlib.import_module("flame.models").register_classes()
 

@@ -61,7 +61,7 @@ def install() -> None:
     for entry, implementation in _dispatched():
         register(entry, backend=CpuBackend, verifier=_accepts_cpu)(implementation)
     for entry, implementation in _undispatched():
-        _replace(entry, _dispatching(entry, implementation))
+        replace(entry, _dispatching(entry, implementation))
     _allow_cpu_loss()
 
 
@@ -126,7 +126,7 @@ def _dispatching(
     return wrapped
 
 
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+def replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
     """Rebind every name in fla's modules that is bound to `old` to `new`."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "fla" and module is not None:

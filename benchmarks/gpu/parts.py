@@ -119,7 +119,7 @@ def _tests(sizes: Sizes) -> Command:
 
 def _operators(sizes: Sizes) -> list[Command]:
     widths = script("operator_widths", sizes.widths)
-    return [widths, replace(widths, environment=FLA)]
+    return [widths, replace(widths, environment=FLA), script("prefill")]
 
 
 def _training(sizes: Sizes) -> list[Command]:

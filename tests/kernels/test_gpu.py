@@ -24,8 +24,8 @@ def compare(theirs, ours, x: dict[str, torch.Tensor]) -> None:
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + floor
 
 
-def cuda(**options) -> dict[str, torch.Tensor]:
-    x = reference.inputs(BOUNDS[-1], 64, 128, states=len(BOUNDS) - 1, **options)
+def cuda(d_k: int = 64, **options) -> dict[str, torch.Tensor]:
+    x = reference.inputs(BOUNDS[-1], d_k, 128, states=len(BOUNDS) - 1, **options)
     half = {n: t.detach().cuda().to(torch.bfloat16) for n, t in x.items()}
     half["h"], half["g"] = half["h"].float(), half["g"].float()
     return {n: t.requires_grad_() for n, t in half.items()}
@@ -65,6 +65,40 @@ def test_delta_rule():
         )  # fmt: skip
 
     compare(run(theirs), run(ours), x)
+
+
+@pytest.mark.parametrize("d_k", [16, 48, 80, 96, 112, 240])
+@pytest.mark.parametrize("gated", [False, True])
+def test_narrow_keys(gated: bool, d_k: int, monkeypatch: pytest.MonkeyPatch):
+    """Our chunk kernels are as exact as fla's at widths that its blocks of 64 do not divide."""
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    import flame.register  # noqa: F401
+    from kernels.delta_rule import chunk_delta_rule as exact_delta_rule
+    from kernels.gated_delta_rule import chunk_gated_delta_rule as exact_gated_delta_rule
+
+    x = cuda(d_k, **({"key_heads": 1, "heads": 2} if gated else {}))
+    bounds = torch.tensor(BOUNDS, device="cuda")
+
+    def outcome(operator, x):
+        gates = [x["g"]] if gated else []
+        out = operator(
+            x["q"], x["k"], x["v"], *gates, x["beta"], initial_state=x["h"],
+            output_final_state=True, cu_seqlens=bounds,
+        )  # fmt: skip
+        used = {name: leaf for name, leaf in x.items() if gated or name != "g"}
+        return [*out, *reference.gradients(out, used).values()]
+
+    found = {}
+    for owner in ("slimstate", "fla"):
+        monkeypatch.setenv("SLIMSTATE_KERNELS", owner)
+        found[owner] = outcome(chunk_gated_delta_rule if gated else chunk_delta_rule, x)
+    wide = {n: t.detach().double().requires_grad_() for n, t in x.items()}
+    exact = outcome(exact_gated_delta_rule if gated else exact_delta_rule, wide)
+    for ours, theirs, e in zip(found["slimstate"], found["fla"], exact, strict=True):
+        floor = torch.finfo(torch.bfloat16).eps * e.abs().max()
+        assert (ours - e).abs().max() <= 2 * (theirs - e).abs().max() + floor
 
 
 @pytest.mark.parametrize("decay", [0.1, 30.0])
