@@ -5,10 +5,12 @@ engine's source, by calling the engine's own check without its hardware, or by r
 d_k and d_v are the key and value channels of a head.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Evidence = Literal["read", "check run", "run"]
+EVIDENCE: tuple[Evidence, ...] = ("read", "check run", "run")
+"""From the weakest."""
 
 ANY = 2**31
 """No upper bound."""
@@ -135,23 +137,35 @@ VLLM_GPU = Engine(
     ),
 )  # fmt: skip
 
+_ON_A_CPU = Kernel(
+    "C++",
+    "prefill and decoding",
+    "a CPU with AVX-512 BF16",
+    Shapes(widths=(64, 128), square=True),
+    ALL,
+    "vllm._custom_ops.chunk_gated_delta_rule_cpu, by benchmarks/engine_checks.py",
+    evidence="check run",
+    only=tuple(name for name in _QWEN if name != "qwen3_5_text"),
+)
+
 VLLM_CPU = Engine(
     "vLLM on a CPU",
     "0.32.0",
     _QWEN,
     (
-        Kernel(
-            "C++", "prefill and decoding", "a CPU with AVX-512 BF16",
-            Shapes(widths=(64, 128), square=True), ALL,
-            "python -m benchmarks.serve_vllm; vllm._custom_ops.chunk_gated_delta_rule_cpu",
+        replace(
+            _ON_A_CPU,
+            source="models behind the server, by benchmarks/serve_vllm.py",
             evidence="run",
+            only=("qwen3_5_text",),
         ),
+        _ON_A_CPU,
     ),
     refused={"olmo_hybrid": "its layer has Triton kernels alone, which a CPU lacks"},
     flags=("--dtype bfloat16",),
     conv_widths=(4,),
     softmax_widths=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),
-)  # fmt: skip
+)
 
 _SGLANG_GDN = "sglang/srt/layers/attention/linear/gdn_backend.py"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from flame.errors import UserError
 from flame.hugging_face.outer_model import OuterModel
 from pruning.adapters.interface import Config
-from pruning.serving.contract import ENGINES, Engine, Kernel
+from pruning.serving.contract import ENGINES, EVIDENCE, Engine, Evidence, Kernel
 from pruning.serving.shape import ServedShape, served_shape
 
 
@@ -30,10 +30,10 @@ class Verdict:
     """The numbers of tensor-parallel processes that can share the model."""
 
     @property
-    def evidence(self) -> str:
-        """`run` if a kernel that takes the model was run here, else `read`."""
+    def evidence(self) -> Evidence:
+        """How the weakest of the kernels that take the model, or of all if none does, is known."""
         of = self.kernels or self.engine.kernels
-        return "run" if any(kernel.evidence == "run" for kernel in of) else "read"
+        return min((kernel.evidence for kernel in of), key=EVIDENCE.index)
 
     @property
     def who(self) -> str:

@@ -1,7 +1,6 @@
 """The serving contract against what engines' own checks said (`benchmarks/engine_checks.py`)."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ def test_classes_are_those_that_the_engine_registers() -> None:
 
 
 def test_the_cpu_takes_what_it_took() -> None:
-    (cpu,) = VLLM_CPU.kernels
-    assert cpu.evidence == "run"
+    served, others = VLLM_CPU.kernels
+    assert served.takes == others.takes
+    assert (served.evidence, others.evidence) == ("run", "check run")
+    assert {*served.only, *others.only} == set(VLLM_CPU.classes)
     for pair in FACTS["cpu_widths"]:
-        assert cpu.takes.hold(pair["key"], pair["value"]) == (pair["refusal"] is None), pair
+        assert served.takes.hold(pair["key"], pair["value"]) == (pair["refusal"] is None), pair
     taken = [int(taps) for taps, refusal in FACTS["cpu_conv_taps"].items() if refusal is None]
     assert list(VLLM_CPU.conv_widths) == taken
     assert list(VLLM_CPU.softmax_widths) == FACTS["cpu_softmax_widths"]
@@ -51,21 +52,19 @@ def test_the_gpu_s_fused_decoding_takes_what_it_took() -> None:
 
 
 def test_what_takes_a_shape_is_never_looked_for_in_vain() -> None:
-    """Every kernel that no engine chooses unasked names the flag that asks for it, and whatever is
-    chosen for a shape that it does not take names one against it."""
-    for found in _kernels():
-        wrong = found.chosen is not None and any(
-            found.chosen.hold(key, value) and not found.takes.hold(key, value)
-            for key, value in ((64, 128), (128, 64), (64, 64), (256, 256), (96, 192))
-        )
-        if found.chosen is None or wrong:
-            assert found.flag.startswith("--"), found
-
-
-def _kernels() -> Iterator[Kernel]:
-    for name, engine in ENGINES.items():
-        # The last resort of these takes all that they take, and nothing is chosen in its place.
-        yield from engine.kernels if name == "vllm-gpu" else engine.kernels[:-1]
+    """A flag asks for each kernel that is not chosen unasked, and one leads away from each that is
+    chosen for a shape that it does not take, where another one takes it."""
+    pairs = ((64, 128), (128, 64), (64, 64), (256, 256), (96, 192))
+    for engine in ENGINES.values():
+        for found in engine.kernels:
+            wrong = found.chosen is not None and any(
+                found.chosen.hold(*pair)
+                and not found.takes.hold(*pair)
+                and any(other.takes.hold(*pair) for other in engine.kernels)
+                for pair in pairs
+            )
+            if found.chosen is None or wrong:
+                assert found.flag.startswith("--"), found
 
 
 @pytest.mark.parametrize(

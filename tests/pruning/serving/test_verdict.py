@@ -69,7 +69,10 @@ def test_a_square_runs_on_a_cpu() -> None:
     found = verdict("vllm-cpu", SQUARE)
     assert (found.refusal, found.model_class) == (None, "Qwen3_5ForCausalLM")
     assert found.flags == ("--dtype bfloat16",) and found.evidence == "run"
-    assert verdict("vllm-gpu", SQUARE).flags == ()
+    assert verdict("vllm-cpu", SQUARE | {"model_type": "qwen3_next"}).evidence == "check run"
+    assert (
+        verdict("vllm-gpu", SQUARE).flags == () and verdict("vllm-gpu", SQUARE).evidence == "read"
+    )
 
 
 def test_published_checkpoints_with_vision_have_a_class_of_their_own() -> None:
