@@ -62,7 +62,11 @@ class ActivationCheckpoint:
 
 @dataclass
 class Compile:
-    enable: bool = option(False, "compile each layer with `torch.compile`, on a GPU")
+    enable: bool = option(
+        False,
+        "compile each layer with `torch.compile`, on a GPU; no gain with fla, whose kernels stay "
+        "out of graphs: one block falls into 28",
+    )
     backend: Literal["inductor", "aot_eager", "cudagraphs", "eager"] = option(
         "inductor", "backend of `torch.compile`"
     )

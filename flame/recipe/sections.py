@@ -186,7 +186,7 @@ class Distill:
     )
     chunk_tokens: int = option(
         0,
-        "tokens whose logits are in memory together; 0 for as many as have 2²⁴ logits",
+        "tokens whose logits are in memory together; 0 chooses by vocabulary and device",
         least=0,
         most=MOST,
     )

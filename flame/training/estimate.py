@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flame.model import count_parameters, full_precision_parameters, layers, meta_model
-from flame.training.losses import LOGITS_AT_A_TIME
+from flame.training.losses.chunk_rows import chunk_rows
 from flame.training.micro_batch import with_micro_batch
 from flame.training.step.gradients import ONCE
 
@@ -133,12 +133,14 @@ def _teacher(job: Any, shards: int, compute: int) -> list[Part]:
 
 
 def _logits(job: Any, model: nn.Module) -> int:
-    """Return the bytes of a chunk's fp32 logits and of the output projection's fp32 gradient."""
-    vocabulary, width = model.get_output_embeddings().weight.shape  # type: ignore[operator]
+    """Return the bytes of a chunk's logits, as fp32, and of the projection's fp32 gradient."""
+    weight = model.get_output_embeddings().weight  # type: ignore[operator]
+    vocabulary, width = weight.shape
     tokens = job.training.local_batch_size * job.training.seq_len
-    chunk = job.distill.chunk_tokens or max(1, LOGITS_AT_A_TIME // vocabulary)
+    trained = weight.requires_grad
+    chunk = job.distill.chunk_tokens or chunk_rows(vocabulary, trained, "cuda")
     copies = LOGIT_COPIES * (2 if job.distill.teacher else 1)
-    return FLOAT * (copies * min(chunk, tokens) * vocabulary + vocabulary * width)
+    return FLOAT * (copies * min(chunk, tokens) * vocabulary + trained * vocabulary * width)
 
 
 def _activations(job: Any, model: nn.Module) -> int:

@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from flame.checkpoint.reference import resolve
 from flame.recovery.distill import Teacher
 from flame.training.headless import output_head, run_headless
-from flame.training.losses import Mix, Projection, chunked_losses, hidden_distance
+from flame.training.losses.chunked import Projection, chunked_losses
+from flame.training.losses.hidden_distance import hidden_distance
+from flame.training.losses.tokens import Mix
 
 
 @dataclass(frozen=True)

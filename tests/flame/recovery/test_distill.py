@@ -158,7 +158,7 @@ def teacher_logits(reference: str, tokens: torch.Tensor) -> tuple[torch.Tensor, 
     from flame.checkpoint.reference import resolve
     from flame.process.distributed import data_parallel_mesh
     from flame.recovery.distill import Teacher
-    from flame.training.losses import Projection
+    from flame.training.losses.chunked import Projection
 
     teacher = Teacher.build(resolve(reference), data_parallel_mesh(), torch.float32)
     for _ in range(2):

@@ -1,22 +1,21 @@
 """The loss in chunks against the plain one, computed from full logits by autograd."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame.errors import UserError
 from flame.recipe.sections import Distill
-from flame.training.losses import (
-    LOGITS_AT_A_TIME,
-    Mix,
-    Projection,
-    chunked_losses,
-    hidden_distance,
-    scaled,
-)
+from flame.training.losses.chunk_rows import chunk_rows
+from flame.training.losses.chunked import Projection, chunked_losses
+from flame.training.losses.hidden_distance import hidden_distance
+from flame.training.losses.scaling import scaled
+from flame.training.losses.tokens import Mix, token_losses
 from flame.training.objective import Objective, next_token_loss
 from tests.flame.tiny import GATED_DELTANET, LLAMA, build
 
@@ -43,6 +42,7 @@ def plain_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy and T² · KL from full logits `[…, V]`."""
     logits = projection(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     entropy = nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -137,14 +137,48 @@ def test_full_logits_never_exist() -> None:
     assert seen.elements <= max(chunk * vocabulary, tokens * 4)
 
 
-def test_a_chunk_has_as_many_tokens_as_logits_are_allowed() -> None:
-    vocabulary = LOGITS_AT_A_TIME // 3
-    weight = torch.zeros(vocabulary, 1)
-    with _Largest() as seen:
-        chunked_losses(
-            torch.zeros(1, 7, 1), Projection(weight), torch.zeros(1, 7, dtype=torch.long)
-        )
-    assert seen.elements == 3 * vocabulary
+def test_a_chunk_has_as_many_tokens_as_its_device_and_head_ask_for() -> None:
+    vocabulary, tokens = 2**20, 300
+    rows = chunk_rows(vocabulary, trained=True, device_type="cpu")
+    assert rows < tokens
+    weight = torch.zeros(vocabulary, 1, requires_grad=True)
+    with _Largest() as seen, torch.no_grad():
+        labels = torch.zeros(1, tokens, dtype=torch.long)
+        chunked_losses(torch.zeros(1, tokens, 1), Projection(weight), labels)
+    assert seen.elements == rows * vocabulary
+    assert chunk_rows(152_000, trained=True, device_type="cuda") == 4096
+    assert chunk_rows(152_000, trained=False, device_type="cuda") == 1024
+    assert chunk_rows(2_000, trained=False, device_type="cuda") > 4096
+
+
+@pytest.mark.parametrize("mix", [Mix(), Mix(0.3, 1.7, 2.0)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_losses_of_a_chunk_compile_to_one_graph_for_any_number_of_tokens(
+    mix: Mix, backend: str
+) -> None:
+    """As on CUDA; inductor writes C++ here and Triton there."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(token_losses, backend=counter, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (9, 7, 5, 12):
+        logits, told = torch.randn((2, tokens, 41), generator=generator)
+        labels = torch.randint(41, (tokens,), generator=generator)
+        labels[2] = -100
+        teacher = told.clone() if mix.kl else None
+        actual = compiled(logits, labels, teacher, mix, True)
+        expected = token_losses(logits, labels, told if mix.kl else None, mix, True)
+        torch.testing.assert_close(tuple(actual), tuple(expected))
+    assert counter.frame_count <= 2
+
+
+def test_neither_a_sure_token_nor_an_unlikely_one_is_lost_to_rounding() -> None:
+    """In bf16 the sure one's `p` is 1; in fp32 the unlikely one's is 0."""
+    logits = torch.tensor([[9.0, 0.0], [200.0, 0.0]], dtype=torch.bfloat16)
+    _, _, gradient = token_losses(logits[:1], torch.tensor([0]), None, Mix(), True)
+    assert gradient is not None and gradient.dtype == torch.bfloat16
+    exact = -1 / (1 + math.exp(9))
+    torch.testing.assert_close(float(gradient[0, 0]), exact, rtol=2**-8, atol=0)
+    assert float(token_losses(logits[1:], torch.tensor([1]), None, Mix(), True)[0]) == 200.0
 
 
 DELTA_NET = {
