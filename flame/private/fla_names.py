@@ -21,4 +21,19 @@ NAMES = (
         "0.6.0",
         "models.mixer, launch.speed.caches: the layout of a model's recurrent state",
     ),
+    PrivateName(
+        "fla.layers.delta_net:DeltaNet.forward",
+        "0.6.0",
+        "kernels.fla_decode: the forward around our decode step; so of the next two",
+    ),
+    PrivateName("fla.layers.gated_deltanet:GatedDeltaNet.forward", "0.6.0", "kernels.fla_decode"),
+    PrivateName("fla.layers.kda:KimiDeltaAttention.forward", "0.6.0", "kernels.fla_decode"),
+    PrivateName(
+        "fla.layers.utils:get_layer_cache", "0.6.0", "models.mixer, kernels.decode_step.fla_layers"
+    ),
+    PrivateName(
+        "fla.layers.utils:update_layer_cache",
+        "0.6.0",
+        "models.mixer, kernels.decode_step.fla_layers: what a layer keeps of a sequence",
+    ),
 )
