@@ -92,6 +92,22 @@ def test_skipped_steps_are_counted_through_a_resume(
     assert largest_difference(skipped / final, tmp_path / "run" / final) == 0.0
 
 
+def test_steps_that_are_read_late_come_to_the_same(
+    assets: Path, skipped: Path, tmp_path: Path
+) -> None:
+    """Without a checkpoint that waits for it, a step is found not finite when the next is done."""
+    run = tmp_path / "run"
+    run_distributed(poisoned, 2, assets, run, (3,), checkpoint__interval=100)
+    final = "checkpoint/step-6"
+    assert largest_difference(skipped / final, run / final) == 0.0
+    for tag in ("skipped_steps", "lr", "n_tokens_seen", "grad_norm"):
+        assert scalars_of(run, tag) == scalars_of(skipped, tag)
+    options = {"checkpoint__interval": 100, "training__max_nonfinite_steps": 2}
+    errors = run_distributed(poisoned, 2, assets, tmp_path / "bad", (2, 4, 5), **options)
+    assert "2 steps in a row, 4 to 5" in errors[0] and "last good checkpoint: none" in errors[0]
+    assert not (tmp_path / "bad/checkpoint/step-6").exists()
+
+
 def test_too_many_in_a_row_end_the_job(assets: Path, tmp_path: Path) -> None:
     options = {"checkpoint__interval": 1, "training__max_nonfinite_steps": 2}
     errors = run_distributed(poisoned, 2, assets, tmp_path / "run", (2, 4, 5), **options)
