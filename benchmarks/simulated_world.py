@@ -6,6 +6,8 @@ FSDP2's rule, and what it reads, writes and sends can be counted.
 """
 
 import math
+import pickle
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +78,19 @@ def local_plan(state: Mapping[str, Any], folder: Path) -> tuple[SavePlan, Any, C
 
 
 def write_step(
-    checkpoints: Path, step: int, weights: Shapes, replicated: Shapes, world_size: int, node: int
+    checkpoints: Path,
+    step: int,
+    weights: Shapes,
+    replicated: Shapes,
+    world_size: int,
+    node: int,
+    work: dict[str, float] | None = None,
 ) -> Path:
-    """Write a whole step as `world_size` ranks do, one after another; return its folder."""
+    """Write a whole step as `world_size` ranks do, one after another; return its folder.
+
+    Into `work` go what rank 0 alone does: `plan bytes` that it receives, all as long as the
+    longest, and `seconds` of planning for all and of writing the index.
+    """
     folder = step_folder(checkpoints, step)
     folder.mkdir(parents=True)
     of_ranks = []
@@ -86,12 +98,19 @@ def write_step(
         with rank_of(rank, world_size, node):
             of_ranks.append(local_plan(training_state(weights, replicated), folder))
     first_planner, first_writer = of_ranks[0][1:]
+    begin = time.perf_counter()
     plans, metadata = first_planner.create_global_plan([plan for plan, _, _ in of_ranks])
     plans = first_writer.prepare_global_plan(plans)
+    planning = time.perf_counter() - begin
     results = []
     for plan, (_, planner, writer) in zip(plans, of_ranks, strict=True):
         results.append(writer.write_data(planner.finish_plan(plan), planner).value())
+    begin = time.perf_counter()
     first_writer.finish(metadata, results)
+    if work is not None:
+        longest = max(len(pickle.dumps(plan)) for plan, _, _ in of_ranks[:2])
+        work |= {"plan bytes": world_size * longest}
+        work |= {"seconds": planning + time.perf_counter() - begin}
     return folder
 
 

@@ -22,7 +22,13 @@ from flame.checkpoint.background import BackgroundSaver
 from flame.checkpoint.save import save_step
 from flame.checkpoint.steps import latest_whole_step, purge, step_folder
 from flame.errors import UserError
-from flame.process.distributed import DEFAULT_TIMEOUT, barrier, from_rank_zero, gather_objects, rank
+from flame.process.distributed import (
+    DEFAULT_TIMEOUT,
+    barrier,
+    from_rank_zero,
+    gather_to_first,
+    rank,
+)
 from flame.storage.json_file import read_object
 from flame.storage.load_step import load_step
 
@@ -89,7 +95,8 @@ class CheckpointManager:
         if self._saved == curr_step:
             return
         begin = time.monotonic()
-        position = self.loader.merge_states(gather_objects(self.loader.state_dict()))
+        states = gather_to_first(self.loader.state_dict())
+        position = self.loader.merge_states(states) if states is not None else {}
         files = {LOADER_FILE: json.dumps(position, sort_keys=True).encode()}
         if self.background is None or last_step:
             save_step(self._state_dict(), self.folder, curr_step, files)

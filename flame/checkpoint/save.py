@@ -150,6 +150,8 @@ class ChecksumWriter(FileSystemWriter):
         write_checksums(folder, hashes | {METADATA: hash_bytes(content)})
         write_file(folder / f"{METADATA}.tmp", content)
         (folder / f"{METADATA}.tmp").rename(folder / METADATA)
+        # DCP sends the index to all ranks now, where nobody looks at it.
+        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, {}, None
 
     def _write_items(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name = f"{plan.storage_data.prefix}0.distcp"

@@ -38,7 +38,8 @@ def broken_steps(folder: Path) -> list[str]:
 
 def latest_whole_step(folder: Path) -> int | None:
     """Return the highest whole step of a checkpoint folder, or None if there is none."""
-    return max(whole_steps(folder), default=None)
+    newest_first = reversed(_numbers(folder))
+    return next((step for step in newest_first if is_whole(step_folder(folder, step))), None)
 
 
 def is_whole(step: Path) -> bool:

@@ -123,6 +123,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
+def gather_to_first(value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+    """Return the `value` of every rank of `group` on its first one, None on others. Collective."""
+    if world_size(group) == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(value, gathered, group=group, group_dst=0)
+    return gathered
+
+
 def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return the `value` of the first rank of `group` (default: all). Collective."""
     if world_size(group) == 1:
@@ -134,7 +143,8 @@ def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    gather_objects(None)
+    # Not `dist.barrier`, which waits on a GPU where there is one.
+    summed(torch.zeros(1))
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.counting import reads_of
 from benchmarks.simulated_world import bytes_read, rank_of, training_state, write_step
 from flame.checkpoint.dcp_source import DcpSource
 from flame.checkpoint.fingerprint import finite_parts
@@ -23,7 +24,6 @@ from flame.process.peers import Peers
 from flame.storage.load_step import load_step
 from tests.distributed import run_distributed
 from tests.flame.damage import flip_byte
-from tests.flame.reading import reads_of
 
 WEIGHTS = {f"layers.{number}.weight": (64, 256) for number in range(3)}
 WHOLE = {"layers.0.A_log": (8,)}

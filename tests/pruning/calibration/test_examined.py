@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.counting import reads_of
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.process.peers import Peers
 from pruning.calibrate import examined
 from tests.distributed import run_distributed
-from tests.flame.reading import reads_of
 from tests.flame.tiny import GATED_DELTANET, build, stored_tensors, write_run
 
 
