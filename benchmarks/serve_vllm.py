@@ -12,6 +12,8 @@ serve-check` refuses; the engine gets it as well, to show what it does.
 
 import argparse
 import inspect
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +108,8 @@ class Answer:
 
 
 def main() -> None:
+    # Whoever ends this script ends the server too: the contexts are left on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_stage(_main)
 
 

@@ -25,6 +25,7 @@ from pruning.calibration.data import calibration_data, check_data
 from pruning.calibration.stats_file import check_kinds, check_model, read_meta
 from pruning.methods import METHODS
 from pruning.planning.choose import check_budget
+from pruning.planning.fitting import fitted
 
 SAVE_EVERY = 16
 """Calibration sequences between resume points."""
@@ -102,7 +103,8 @@ def check_points(options: Options, reference: ModelReference) -> None:
 def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
     """Return a key for what a point keeps; raise UserError if method or budget do not fit."""
     pruning = prune.STAGE.parse([options.model, "", *options.budget_words, *point.words])
-    widths = check_budget(pruning.budget, reference.config, pruning.method)
+    budget = fitted(pruning.budget, reference.config, pruning.method, reference.outer)
+    widths = check_budget(budget, reference.config, pruning.method)
     # Heads of all layers together are a finer measure than those of one.
     shared = pruning.budget.allocate == "model" and "head" in widths
     return tuple(sorted(widths.items())), point.ratio if shared else None

@@ -158,6 +158,8 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
             "--methods l1 --ratios 0.25,0.5 --multiple-of 16",
             "l1@key=0.25 and l1@key=0.5 keep as many channels",
         ),
+        # Squares of 8, though value channels alone would be 10 and 8.
+        ("--methods l1@square --ratios 0.55,0.6", "keep as many channels"),
         ("--methods l1@nose --ratios 0.5", "l1@nose=0.5: unknown kind of space 'nose'"),
         (
             "--methods drrqr@head --ratios 0.5",
