@@ -166,7 +166,8 @@ def fla_naive(shape: Shape, x: list[Tensor]) -> Tensor:
 
 
 def one_by_one(shape: Shape, x: list[Tensor], operator: Operator) -> Tensor:
-    rows = [[d * (tensor.shape[1] // shape.tokens) for d in shape.documents] for tensor in x]
+    length = sum(shape.documents)
+    rows = [[d * (tensor.shape[1] // length) for d in shape.documents] for tensor in x]
     parts = zip(*(t.split(cut, 1) for t, cut in zip(x, rows, strict=True)), strict=True)
     return torch.cat([operator(*part)[0] for part in parts], 1)
 

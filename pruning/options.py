@@ -10,6 +10,7 @@ from typing import Any
 
 from flame.errors import UserError, first_line
 from flame.options import REQUIRED, flag_of, option, options_of
+from pruning.calibration.products import Products
 from pruning.methods import METHODS, Method
 
 SEQUENCES = 16
@@ -50,6 +51,11 @@ class DataOptions:
         metavar="F",
     )
     seed: int = seed_option()
+    gram_products: Products = option(
+        "auto",
+        "sum Gram matrices in float64, or in short float32 pieces that are added in float64; auto "
+        "takes pieces on GPUs that are slow at float64",
+    )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from pruning.calibration.data import CalibrationData
 from pruning.calibration.feeding import Feed
 from pruning.calibration.gradients import ReadRows, WeightGradients
 from pruning.calibration.passes import run_batch
+from pruning.calibration.products import products_for
 from pruning.calibration.stats_file import AddGradient, Collected, Meta, zeros
 from pruning.planning.plan import Plan
 from pruning.repair.pruned_mixers import pruned_mixers
@@ -57,10 +58,7 @@ class ResumePoints:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What an earlier calibration left, read by every rank.
-
-    Only rank 0 adds the saved sums, so that the all-reduce counts them once.
-    """
+    """What an earlier calibration left, read by every rank and added to the sums by rank 0."""
 
     collected: Collected
     meta: Meta
@@ -123,7 +121,10 @@ class _Collector:
         self.collected = zeros(self.spaces, kinds, self.hidden_size, local_device())
         self.gradients = self._gradients()
         sample = row_sample(data.sequences, data.seq_len, data.config.seed)
-        self.feed = Feed(self.collected, self.spaces, adapter, sample, data.is_replayed, pruned)
+        products = products_for(local_device(), data.gram_products)
+        self.feed = Feed(
+            self.collected, self.spaces, adapter, sample, data.is_replayed, pruned, products
+        )
         self.loader = data.loader(rank(), world_size())
         if resumed is not None:
             self._resume(resumed)

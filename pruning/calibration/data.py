@@ -14,6 +14,7 @@ from flame.data.config import DataConfig
 from flame.data.mqar import without_curriculum
 from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
+from pruning.calibration.products import Products
 from pruning.options import SEQ_LEN, SEQUENCES, DataOptions
 
 NOT_RECORDED = ("heldout", "heldout_split", "max_bad_rows", "repeat", "seed", "tokenizer")
@@ -34,6 +35,8 @@ class CalibrationData:
     """Part of the sequences on which layers are repeated without single channels."""
     asked: str = ""
     """Both numbers in words, with the options that they come from, for messages."""
+    gram_products: Products = "auto"
+    """How outer products are summed; no part of the record, since the sums are the same."""
 
     def record(self) -> dict[str, Any]:
         """The settings that identify the data, as plans and statistics record them."""
@@ -113,6 +116,7 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
         seq_len=seq_len,
         replay_fraction=options.replay_fraction,
         asked=_asked(options, seq_len, of_recipe is not None),
+        gram_products=options.gram_products,
     )
 
 

@@ -16,6 +16,7 @@ from pruning.replay_taps import tap_replays
 from pruning.spaces import Space
 from pruning.states.rollout import sampled_states
 from pruning.statistics import OutputPair, Source, Statistic
+from pruning.statistics.products import AddProducts, SumOfProducts, add_products_
 from pruning.statistics.row_sample import RowSample
 from pruning.taps import operator_for, tap_mixer_inputs, tap_mixer_outputs, tap_ops
 
@@ -37,6 +38,7 @@ class Feed:
         sample: RowSample,
         is_replayed: Callable[[int], bool] = lambda sequence: True,
         pruned: PrunedMixers | None = None,
+        products: AddProducts = add_products_,
     ) -> None:
         self.adapter, self.sample, self.is_replayed = adapter, sample, is_replayed
         self.pruned = pruned
@@ -48,6 +50,8 @@ class Feed:
         self.fed: dict[Source, dict[int, list[Statistic]]] = {}
         for space in spaces:
             for statistic in collected[space.name].values():
+                if isinstance(statistic, SumOfProducts):
+                    statistic.add_products_ = products
                 of_layer = self.fed.setdefault(statistic.source, {})
                 of_layer.setdefault(space.layer, []).append(statistic)
 

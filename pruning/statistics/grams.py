@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from pruning.op_call import OpCall
 from pruning.statistics.interface import Source, Statistic
+from pruning.statistics.products import SumOfProducts
 
 
 @dataclass
-class QueryKeyGram(Statistic):
+class QueryKeyGram(SumOfProducts, Statistic):
     """Per key head, the Gram matrix of queries stacked on keys: the sum of q qᵀ + k kᵀ.
 
     It is MᵀM of the paper's M = [Q; K] (arXiv 2602.04852), whatever the number of its rows, in
@@ -27,14 +27,13 @@ class QueryKeyGram(Statistic):
     """Number of tokens summed."""
 
     def update(self, seen: OpCall) -> None:
-        """Add the tokens of one delta-rule call; cost 4 tokens d² per head, in float64."""
-        for x in (seen.q, seen.k):
-            add_products_(self.gram, x)
+        """Add the tokens of one delta-rule call; cost 4 tokens d² per head."""
+        self.add_products_(self.gram, seen.q, seen.k)
         self.tokens += seen.tokens
 
 
 @dataclass
-class QueryKeySample(Statistic):
+class QueryKeySample(SumOfProducts, Statistic):
     """`QueryKeyGram` of a random subset of the rows of [Q; K], as the paper takes it.
 
     Which rows is fixed before the first token (`pruning.statistics.row_sample`), by the seed of the
@@ -56,12 +55,12 @@ class QueryKeySample(Statistic):
         for x, tokens in zip((seen.q, seen.k), seen.sampled or (None, None), strict=True):
             of_tokens = x.flatten(0, 1).unflatten(0, (seen.tokens, -1))
             chosen = of_tokens if tokens is None else of_tokens[tokens.to(x.device)]
-            add_products_(self.gram, chosen)
+            self.add_products_(self.gram, chosen)
             self.rows += chosen.shape[0] * chosen.shape[1]
 
 
 @dataclass
-class NormalisedGrams(Statistic):
+class NormalisedGrams(SumOfProducts, Statistic):
     """Per key head, sums and Gram matrices of the L2-normalised queries and of the keys."""
 
     source: ClassVar[Source] = Source.OP
@@ -78,20 +77,12 @@ class NormalisedGrams(Statistic):
     def update(self, seen: OpCall) -> None:
         """Add the tokens of one delta-rule call; cost as `QueryKeyGram`'s."""
         keys, queries = _normalised(seen.k), _normalised(seen.q)
-        add_products_(self.key_gram, keys)
-        add_products_(self.query_gram, queries)
+        self.add_products_(self.key_gram, keys)
+        self.add_products_(self.query_gram, queries)
         self.key_sum += keys.sum((0, 1))
         self.query_sum += queries.sum((0, 1))
         self.keys += seen.k.shape[0] * seen.k.shape[1]
         self.queries += seen.tokens
-
-
-def add_products_(gram: Float64[Tensor, "H d d"], x: Float[Tensor, "B T H d"]) -> None:
-    """Add the outer products of the rows of `x` with themselves, in float64."""
-    by_head = x.detach().flatten(0, 1).transpose(0, 1)
-    # In one copy: products of rows that lie apart take a quarter longer.
-    rows = by_head.to(torch.float64, memory_format=torch.contiguous_format)
-    gram.baddbmm_(rows.mT, rows)
 
 
 def _normalised(x: Float[Tensor, "B T H d"]) -> Float64[Tensor, "B T H d"]:

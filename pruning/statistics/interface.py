@@ -5,9 +5,10 @@ sums over add up to those of the whole. That one property is why merging, reduci
 saving and resuming are written once, here, for all of them. Nothing is normalised inside a
 statistic: means, ratios and factorisations belong to the method.
 
-Floating-point sums are float64, and a batch's contribution is computed in float64 too: what
-another order of the same additions changes then lies below the resolution of the methods, so
-that a plan does not depend on the number of processes. Whoever feeds a statistic sees to it that
+Floating-point sums are float64, and a batch's contribution is computed in float64 too, or in short
+pieces of a sequence where a device is slow at that (`pruning.statistics.products`): what another
+order of the same additions changes then lies below the resolution of the methods, so that a plan
+does not depend on the number of processes. Whoever feeds a statistic sees to it that
 only finite numbers come (`pruning.calibration.collect` names what does not).
 """
 

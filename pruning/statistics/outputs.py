@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pruning.spaces import Kind
 from pruning.statistics.interface import Source, Statistic
+from pruning.statistics.products import SumOfProducts
 
 
 @dataclass
@@ -28,7 +29,7 @@ class OutputSquares(Statistic):
 
 
 @dataclass
-class HeadOutputGram(Statistic):
+class HeadOutputGram(SumOfProducts, Statistic):
     """For each channel of a head space, the Gram matrix of its outputs: the sum of z zᵀ.
 
     z is what the channel's value heads, one or a group of them, hand to the output projection.
@@ -42,7 +43,6 @@ class HeadOutputGram(Statistic):
     """Number of tokens summed."""
 
     def update(self, seen: Float[Tensor, "n out"]) -> None:
-        """Add some tokens; cost 2 tokens out block, in float64."""
-        rows = seen.double().unflatten(-1, self.gram.shape[:2]).transpose(0, 1).contiguous()
-        self.gram.baddbmm_(rows.mT, rows)
+        """Add some tokens; cost 2 tokens out block."""
+        self.add_products_(self.gram, seen.unflatten(-1, self.gram.shape[:2])[None])
         self.tokens += len(seen)

@@ -146,6 +146,21 @@ def test_the_plan_is_the_same_at_every_world_size_and_that_of_the_whole_matrix(
         assert [row.tolist() for row in kept[space]] == expected, space
 
 
+def test_sums_in_pieces_lead_to_the_plan_of_float64_at_every_world_size(
+    home: Path, tmp_path: Path
+) -> None:
+    family, found = next(iter(FAMILIES)), {}
+    for world_size, products in ((1, "float64"), (1, "pieces"), (2, "pieces")):
+        stats = tmp_path / f"{products}-{world_size}"
+        pieces = ("--gram-products", products)
+        run_distributed(run_calibrate, world_size, home, family, stats, *pieces)
+        found[stats.name] = run_plan(home, family, stats, tmp_path / f"{stats.name}.json")
+    names = ("float64-1", "pieces-1")
+    sums = [load_file(tmp_path / name / "statistics.safetensors") for name in names]
+    assert any(not torch.equal(total, sums[1][name]) for name, total in sums[0].items())
+    assert len(set(found.values())) == 1
+
+
 def cut_short(home: Path, out: Path, sequences_before: int) -> None:
     """A calibration that dies after some sequences, as a kill between two saves would leave it."""
     from pruning.calibration import collect
