@@ -17,6 +17,7 @@ from flame.stage import Stage
 from launch.drawing.table import Table
 from launch.evaluation.heldout_text import HeldoutOptions, HeldoutText, heldout_text
 from launch.ranks.analysis_files import compared, layer_means, model_summary, write_analysis
+from launch.ranks.precision import precision_sentence
 from launch.ranks.rank_plots import NAMES, Series, plots
 from launch.reporting.envelope import command_line, enveloped
 from launch.reporting.tables import RANK_COLUMNS
@@ -142,7 +143,7 @@ def _write(
         write_analysis(temporary, table, result, drawn)
     shown = {models[0]: model} | ({models[1]: against} if against is not None else {})
     print(_table(shown).text(), flush=True)
-    print(_sentence(summary["model"]["groups"], options.metric), flush=True)
+    print(_sentence(summary["model"]["groups"], options.metric), summary["precision"], flush=True)
 
 
 def _table(analyses: "dict[str, Analysis]") -> Table:
@@ -171,6 +172,8 @@ def _facts(
     options: Options, references: "list[ModelReference]", texts: list[HeldoutText]
 ) -> dict[str, Any]:
     """Return what the summary says about the models, texts and settings."""
+    from flame.process.distributed import compute_dtype, device_type
+
     first, *others = references
     return {
         "model_reference": str(first.weights),
@@ -180,6 +183,7 @@ def _facts(
         "sequences": texts[0].max_sequences,
         "epsilon": options.epsilon,
         "metric": options.metric,
+        "precision": precision_sentence(str(compute_dtype()).removeprefix("torch."), device_type()),
     }
 
 

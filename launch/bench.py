@@ -3,9 +3,9 @@
 It runs on one device: the GPU where there is one.
 """
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,7 @@ def benchmark(
     """
     from flame.checkpoint.load import load_model
     from flame.process.distributed import compute_dtype, local_device
+    from launch.speed.machine import machine
 
     dtype, device = compute_dtype(options.dtype), local_device()
     work = workload(options, device.type)
@@ -111,15 +112,17 @@ def benchmark(
         return {n: load_model(r, as_dtype, device) for n, r in references.items()}
 
     ran: dict[str, Any] = {}
-    measures = list(_measures(load, dtype, work, options.measure, ran))
+    notes: list[str] = []
+    measures = list(_measures(load, dtype, work, options.measure, ran, notes))
     return {
         "models": {n: _described(n, r, ran) for n, r in references.items()},
         "against": against,
         "measures": [_measured(measure, against) for measure in measures],
         "dtype": str(dtype).removeprefix("torch."),
-        **_machine(device),
+        **machine(device),
         "repeats": work.repeats,
         "seed": work.seed,
+        "notes": notes,
     }
 
 
@@ -153,8 +156,12 @@ def _measures(
     work: "Workload",
     parts: tuple[str, ...],
     ran: dict[str, Any],
+    notes: list[str],
 ) -> "Iterator[Measure]":
-    """Yield the sizes of caches and the measures in `parts`; put each model's kernels in `ran`."""
+    """Yield the sizes of caches and the measures in `parts`.
+
+    `ran` gets each model's kernels, `notes` a sentence for what could not be measured.
+    """
     import torch
 
     from flame.process.progress import progress
@@ -166,7 +173,11 @@ def _measures(
     models = load(dtype)
     ran.update(kernels(models, work))
     yield from cache_sizes(models, work)
-    chosen = {"prefill": prefill, "decode": decode, "mixer": mixer}
+    chosen: dict[str, Callable[[Models, Workload], Iterator[Measure]]] = {
+        "prefill": prefill,
+        "decode": partial(decode, notes=notes),
+        "mixer": mixer,
+    }
     for name in progress([part for part in chosen if part in parts], "measure"):
         yield from chosen[name](models, work)
     if "train" in parts:
@@ -203,33 +214,6 @@ def _described(name: str, reference: Any, ran: dict[str, Any]) -> dict[str, Any]
         "model_type": reference.config["model_type"],
         "kernels": ran[name],
     }
-
-
-def _machine(device: "torch.device") -> dict[str, Any]:
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    memory = (
-        "what the CUDA allocator handed out"
-        if device.type == "cuda"
-        else "the bytes of all tensors alive together"
-    )
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "peak_memory": memory,
-    }
-
-
-def _cpu_name() -> str:
-    """Return the processor's name on Linux, and its architecture elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 STAGE = Stage(

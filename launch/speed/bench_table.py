@@ -59,7 +59,7 @@ def ratio_of(measure: Mapping[str, Any], against: str | None) -> float | None:
 
 
 def kernel_lines(record: Mapping[str, Any]) -> list[str]:
-    """Sentences: where it was measured, and which operators computed the delta rule."""
+    """Sentences: where it was measured, by which operators of the delta rule, what is missing."""
     where = f"{record['device_name']} ({record['device']}, {record['dtype']}"
     threads = f", {record['threads']} CPU threads" if record["device"] == "cpu" else ""
     lines = [
@@ -73,7 +73,7 @@ def kernel_lines(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"{phase.capitalize()} ran {shown[0]}.")
         else:
             lines += [f"{phase.capitalize()} of {name} ran {ran}." for name, ran in found.items()]
-    return lines
+    return [*lines, *record.get("notes", [])]
 
 
 DELTA_OPERATORS = ("delta_rule", "delta_product", "kda")

@@ -39,7 +39,7 @@ def cache_sizes(models: Models, work: Workload) -> list[Measure]:
             f"whole cache a sequence, after {prompt}",
             "bytes",
             "lower",
-            {name: Spread.counted(bytes_of(_tensors(cache))) for name, cache in caches.items()},
+            {name: Spread.counted(bytes_of(tensors_in(cache))) for name, cache in caches.items()},
             at,
         ),
     ]
@@ -56,17 +56,17 @@ def _recurrent_states(cache: Any) -> list[Tensor]:
     of_fla = (getattr(layer, "state", None) or {} for layer in cache.layers)
     held = [state.get("recurrent_state") for state in of_fla]
     held += [getattr(layer, "recurrent_states", None) for layer in cache.layers]
-    return [tensor for each in held for tensor in _tensors(each)]
+    return [tensor for each in held for tensor in tensors_in(each)]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors anywhere in a cache, a layer of one, or a container."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     if hasattr(value, "layers"):
-        return _tensors([vars(layer) for layer in value.layers])
+        return tensors_in([vars(layer) for layer in value.layers])
     return []

@@ -6,7 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from flame.errors import UserError
 from launch.speed.decoding import decode_seconds, random_prompt
+from launch.speed.graph_decoding import NoGraphError, graph_seconds
 from launch.speed.kernel_trace import operators_of
 from launch.speed.timing import Spread
 from launch.speed.workload import (
@@ -42,41 +44,85 @@ def prefill(models: Models, work: Workload) -> Iterator[Measure]:
     )
 
 
-def decode(models: Models, work: Workload) -> Iterator[Measure]:
-    """Tokens a second over the batch, and milliseconds a step, of greedy cached decoding."""
-    for batch_size in work.batch_sizes:
-        with enough_memory(f"decoding of {batch_size} sequences", "--batch-sizes"):
-            seconds = decode_seconds(
-                models,
+def decode(models: Models, work: Workload, notes: list[str]) -> Iterator[Measure]:
+    """Tokens a second over the batch, and milliseconds a step, of greedy cached decoding.
+
+    As a user would run it, and as a CUDA graph where one can be made; `notes` gets a sentence for
+    what is missing. A batch that does not fit ends the measure, unless it is the first.
+    """
+    for place, batch_size in enumerate(work.batch_sizes):
+        try:
+            with enough_memory(f"decoding of {batch_size} sequences", "--batch-sizes"):
+                seconds = decode_seconds(
+                    models,
+                    batch_size,
+                    work.decode_length,
+                    work.prompt_length,
+                    work.seed,
+                    work.repeats,
+                )
+        except UserError as error:
+            if place == 0 or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            notes.append(f"Batch {batch_size} and larger are missing: {error}.")
+            return
+        yield from _decoding_measures("", "", seconds, batch_size, work)
+        graphs = _graph_seconds(models, batch_size, work, notes)
+        if graphs:
+            yield from _decoding_measures("_graph", " as a CUDA graph", graphs, batch_size, work)
+
+
+def _decoding_measures(
+    suffix: str, how: str, seconds: dict[str, list[float]], batch_size: int, work: Workload
+) -> Iterator[Measure]:
+    sizes = {
+        "batch_size": batch_size,
+        "length": work.decode_length,
+        "prompt_length": work.prompt_length,
+    }
+    tokens, where = batch_size * work.decode_length, f"{how}, batch {batch_size}"
+    yield Measure(
+        f"decode{suffix}",
+        f"decoding{where}",
+        "tokens/s",
+        "higher",
+        {name: Spread.rates(tokens, times) for name, times in seconds.items()},
+        sizes,
+    )
+    yield Measure(
+        f"decode{suffix}_latency",
+        f"latency of a token{where}",
+        "ms",
+        "lower",
+        {n: Spread.milliseconds(times, work.decode_length) for n, times in seconds.items()},
+        sizes,
+    )
+
+
+def _graph_seconds(
+    models: Models, batch_size: int, work: Workload, notes: list[str]
+) -> dict[str, list[float]]:
+    """Seconds of each model that can decode as a CUDA graph; one after another, to save memory."""
+    found = {}
+    for name, model in models.items():
+        try:
+            found[name] = graph_seconds(
+                model,
                 batch_size,
                 work.decode_length,
                 work.prompt_length,
                 work.seed,
                 work.repeats,
             )
-        sizes = {
-            "batch_size": batch_size,
-            "length": work.decode_length,
-            "prompt_length": work.prompt_length,
-        }
-        tokens = batch_size * work.decode_length
-        where = f"batch {batch_size}"
-        yield Measure(
-            "decode",
-            f"decoding, {where}",
-            "tokens/s",
-            "higher",
-            {name: Spread.rates(tokens, times) for name, times in seconds.items()},
-            sizes,
-        )
-        yield Measure(
-            "decode_latency",
-            f"latency of a token, {where}",
-            "ms",
-            "lower",
-            {n: Spread.milliseconds(times, work.decode_length) for n, times in seconds.items()},
-            sizes,
-        )
+        except NoGraphError as reason:
+            note = f"Decoding of {name} as a CUDA graph is missing: {reason}."
+        except torch.OutOfMemoryError:
+            note = f"Decoding of {name} as a CUDA graph does not fit at batch {batch_size}."
+        else:
+            continue
+        if note not in notes:
+            notes.append(note)
+    return found
 
 
 def kernels(models: Models, work: Workload) -> dict[str, dict[str, list[str]]]:

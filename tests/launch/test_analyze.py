@@ -24,6 +24,7 @@ from launch.ranks.analysis_files import (
     read_table,
     write_table,
 )
+from launch.ranks.precision import precision_sentence
 from launch.ranks.rank_plots import NAMES, Series, plots
 from launch.ranks.spectra import spectra_of
 from pruning.state_rank import token_counts
@@ -130,6 +131,7 @@ def test_the_summary_is_that_of_the_table(outputs: list[Path]) -> None:
     columns, summary = table(outputs[0]), json.loads((outputs[0] / SUMMARY_FILE).read_text())
     assert (summary["length"], summary["sequences"]) == (LENGTH, SEQUENCES)
     assert summary["data"][1].endswith("other.jsonl")
+    assert summary["precision"] == "The states are float64, made from float32 activations."
     for key, model, data in [("model", "thin", "text"), ("against", "dense", "text"), ("second_data", "thin", "other")]:  # fmt: skip  # noqa: E501
         for layer in summary[key]["layers"]:
             chosen = (
@@ -294,3 +296,9 @@ def test_a_state_that_is_not_finite_leaves_nothing_behind(home: Path, tmp_path: 
     with pytest.raises(UserError, match="^layer 1 head 1: the state after token 1 is not finite"):
         stage(str(tmp_path / "model"), str(out), "--data", str(home / "text.jsonl"), *ARGUMENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_states_of_bf16_kernels_say_what_is_rounding() -> None:
+    said = precision_sentence("bfloat16", "cuda")
+    assert "come from GPU kernels that multiply in bfloat16" in said
+    assert "--epsilon 0.004 or more" in said

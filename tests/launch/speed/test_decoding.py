@@ -9,10 +9,18 @@ from torch import nn
 from flame.errors import UserError
 from flame.model import stock_config
 from launch.speed import decoding
+from launch.speed.caches import tensors_in
 from launch.speed.decoding import (
     decode_seconds,
     random_prompt,
     timed_decoding,
+)
+from launch.speed.graph_decoding import (
+    WARM_UP,
+    NoGraphError,
+    StaticDecoding,
+    captured,
+    update_in_place,
 )
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "hidden_ratio": 2}
@@ -90,6 +98,54 @@ def test_speed_of_a_real_model_is_positive() -> None:
     models = {"model": stock_model("gated_deltanet")}
     (times,) = decode_seconds(models, 2, 4, 4, repeats=2).values()
     assert len(times) == 2 and all(0 < time < float("inf") for time in times)
+
+
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+def test_decoding_with_every_tensor_in_its_place_gives_the_same_tokens(family: str) -> None:
+    model = stock_model(family)
+    prompt = random_prompt(model, 3, 70, seed=1)
+    expected, _ = timed_decoding(model, prompt, 6)
+    decoding = StaticDecoding(model, prompt)
+    places = addresses(decoding.cache)
+    assert len(places) > 2
+    tokens = [decoding.token.clone()]
+    for _ in range(5):
+        decoding.step()
+        tokens.append(decoding.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), expected)
+    assert addresses(decoding.cache) == places
+
+
+def addresses(cache: Any) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors_in(cache)]
+
+
+def test_a_cache_that_grows_is_no_graph() -> None:
+    from fla.models.utils import FLALayer
+
+    model = stock_model("llama")
+    with pytest.raises(NoGraphError, match="its cache is not one of fla's"):
+        StaticDecoding(model, random_prompt(model, 1, 4, seed=0))
+    layer, token = FLALayer(), torch.zeros(1, 1, 2, 8)
+    layer.update(attn_state=(token, token))
+    update_in_place(layer)
+    with pytest.raises(NoGraphError, match="its cache grows with the text"):
+        layer.update(attn_state=(token, token))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_graph_gives_the_tokens_of_eager_decoding() -> None:
+    """Not run so far: written where there is no GPU."""
+    model = stock_model("gated_deltanet").cuda().bfloat16()
+    prompt = random_prompt(model, 3, 70, seed=1)
+    expected, _ = timed_decoding(model, prompt, WARM_UP + 6)
+    decoding = StaticDecoding(model, prompt)
+    replay, tokens = captured(decoding.step, prompt.device), [decoding.token.clone()]
+    for _ in range(5):
+        replay()
+        tokens.append(decoding.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), expected[:, WARM_UP:])
 
 
 @pytest.mark.parametrize("name", ["batch_size", "length", "prompt_length", "repeats"])
