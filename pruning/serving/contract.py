@@ -82,6 +82,9 @@ class Engine:
     kernels: tuple[Kernel, ...]
     refused: dict[str, str] = field(default_factory=dict)
     """Why a family with a class is not served all the same, by `model_type`."""
+    untied: tuple[str, ...] = ()
+    """Families whose class has an output projection of its own: with tied embeddings, whose
+    checkpoint holds none, it answers from unset weights, without a word."""
     flags: tuple[str, ...] = ()
     """What must be said for every model."""
     conv_widths: tuple[int, ...] = ()
@@ -135,6 +138,7 @@ VLLM_GPU = Engine(
             "vllm/third_party/flash_linear_attention/ops/chunk_delta_h.py: assert K <= 256",
         ),
     ),
+    untied=("qwen3_next",),
 )  # fmt: skip
 
 _ON_A_CPU = Kernel(
@@ -145,7 +149,7 @@ _ON_A_CPU = Kernel(
     ALL,
     "vllm._custom_ops.chunk_gated_delta_rule_cpu, by benchmarks/engine_checks.py",
     evidence="check run",
-    only=tuple(name for name in _QWEN if name != "qwen3_5_text"),
+    only=("qwen3_5", "qwen3_5_moe"),
 )
 
 VLLM_CPU = Engine(
@@ -157,11 +161,12 @@ VLLM_CPU = Engine(
             _ON_A_CPU,
             source="models behind the server, by benchmarks/serve_vllm.py",
             evidence="run",
-            only=("qwen3_5_text",),
+            only=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
         ),
         _ON_A_CPU,
     ),
     refused={"olmo_hybrid": "its layer has Triton kernels alone, which a CPU lacks"},
+    untied=("qwen3_next",),
     flags=("--dtype bfloat16",),
     conv_widths=(4,),
     softmax_widths=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),

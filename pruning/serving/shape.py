@@ -34,6 +34,8 @@ class ServedShape:
     conv_width: int
     softmax_width: int | None
     """Channels of a softmax head; None if the config does not say."""
+    tied: bool = False
+    """Whether the output projection is the embedding."""
     split: dict[str, int] = field(default_factory=dict)
     """What is divided among tensor-parallel processes, by its name."""
     kv_heads: int | None = None
@@ -79,6 +81,7 @@ def served_shape(config: Config) -> ServedShape | None:
         value_width=sizes.value_width,
         conv_width=_if_any(full, "linear_conv_kernel_dim") or CONV_WIDTH,
         softmax_width=_softmax_width(full),
+        tied=bool(full.get("tie_word_embeddings", False)),
         split=dict(_split(full)),
         kv_heads=_if_any(full, "num_key_value_heads"),
     )

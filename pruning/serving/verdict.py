@@ -125,6 +125,8 @@ def against(engine: Engine, shape: ServedShape) -> str | None:
     """Why an engine does not serve a model of this shape; None if it does."""
     if (reason := against_family(engine, shape.family)) is not None:
         return reason
+    if shape.tied and shape.family in engine.untied:
+        return f"its class for {shape.family} does not tie the output projection to the embedding"
     if engine.conv_widths and shape.conv_width not in engine.conv_widths:
         taken = " or ".join(map(str, engine.conv_widths))
         return f"short convolutions of {shape.conv_width} taps, it takes {taken}"

@@ -69,7 +69,8 @@ def test_a_square_runs_on_a_cpu() -> None:
     found = verdict("vllm-cpu", SQUARE)
     assert (found.refusal, found.model_class) == (None, "Qwen3_5ForCausalLM")
     assert found.flags == ("--dtype bfloat16",) and found.evidence == "run"
-    assert verdict("vllm-cpu", SQUARE | {"model_type": "qwen3_next"}).evidence == "check run"
+    whole = {"model_type": "qwen3_5", "text_config": SQUARE}
+    assert verdict("vllm-cpu", whole).evidence == "check run"
     assert (
         verdict("vllm-gpu", SQUARE).flags == () and verdict("vllm-gpu", SQUARE).evidence == "read"
     )
@@ -86,6 +87,7 @@ def test_published_checkpoints_with_vision_have_a_class_of_their_own() -> None:
     ("change", "name", "reason"),
     [
         ({"linear_conv_kernel_dim": 3}, "vllm-cpu", "3 taps, it takes 4"),
+        ({"model_type": "qwen3_next", "tie_word_embeddings": True}, "vllm-gpu", "does not tie"),
         ({"head_dim": 48}, "vllm-cpu", "softmax heads of 48 channels"),
         ({"linear_key_head_dim": 264}, "vllm-gpu", "264 x 128.*d_k up to 256"),
         ({"model_type": "olmo_hybrid"}, "vllm-cpu", "Triton kernels alone"),
