@@ -72,7 +72,7 @@ def chunk_gated_delta_rule_bwd_dhu(
     dinitial = None if h0 is None else torch.empty_like(h0, dtype=torch.float32)
     dv_new = torch.empty_like(dv)
     carry_gradients_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * cut.documents * HV,)](
-        q, k, w, g, dht, dinitial, do, dstates, dv, dv_new, cu_seqlens, cut.offsets,
+        q, k, w, g, gk, dht, dinitial, do, dstates, dv, dv_new, cu_seqlens, cut.offsets,
         K**-0.5 if scale is None else scale, T,
         H=H, HV=HV, K=K, V=V, PIECES=pieces(K), V_FIRST=state_v_first,
     )  # fmt: skip

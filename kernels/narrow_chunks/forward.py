@@ -61,6 +61,7 @@ def chunk_gated_delta_rule_fwd_h(
 
     Args:
         k: `[B, T, H, K]`; w: `[B, T, HV, K]`; u: `[B, T, HV, V]`; g: `[B, T, HV]`.
+        gk: with a decay per key channel `[B, T, HV, K]`, and `k` decayed to the chunk's end.
         initial_state: `[N, HV, K, V]`, or with `state_v_first` `[N, HV, V, K]`, like all states.
 
     States are `[B, chunks, HV, K, V]` in the dtype of `k`, final ones float32.
@@ -75,7 +76,7 @@ def chunk_gated_delta_rule_fwd_h(
         final = k.new_empty(cut.documents, HV, *shape, dtype=torch.float32)
     v_new = torch.empty_like(u) if save_new_value else None
     carry_states_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * cut.documents * HV,)](
-        k, w, u, g, initial_state, v_new, states, final, cu_seqlens, cut.offsets, T,
+        k, w, u, g, gk, initial_state, v_new, states, final, cu_seqlens, cut.offsets, T,
         H=H, HV=HV, K=K, V=V, PIECES=pieces(K), V_FIRST=state_v_first,
     )  # fmt: skip
     return states, v_new, final

@@ -3,8 +3,8 @@
 
     dV_new += e^{G - G_i} K dS,     dS <- e^G dS + (scale e^{G_i} Q)^T dO - W^T dV_new
 
-One program a head and block of value channels. `kernels.gated_delta_rule.recurrence` is the same in
-PyTorch.
+With a decay per key channel, `gk`, the caller has decayed Q and K already. One program a head and
+block of value channels. `kernels.gated_delta_rule.recurrence` is the same in PyTorch.
 """
 
 import triton
@@ -14,6 +14,7 @@ from kernels.narrow_chunks.pieces import tuned
 from kernels.narrow_chunks.states import CONFIGS
 from kernels.narrow_chunks.tiles import (
     C,
+    channel_decays,
     last_decay,
     load_rows,
     load_scalars,
@@ -31,6 +32,7 @@ def carry_gradients_kernel(
     k,
     w,
     g,
+    gk,
     dfinal,
     dinitial,
     dout,
@@ -67,6 +69,8 @@ def carry_gradients_kernel(
     dstates += ((chunk + chunks - 1) * HV + i_head) * K * V
     if g is not None:
         g += first * HV + i_head
+    if gk is not None:
+        gk += (first * HV + i_head) * K
     if dfinal is not None:
         dfinal += i_state * K * V
     if dinitial is not None:
@@ -101,11 +105,15 @@ def carry_gradients_kernel(
             part = dstate[p]
             if g is not None:
                 part *= kept
+            if gk is not None:
+                part *= channel_decays(gk, HV * K, left, PIECES[p][0], PIECES[p][1])
             queries = load_rows(q, H * K, left, PIECES[p][0], PIECES[p][1], K)
             part = tl.dot(tl.trans(queries), read, part)
             keys = load_rows(w, HV * K, left, PIECES[p][0], PIECES[p][1], K)
             before = before + (tl.dot(tl.trans(keys), change, part),)
         dstate = before
+        if gk is not None:
+            gk -= C * HV * K
         start -= C
         q -= C * H * K
         k -= C * H * K

@@ -3,6 +3,8 @@
 
     V_new = U - W S,     S <- e^G S + (e^{G - G_i} K)^T V_new
 
+With a decay per key channel, `gk`, the caller has decayed the keys already.
+
 `kernels/README.md` derives it; `kernels.gated_delta_rule.recurrence` is the same in PyTorch.
 """
 
@@ -12,6 +14,7 @@ import triton.language as tl
 from kernels.narrow_chunks.pieces import tuned
 from kernels.narrow_chunks.tiles import (
     C,
+    channel_decays,
     last_decay,
     load_rows,
     load_scalars,
@@ -34,6 +37,7 @@ def carry_states_kernel(
     w,
     u,
     g,
+    gk,
     initial,
     v_new,
     states,
@@ -62,6 +66,8 @@ def carry_states_kernel(
         v_new += (first * HV + i_head) * V
     if g is not None:
         g += first * HV + i_head
+    if gk is not None:
+        gk += (first * HV + i_head) * K
     if initial is not None:
         initial += i_state * K * V
     if final is not None:
@@ -97,8 +103,12 @@ def carry_states_kernel(
             part = state[p]
             if g is not None:
                 part *= kept
+            if gk is not None:
+                part *= channel_decays(gk, HV * K, left, PIECES[p][0], PIECES[p][1])
             after = after + (tl.dot(tl.trans(keys), value, part),)
         state = after
+        if gk is not None:
+            gk += C * HV * K
         k += C * H * K
         w += C * HV * K
         u += C * HV * V

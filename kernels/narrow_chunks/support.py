@@ -23,8 +23,8 @@ FLA_BLOCK = 64
 def refusal(function: str, arguments: dict[str, Any]) -> str | None:
     """Return why a call of fla's `function` is not ours; None if it is.
 
-    `arguments` are those given by name, as fla's delta rules give all of theirs. Ours have a scalar
-    decay or none, chunks of 64 tokens, and one dtype for all that is multiplied.
+    `arguments` are those given by name, as fla's delta rules give all of theirs. Ours have chunks
+    of 64 tokens, and one dtype for all that is multiplied.
     """
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     if "k" not in tensors:
@@ -41,8 +41,8 @@ def refusal(function: str, arguments: dict[str, Any]) -> str | None:
         return f"chunks of {arguments['chunk_size']} tokens"
     if {tensors[name].dtype for name in tensors.keys() & _MULTIPLIED} != {keys.dtype}:
         return "mixed dtypes"
-    if any(name in tensors for name in ("gk", "g_gamma")) or arguments.get("use_graph"):
-        return "a decay per key channel or per head, or buffers of a CUDA graph"
+    if "g_gamma" in tensors or arguments.get("use_graph"):
+        return "one decay for all tokens of a head, or buffers of a CUDA graph"
     check = _CHECKS.get(function)
     return check(arguments) if check else None
 

@@ -138,6 +138,14 @@ def last_decay(g, stride, left):
 
 
 @triton.jit
+def channel_decays(gk, stride, left, start, WIDTH: tl.constexpr):
+    """Return `[WIDTH, 1]`: the decay of each key channel from `start` over the whole chunk."""
+    last = gk + (tl.minimum(left, C) - 1) * stride
+    total = tl.load(last + start + tl.arange(0, WIDTH)).to(tl.float32)
+    return tl.exp2(total)[:, None]
+
+
+@triton.jit
 def pair_decays(g, stride, left, STRICT: tl.constexpr):
     """Return `[i, j]`: the decay from token j to token i, 0 unless j <= i (STRICT: j < i).
 

@@ -32,7 +32,8 @@ def check(name: str, d_k: int) -> None:
     kernel, ckv, cck, ccv = KERNELS[name]
     constants = {
         "H": 16, "HV": 16, "K": d_k, "V": VALUES, "BV": VALUES, "PIECES": pieces(d_k),
-        "V_FIRST": True, "cu_seqlens": None, "chunk_indices": None, "chunk_offsets": None,
+        "V_FIRST": True, "gk": None, "cu_seqlens": None, "chunk_indices": None,
+        "chunk_offsets": None,
     }  # fmt: skip
     names = set(kernel.arg_names)
     constants = {key: value for key, value in constants.items() if key in names}

@@ -90,6 +90,39 @@ def check(case: Case) -> None:
         assert ours <= 1e-2 * size, f"{name}: {ours:.1e} of {size:.1e}"
 
 
+@pytest.mark.interpreter
+def test_states_with_a_decay_per_key_channel_equal_flas():
+    """The two steps that KDA shares with the other rules, in float32: equal to rounding."""
+    from fla.ops.common import chunk_delta_h
+
+    from kernels import fla_triton
+    from tests.kernels.fla_interpreted import kernels_of
+
+    fla_triton.install()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, k, w = (normal(1, PACKED[-1], 2, 48) / 7 for _ in range(3))
+    u, do, dv = (normal(1, PACKED[-1], 2, 24) for _ in range(3))
+    gk, bounds = -normal(1, PACKED[-1], 2, 48).abs(), torch.tensor(PACKED)
+    h, dht = (normal(len(PACKED) - 1, 2, 24, 48) for _ in range(2))
+    flags = {"gk": gk, "state_v_first": True, "cu_seqlens": bounds}
+    found = {}
+    for owner in ("slimstate", "fla"):
+        with kernels_of(owner):
+            forward = chunk_delta_h.chunk_gated_delta_rule_fwd_h(
+                k=k, w=w, u=u, initial_state=h, output_final_state=True, **flags
+            )
+            backward = chunk_delta_h.chunk_gated_delta_rule_bwd_dhu(
+                q=q, k=k, w=w, do=do, dv=dv, h0=h, dht=dht, scale=0.3, **flags
+            )
+        found[owner] = (*forward, *backward)
+    for ours, theirs in zip(found["slimstate"], found["fla"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def narrowed(case: Case) -> dict[str, Tensor]:
     """Inputs in the case's dtype, states and log-decays in float32; those that it has."""
     x = reference.inputs(
@@ -169,7 +202,7 @@ def test_pieces_are_powers_of_two_without_a_gap():
         ({"device": "cpu"}, "do not run on cpu"),
         ({"chunk_size": 32}, "chunks of 32 tokens"),
         ({"dtype": torch.float32}, "mixed dtypes"),
-        ({"gk": True}, "a decay per key channel"),
+        ({"g_gamma": True}, "one decay for all tokens"),
     ],
 )
 def test_calls_that_are_not_ours_stay_flas(change: dict, reason: str | None):
@@ -178,8 +211,8 @@ def test_calls_that_are_not_ours_stay_flas(change: dict, reason: str | None):
         u = torch.empty(1, 70, 2, 128, device=keys.device, dtype=change.get("dtype"))
         keys, u = keys.bfloat16(), u if "dtype" in change else u.bfloat16()
         arguments = {"k": keys, "w": keys, "u": u, "chunk_size": change.get("chunk_size", 64)}
-        if "gk" in change:
-            arguments["gk"] = keys
+        if "g_gamma" in change:
+            arguments["g_gamma"] = keys
         found = refusal("chunk_gated_delta_rule_fwd_h", arguments)
     assert found is None if reason is None else found is not None and reason in found
 
