@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pruning.statistics.products import AddProducts, add_products_, add_products_in_pieces_
 
@@ -24,7 +25,17 @@ def products_for(device: torch.device, products: Products = "auto") -> AddProduc
     """
     if products == "auto":
         products = "float64" if _is_fast_at_float64(device) else "pieces"
-    return add_products_ if products == "float64" else add_products_in_pieces_
+    return add_products_ if products == "float64" else add_in_pieces_
+
+
+def add_in_pieces_(gram: Tensor, *rows: Tensor) -> None:
+    """Add the outer products of rows in short pieces, by our Triton kernel where it takes them."""
+    from kernels.gram import gram_matrices, takes
+
+    if takes(*rows):
+        gram += gram_matrices(*rows)
+    else:
+        add_products_in_pieces_(gram, *rows)
 
 
 def _is_fast_at_float64(device: torch.device) -> bool:
