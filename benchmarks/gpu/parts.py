@@ -47,6 +47,7 @@ class Sizes:
 
     tests: str
     widths: str
+    decode_step: str
     recipes: tuple[str, ...]
     """Pretraining recipes in `launch/recipes`; the first one's model is pruned and recovered."""
 
@@ -67,6 +68,7 @@ class Sizes:
 ON_GPU = Sizes(
     tests="tests",
     widths="",
+    decode_step="--widths 64 96 128",
     recipes=("delta_net_340M", "gated_deltanet_340M"),
     config="gated_deltanet_340M.json",
     vocabulary=16000,
@@ -80,6 +82,7 @@ ON_GPU = Sizes(
 REHEARSAL = Sizes(
     tests="tests/kernels/test_gpu.py",
     widths="--tokens 128 --heads 2 --d-v 16 --widths 16 32 --dense 32 --batches 1 2 --rounds 1",
+    decode_step="--widths 24 --batches 2",
     recipes=("demo_pretrain",),
     config="demo_config.json",
     vocabulary=512,
@@ -119,7 +122,8 @@ def _tests(sizes: Sizes) -> Command:
 
 def _operators(sizes: Sizes) -> list[Command]:
     widths = script("operator_widths", sizes.widths)
-    return [widths, replace(widths, environment=FLA), script("prefill")]
+    step = script("decode_step", sizes.decode_step)
+    return [widths, replace(widths, environment=FLA), script("prefill"), step]
 
 
 def _training(sizes: Sizes) -> list[Command]:

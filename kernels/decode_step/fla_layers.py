@@ -59,7 +59,7 @@ def decoded(
         return None
     real = None if attention_mask is None else attention_mask[:, -1]
     x = hidden_states[:, 0]
-    o = decode_step(_step(layer, x, state, windows, real))
+    o = decode_step(layer_step(layer, x, state, windows, real))
     update_layer_cache(layer, past_key_values, recurrent_state=state, conv_state=windows, offset=1)
     return layer.o_proj(o)[:, None]
 
@@ -87,9 +87,10 @@ def _has_our_flags(layer: Any) -> bool:
     return norm and plain and activations[0] == activations[1] and activations[2] in _SILU
 
 
-def _step(
+def layer_step(
     layer: Any, x: Tensor, state: Tensor, windows: Sequence[Tensor], real: Tensor | None
 ) -> DecodeStep:
+    """Return the step of a layer on x `[N, hidden]`: its projections, parameters and memory."""
     modules = (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)
     q, k, v = (
         Convolution(module.weight.squeeze(1), window, module.bias)

@@ -76,13 +76,17 @@ def random_step(
     )
 
 
-def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy that shares no tensor; floating tensors in `dtype`."""
+def cloned(value: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """A copy that shares no tensor, on `device`; floating tensors in `dtype`."""
     if isinstance(value, Tensor):
-        return value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
+        wanted = dtype if value.is_floating_point() else None
+        return value.to(device or value.device, wanted or value.dtype, copy=True)
     if is_dataclass(value):
-        return type(value)(*(cloned(getattr(value, f.name), dtype) for f in fields(value)))
-    return tuple(cloned(each, dtype) for each in value) if isinstance(value, tuple) else value
+        made = (cloned(getattr(value, f.name), dtype, device) for f in fields(value))
+        return type(value)(*made)
+    if isinstance(value, tuple):
+        return tuple(cloned(each, dtype, device) for each in value)
+    return value
 
 
 def memory(step: DecodeStep) -> list[Tensor]:
@@ -138,9 +142,9 @@ def of_fla(step: DecodeStep) -> Tensor:
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as the interpreter stores it, which cuts a float32 off to a bfloat16."""
-    if dtype == torch.float32:
-        return x
+    """`x` as the interpreter stores it, which cuts a float32 off to a bfloat16; on CUDA rounded."""
+    if dtype == torch.float32 or x.is_cuda:
+        return x.to(dtype)
     return (x.view(torch.int32) & -(1 << 16)).view(torch.float32).to(dtype)
 
 

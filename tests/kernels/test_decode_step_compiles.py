@@ -66,12 +66,9 @@ def check(kernel: Any, folder: Path, state_dtype: torch.dtype) -> None:
         assert re.search(rf"{direction}\.global\S*\.\S*{width}", kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize(
-    ("rule", "K"), [("gated", 96), ("delta", 128)], ids=["gated 96", "delta 128"]
-)
-def test_half_a_head_and_a_whole_one_for_an_h100(rule: str, K: int, tmp_path: Path):
-    step = random_step(rule, K, 128, dtype=BF16, padding=True)
-    check(compiled(step, shapes(K)[0]), tmp_path, torch.float32)
+def test_three_quarters_of_a_head_for_an_h100(tmp_path: Path):
+    step = random_step("gated", 96, 128, dtype=BF16, padding=True)
+    check(compiled(step, shapes(96)[0]), tmp_path, torch.float32)
 
 
 @pytest.mark.slow

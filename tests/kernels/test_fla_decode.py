@@ -40,7 +40,7 @@ NOT_OURS: dict[str, dict[str, Any]] = {
     "relu": {"model_type": "delta_net", "qk_activation": "relu"},
     "sum norm": {"model_type": "delta_net", "qk_norm": "sum"},
 }
-LENGTHS, NEW = (70, 3, 20), 4
+LENGTHS, NEW = (70, 3), 3
 """fla reads prompts of more than 64 tokens by its chunked operator, shorter ones token by token."""
 
 
@@ -92,7 +92,7 @@ def check_generation(model: nn.Module) -> None:
     # The first token comes with the prompt.
     assert calls == [len(LENGTHS)] * model.config.num_hidden_layers * (NEW - 1)
     assert torch.equal(found, by_fla(lambda: generated(model)))
-    assert len(found.unique()) > NEW
+    assert len(found.unique()) > 2
 
 
 @pytest.mark.interpreter
@@ -102,7 +102,7 @@ def test_generation_runs_our_step_and_writes_what_flas_path_writes(name: str):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["gated", "kda"])
+@pytest.mark.parametrize("name", ["gated", pytest.param("kda", marks=pytest.mark.slow)])
 def test_a_pruned_model_runs_our_step_too(name: str, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
