@@ -193,6 +193,7 @@ SGLANG = Engine(
             "sglang/kernels/ops/attention/fla/chunk_delta_h.py: assert K <= 256",
         ),
     ),
+    untied=("qwen3_next",),
 )  # fmt: skip
 
 _MLX_GATED_DELTA = "mlx_lm/models/gated_delta.py"

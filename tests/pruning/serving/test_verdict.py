@@ -88,6 +88,7 @@ def test_published_checkpoints_with_vision_have_a_class_of_their_own() -> None:
     [
         ({"linear_conv_kernel_dim": 3}, "vllm-cpu", "3 taps, it takes 4"),
         ({"model_type": "qwen3_next", "tie_word_embeddings": True}, "vllm-gpu", "does not tie"),
+        ({"model_type": "qwen3_next", "tie_word_embeddings": True}, "sglang", "does not tie"),
         ({"head_dim": 48}, "vllm-cpu", "softmax heads of 48 channels"),
         ({"linear_key_head_dim": 264}, "vllm-gpu", "264 x 128.*d_k up to 256"),
         ({"model_type": "olmo_hybrid"}, "vllm-cpu", "Triton kernels alone"),
