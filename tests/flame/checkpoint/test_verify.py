@@ -1,7 +1,9 @@
 """Hashing and loading a step together: each byte is read about once for all ranks, and no damage
 passes."""
 
+import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,25 @@ def test_a_node_of_eight_reads_a_third_of_the_checkpoint(
     for node in of_nodes:
         assert of_nodes[node] / checkpoint == pytest.approx(wanted + index, rel=0.15)
     assert wanted + index < 1.2
+
+
+def _read_until_killed(said: Path) -> None:
+    def parts() -> Any:
+        yield 1
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield 1
+
+    try:
+        Peers().go_through(parts())
+    except RuntimeError as error:
+        said.write_text(str(error))
+
+
+@pytest.mark.slow
+def test_ranks_do_not_wait_for_one_that_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a worker died with exit code -9"):
+        run_distributed(_read_until_killed, 2, tmp_path / "said")
+    # Its end is noticed, and not waited for until the group's timeout.
+    text = (tmp_path / "said").read_text()
+    assert "onnection" in text and "Timed out" not in text
