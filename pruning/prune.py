@@ -20,9 +20,10 @@ from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank
 from flame.process.peers import on_first
 from flame.stage import Stage
+from pruning.adapters import adapter_for
 from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
-from pruning.calibration.data import calibration_data, check_data
+from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
@@ -30,7 +31,7 @@ from pruning.plan import check_stats, planned, summary
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
 from pruning.planning.fitting import fitted
-from pruning.planning.plan import Plan
+from pruning.planning.plan import Plan, spaces_of_kinds
 from pruning.repair.repaired import REPAIR_HELP, Repair, repaired
 from pruning.statistics import OutputEquations, Statistic
 from pruning.transform.write import write_pruned
@@ -42,7 +43,9 @@ class Options:
     out: Path = argument("OUT", "folder to write")
     to: Form | None = option(None, "format to write (default: the model's)")
     stats: Path | None = option(None, "use the statistics of slimstate calibrate")
-    repair: Repair = option("none", REPAIR_HELP)
+    repair: Repair | None = option(
+        None, f"{REPAIR_HELP} (default: output where neither --method nor --paper is given)"
+    )
     overwrite: bool = option(False, OVERWRITE_HELP)
     choice: MethodOptions = group(MethodOptions, "method")
     budget: Budget = group(Budget, BUDGET)
@@ -53,6 +56,16 @@ class Options:
     def method(self) -> Method:
         """The method with its hyper-parameters; raises UserError if there is no such method."""
         return self.choice.chosen(self.data.seed, self.budget.paper)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether output projections are refitted."""
+        return self.repair == "output" or (self.repair is None and self.is_default)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the way of choosing is left to this program."""
+        return not self.choice.method and not self.budget.paper
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -68,16 +81,32 @@ def check(options: Options, world_size: int = 1) -> None:
     widths = check_budget(budget, reference.config, options.method)
     if options.stats is not None or not options.method.needs:
         check_stats(options.stats, options.method)
-    reads = bool(options.needs) or options.repair != "none"
+    reads = bool(options.needs) or options.repairs
     if options.stats is not None and not reads:
         _check_no_data(options)
     if reads:
         check_gradients(options.needs, reference.config)
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
+        if options.is_default:
+            print(f"note: {_said(options, reference, data)}", flush=True)
         # Also in the plan's notes; here it is said before the work.
         for note in ratio_notes(budget, reference.config, widths):
             print(f"note: {note}", flush=True)
+
+
+def _said(options: Options, reference: ModelReference, data: CalibrationData) -> str:
+    """What is done where no method is named, and what it costs."""
+    spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, options.budget.kinds)
+    runs = max((space.head_dim + 1 for space in spaces if space.kind == "key"), default=1)
+    twice = options.stats is None and options.repairs
+    passes = f"{'two passes' if twice else 'a pass'} over {data.tokens:,} tokens"
+    repair = ", refits the output projections (--repair output)" if options.repairs else ""
+    cost = "" if options.stats else f", {runs} runs of each head's delta rule in the first one"
+    return (
+        f"no --method is named: {options.method.name} chooses{repair}; {passes}{cost} "
+        "(--replay-fraction F: on a part of them)"
+    )
 
 
 def _check_no_data(options: Options) -> None:
@@ -111,7 +140,7 @@ def make_plan(options: Options, reference: ModelReference) -> Plan:
     pruned layers beside the dense ones, for a repair.
     """
     plan = _chosen(options, reference)
-    if options.repair == "none":
+    if not options.repairs:
         return plan
     plan = from_rank_zero(plan)
     data = calibration_data(reference, options.data)

@@ -138,7 +138,7 @@ class Work:
         options = prune.STAGE.parse(words)
         if options.method.needs:
             options = dataclasses.replace(options, stats=self.statistics)
-        if options.repair != "none":
+        if options.repairs:
             options = dataclasses.replace(options, data=self.data)
         prune.check(options, 1)
         prune.run(options)

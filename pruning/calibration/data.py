@@ -38,6 +38,11 @@ class CalibrationData:
     gram_products: Products = "auto"
     """How outer products are summed; no part of the record, since the sums are the same."""
 
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.sequences * self.seq_len
+
     def record(self) -> dict[str, Any]:
         """The settings that identify the data, as plans and statistics record them."""
         values = dataclasses.asdict(self.config)

@@ -199,6 +199,28 @@ def test_what_a_user_loads_is_the_regression_in_every_kind_of_space(
             assert torch.equal(tensor, plain[name])
 
 
+def test_without_a_method_the_best_proven_one_is_taken_and_said(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--ratio", "0.5", *data_words(home))
+    pairs = {
+        (): ("--method", "output-error", "--repair", "output"),
+        ("--paper",): ("--method", "drrqr", "--repair", "none", "--paper"),
+        ("--repair", "none"): ("--method", "output-error"),
+    }
+    for number, (left, said) in enumerate(pairs.items()):
+        plans = []
+        for name, choice in ((f"left-{number}", left), (f"said-{number}", said)):
+            pruned(home / "delta_net", tmp_path / name, *words, *choice)
+            plans.append((tmp_path / name / "plan.json").read_bytes())
+        assert plans[0] == plans[1]
+    found = capsys.readouterr().out
+    costs = "33 runs of each head's delta rule in the first one (--replay-fraction F: on a part of"
+    default = "output-error chooses, refits the output projections (--repair output); two passes"
+    assert found.count("no --method is named") == 2
+    assert f"no --method is named: {default} over 480 tokens, {costs}" in found
+
+
 def test_moments_of_refitted_tensors_begin_anew(home: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", GATED_DELTANET, weights(GATED_DELTANET))
     choice = ("--method", "l1", "--ratio", "0.5", "--repair", "output")
