@@ -316,7 +316,7 @@ def test_projected_tensors_travel_beside_the_plan(
     with pytest.raises(UserError, match="plan.tensors.safetensors exists"):
         stage("plan", home / "model", plan, *method, *stats)
     stage("plan", home / "model", plan, *method, *stats, "--overwrite")
-    with pytest.raises(UserError, match="mixes channels, which --pad cannot fill up with zeros"):
+    with pytest.raises(UserError, match="has tensors of its own, which --pad cannot fill up"):
         stage("apply", home / "model", plan, tmp_path / "padded", "--pad")
     assert not (tmp_path / "padded").exists()
     tensors.unlink()
