@@ -127,6 +127,19 @@ class Work:
             clock.lap("evaluate recovered")
         return record | {"seconds": clock.laps}
 
+    def pruning(self, point: Point, out: str) -> Any:
+        """The options of `slimstate prune` that make a point's model in the folder `out`."""
+        from pruning import prune
+
+        words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
+        options = prune.STAGE.parse(words)
+        if options.method.needs:
+            options = dataclasses.replace(options, stats=self.statistics)
+        if not options.repairs:
+            return options
+        seed = self.data.seed if point.seed is None else point.seed
+        return dataclasses.replace(options, data=dataclasses.replace(self.data, seed=seed))
+
     def _pruning_words(self, point: Point) -> tuple[str, ...]:
         return (*self.budget_words, *point.words)
 
@@ -134,12 +147,7 @@ class Work:
         """Write the pruned model and keep its plan; return the plan's widths and notes."""
         from pruning import prune
 
-        words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
-        options = prune.STAGE.parse(words)
-        if options.method.needs:
-            options = dataclasses.replace(options, stats=self.statistics)
-        if options.repairs:
-            options = dataclasses.replace(options, data=self.data)
+        options = self.pruning(point, out)
         prune.check(options, 1)
         prune.run(options)
         plan = self.folder.keep_plan(point.file_name, Path(out))

@@ -26,6 +26,7 @@ from launch.sweeping.page import page, write_files
 from launch.sweeping.points import points
 from launch.sweeping.progress import telling
 from launch.sweeping.tables import collect_rows, rows_table, sweep_of, without_documents
+from launch.sweeping.work import Work
 from pruning.methods import METHODS
 from tests.distributed import run_distributed
 from tests.launch.reporting.test_page import Nesting
@@ -112,6 +113,21 @@ def test_methods_that_draw_are_points_for_each_seed() -> None:
     ]
     assert found[0].words[-3:] == ("key,value", "--ratio", "0.5")
     assert found[0].method == found[1].method == "random"
+
+
+def test_repaired_points_read_the_sweep_s_data_and_keep_their_seeds(root: Path) -> None:
+    words = "random:repair=output,l1:repair=output,drrqr:repair=output,drrqr"
+    arguments = ["--methods", words, "--ratios", "0.5", "--seeds", "5,6", "--sequences", "3"]
+    options = sweep.STAGE.parse([str(root / "dense"), "out", *arguments])
+    work = Work(options.folder, options.model, None, Path("stats"), data=options.data)  # type: ignore[arg-type]
+    found = {point.name: work.pruning(point, "out") for point in options.points}
+    assert options.repairs and [made.repairs for made in found.values()] == [True] * 4 + [False]
+    seeds = [made.data.seed for made in found.values()]
+    assert seeds == [5, 6, 42, 42, 42]
+    assert [made.method.seed for made in list(found.values())[:2]] == [5, 6]
+    assert [made.data.sequences for made in found.values()] == [3, 3, 3, 3, 16]
+    given = [made.stats for made in found.values()]
+    assert given == [None, None, None, Path("stats"), Path("stats")]
 
 
 def test_every_registered_method_is_a_word() -> None:
