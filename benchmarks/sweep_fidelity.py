@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.gain import built
 from flame.checkpoint.load import load_model
-from flame.checkpoint.reference import ModelReference, resolve, vocabulary_size
+from flame.checkpoint.reference import ModelReference, resolve
 from flame.errors import run_stage
-from flame.hugging_face.config_file import keeps_documents_apart
+from flame.hugging_face.config_file import keeps_documents_apart, vocabulary_size
 from launch.drawing.table import Column, Table
 from launch.evaluation.fidelity import sum_divergences
 from launch.evaluation.heldout_text import HeldoutOptions, heldout_text
