@@ -134,13 +134,13 @@ def _encoded(
     for epoch in count(begin.epoch) if epochs is None else range(begin.epoch, epochs):
         start = begin if epoch == begin.epoch else Cursor(epoch)
         empty = start.document == start.block == 0
+        first_place = start.block, start.document
         for block, first, texts in _blocks(documents, shard, num_shards, start):
             for document, tokens in enumerate(encoder.stream(texts), first):
-                here = Cursor(epoch, document, 0, block)
-                skipped = start.token if replace(here, token=start.token) == start else 0
+                skipped = start.token if (block, document) == first_place else 0
                 empty = empty and tokens.size == 0
                 if tokens.size > skipped:
-                    yield replace(here, token=skipped), tokens[skipped:]
+                    yield Cursor(epoch, document, skipped, block), tokens[skipped:]
         if empty:
             raise UserError(
                 f"virtual shard {shard} of {num_shards} of {documents.name} has no text: "

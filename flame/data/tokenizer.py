@@ -1,6 +1,7 @@
 """Loading, training and applying tokenizers."""
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,18 @@ class Encoder:
         self.tokenizer = tokenizer
         self.end = [tokenizer.eos_token_id] if add_eos else []
         self._largest = largest_id(tokenizer)
+        self._is_stock = _encodes_as_its_backend(tokenizer)
 
     def stream(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
         """Yield the token ids `[n]` of each text; n is 0 for an empty one."""
         for chunk in chunks(texts):
-            for ids in self._encode(chunk)["input_ids"]:
-                yield self._checked(np.array([*ids, *self.end] if ids else [], dtype=np.int64))
+            # One array for the chunk: numpy's calls would cost more than a short text's tokens.
+            parts = [(ids, self.end if ids else []) for ids in self._ids(chunk)]
+            bounds = [0, *accumulate(len(ids) + len(end) for ids, end in parts)]
+            tokens = chain.from_iterable(chain.from_iterable(parts))
+            whole = self._checked(np.fromiter(tokens, np.int64, bounds[-1]))
+            for start, stop in pairwise(bounds):
+                yield whole[start:stop]
 
     def stream_with_bytes(self, texts: Iterator[str]) -> Iterator[NDArray[np.int64]]:
         """Yield ids and UTF-8 bytes `[2, n]` of each text's tokens; the bytes sum to the text's.
@@ -144,6 +151,19 @@ class Encoder:
                 sizes = [*token_bytes(text, spans), *([0] * len(end))]
                 self._checked(np.array(ids, dtype=np.int64))
                 yield np.array([[*ids, *end], sizes], dtype=np.int64)
+
+    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
+        """Return the ids of each text, by the shortest way: without offsets, masks or copies."""
+        if not self._is_stock:
+            return self._encode(texts)["input_ids"]
+        backend = self.tokenizer.backend_tokenizer
+        # Others that share the tokenizer may have set these; its own calls set them anew.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        with one_line("the tokenizer cannot encode a text"):
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (encoding.ids for encoding in found)
 
     def _encode(self, texts: list[str], **options: Any) -> Any:
         with one_line("the tokenizer cannot encode a text"):
@@ -164,6 +184,14 @@ class Encoder:
                 f"{self._largest}: use another tokenizer"
             )
         return ids
+
+
+def _encodes_as_its_backend(tokenizer: Any) -> bool:
+    """Return whether a fast tokenizer's class adds nothing to what its compiled backend does."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = getattr(type(tokenizer), "_encode_plus", None)
+    return tokenizer.is_fast and own is PreTrainedTokenizerFast._encode_plus
 
 
 def token_bytes(text: str, spans: list[tuple[int, int]]) -> NDArray[np.int64]:

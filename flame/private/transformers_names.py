@@ -9,6 +9,11 @@ NAMES = (
         "checkpoint.convert: the class of a config; launch.serving.footprint has another's",
     ),
     PrivateName(
+        "transformers:PreTrainedTokenizerFast._encode_plus",
+        "5.23",
+        "data.tokenizer: a class with another encodes through it and not by the backend alone",
+    ),
+    PrivateName(
         "transformers:PreTrainedModel._no_split_modules",
         "5.23",
         "model: classes of blocks, which FSDP2 groups",

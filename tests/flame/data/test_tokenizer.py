@@ -261,3 +261,23 @@ def test_a_damaged_tokenizer_is_one_line(
     with pytest.raises(UserError, match=words) as caught:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ids_are_those_of_the_tokenizers_own_call_whatever_was_set_before(tokenizer: Any) -> None:
+    """A class that encodes in its own way is asked itself."""
+    texts = ["", *TEXTS, f"spelled: {END_OF_TEXT}", "long " * 500]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    expected = [[*ids, 0] if ids else [] for ids in tokenizer(texts, **options)["input_ids"]]
+    # These leave truncation, padding and special tokens set in the backend.
+    tokenizer(texts, truncation=True, max_length=4, padding="max_length")
+    assert [ids.tolist() for ids in Encoder(tokenizer, True).stream(iter(texts))] == expected
+
+    class Reversed(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *given: Any, **options: Any) -> Any:
+            found = super()._encode_plus(*given, **options)
+            found["input_ids"] = [ids[::-1] for ids in found["input_ids"]]
+            return found
+
+    own = Reversed(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END_OF_TEXT)
+    (ids,) = Encoder(own, False).stream(iter(["long"]))
+    assert ids.tolist() == tokenizer("long", **options)["input_ids"][::-1]
