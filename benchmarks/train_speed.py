@@ -32,6 +32,7 @@ VARIATIONS: dict[str, tuple[str, ...]] = {
     "recompute every 2nd": ("--activation_checkpoint.mode", "selective"),
     "weights kept gathered": ("--parallelism.fsdp_reshard_after_forward", "never"),
     "half the local batch": (),
+    "gradients once a step": ("--parallelism.reduce_gradients", "once_a_step"),
     "compile": ("--compile.enable",),
 }
 WARM_UP, TRACED = 3, 2
