@@ -83,7 +83,8 @@ def token_losses(
         gradient.add_(slope, alpha=strength)
     if not with_gradient:
         return TokenLosses(cross_entropy, kl, None)
-    gradient[ignored] = 0
+    # A mask as an index would make the host wait for the GPU to count it.
+    gradient.masked_fill_(ignored[:, None], 0)
     gradient = gradient.to(logits.dtype)
     # Rounded to bf16, `p` is 1 where the model is sure: the label's `p − 1` is put in afterwards.
     at_target = at_target.masked_fill(ignored[:, None], 0)
