@@ -45,6 +45,8 @@ def decoded(
     in place. A row whose last mask is 0 gives 0 and keeps its memory; the mask is not read on the
     host.
     """
+    if not runs_on(hidden_states):
+        return None
     token = hidden_states.shape[1] == 1 and kwargs.get("cu_seqlens") is None
     if torch.is_grad_enabled() or layer.training or not (token and use_cache):
         return None
