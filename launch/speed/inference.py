@@ -103,7 +103,8 @@ def _graph_seconds(
     models: Models, batch_size: int, work: Workload, notes: list[str]
 ) -> dict[str, list[float]]:
     """Seconds of each model that can decode as a CUDA graph; one after another, to save memory."""
-    found = {}
+    found: dict[str, list[float]] = {}
+    missing: dict[str, list[str]] = {}
     for name, model in models.items():
         try:
             found[name] = graph_seconds(
@@ -115,11 +116,12 @@ def _graph_seconds(
                 work.repeats,
             )
         except NoGraphError as reason:
-            note = f"Decoding of {name} as a CUDA graph is missing: {reason}."
+            missing.setdefault(f"is missing: {reason}", []).append(name)
         except torch.OutOfMemoryError:
-            note = f"Decoding of {name} as a CUDA graph does not fit at batch {batch_size}."
-        else:
-            continue
+            missing.setdefault(f"does not fit at batch {batch_size}", []).append(name)
+    for why, names in missing.items():
+        whose = "" if len(names) == len(models) else f" of {', '.join(names)}"
+        note = f"Decoding{whose} as a CUDA graph {why}."
         if note not in notes:
             notes.append(note)
     return found
