@@ -16,7 +16,7 @@ from flame.storage.json_file import read_object_if_any, write_object
 
 RESULTS, PAGE, WORK = "results.json", "page.md", "work"
 LIMIT = 580
-"""Seconds that one command may take; a machine that is lent for minutes ends it otherwise."""
+"""Seconds that one command may take: under the ten minutes of a short queue."""
 
 KEPT = 20_000
 """Characters of a command's output that are kept, its end."""
