@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_speed import last_line, values
+from benchmarks.train_speed import last_line
 from launch.drawing.table import Column, Table
+from launch.reporting.losses import loss_curve
 
 COLUMNS = (
     Column("job", align="left"),
@@ -94,7 +95,7 @@ def job(
     row |= {"statuses": ", ".join(map(str, statuses)), "seconds": time.perf_counter() - begin}
     if statuses != [STOPPED] * interrupt + [0]:
         return {**row, "failed": last_line(done.stderr or done.stdout)}
-    return {**row, "loss": values(folder, "loss_metrics/global_avg_loss")[-1]}
+    return {**row, "loss": loss_curve(folder)[1][-1]}
 
 
 def stopped(line: list[str], folder: Path, after: int) -> int:

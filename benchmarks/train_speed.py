@@ -25,6 +25,7 @@ from typing import Any
 
 from flame.errors import UserError
 from launch.drawing.table import Column, Table
+from launch.reporting.losses import curve
 
 VARIATIONS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -109,11 +110,11 @@ def measured(
     done = slimstate(*words, "--nproc", options.nproc, *(profile if has_gpu() else ()))
     if done.returncode:
         return {**row, "failed": last_line(done.stderr or done.stdout)}
-    rates = values(folder, "tokens_per_second")
+    rates = list(curve(folder, "tokens_per_second").values())
     untraced = rates[WARM_UP : len(rates) - TRACED - 2]
     row["rate"] = statistics.median(untraced) / options.nproc
-    peaks = values(folder, "memory/max_active(GiB)")
-    row["peak"] = max(peaks) if has_gpu() and peaks else None
+    peaks = curve(folder, "memory/max_active(GiB)")
+    row["peak"] = max(peaks.values()) if has_gpu() and peaks else None
     for file in folder.glob("profile_traces/**/rank0_trace.json"):
         row |= idleness(json.loads(file.read_text())["traceEvents"])
     return row
@@ -142,19 +143,6 @@ def total_gib(words: Sequence[object], nproc: int) -> float:
 
     table = answer(STAGE.parse([*map(str, words[1:]), "--estimate"]), nproc, 1) or ""
     return next(float(line.split()[1]) for line in table.splitlines() if line.startswith("total"))
-
-
-def values(folder: Path, tag: str) -> list[float]:
-    """One TensorBoard curve of a run, by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found: dict[int, float] = {}
-    for attempt in sorted((folder / "tb").iterdir()):
-        events = EventAccumulator(str(attempt))
-        events.Reload()
-        if tag in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars(tag)}
-    return [value for _, value in sorted(found.items())]
 
 
 def idleness(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

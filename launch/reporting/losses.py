@@ -14,24 +14,30 @@ LOSS_TAG = "loss_metrics/global_avg_loss"
 def loss_curve(run_folder: Path) -> tuple[list[int], list[float]]:
     """Return the steps of a run and their mean training losses, in nats per token.
 
-    A resumed run has several files; where they overlap, the newest value counts.
-
     Raises:
         UserError: the run has no events with a loss.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    losses: dict[int, tuple[float, float]] = {}
-    for folder in sorted({file.parent for file in Path(run_folder).glob("tb/**/events.out.*")}):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        if LOSS_TAG in events.Tags()["scalars"]:
-            for event in events.Scalars(LOSS_TAG):
-                newest = losses.get(event.step, (-math.inf, 0.0))
-                losses[event.step] = max(newest, (event.wall_time, event.value))
+    losses = curve(run_folder, LOSS_TAG)
     if not losses:
         raise UserError(f"{run_folder} has no loss curve: no TensorBoard events with {LOSS_TAG}")
-    steps = sorted(losses)
-    return steps, [losses[step][1] for step in steps]
+    return list(losses), list(losses.values())
+
+
+def curve(run_folder: Path, tag: str) -> dict[int, float]:
+    """Return a TensorBoard curve of a run by step, in order; empty if there is none called `tag`.
+
+    A resumed run has several files; where they overlap, the newest value counts.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[int, tuple[float, float]] = {}
+    for folder in sorted({file.parent for file in Path(run_folder).glob("tb/**/events.out.*")}):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        if tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                newest = found.get(event.step, (-math.inf, 0.0))
+                found[event.step] = max(newest, (event.wall_time, event.value))
+    return {step: found[step][1] for step in sorted(found)}
 
 
 def loss_chart(
