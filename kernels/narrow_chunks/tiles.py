@@ -54,21 +54,26 @@ def zero_rows(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, stride, left, start, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
-    """Return `[C, WIDTH]`: columns from `start` of a chunk's rows; 0 from row `left` on and
-    from column `LIMIT` on.
+def places_of_rows(base, stride, left, start, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Return the pointers `[C, WIDTH]` of columns from `start` of a chunk's rows, and which are
+    there: rows before `left`, columns before `LIMIT`.
     """
     rows, columns = tl.arange(0, C), start + tl.arange(0, WIDTH)
     keep = (rows < left)[:, None] & (columns < LIMIT)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0)
+    return base + rows[:, None] * stride + columns[None, :], keep
+
+
+@triton.jit
+def load_rows(base, stride, left, start, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Return `[C, WIDTH]` of `places_of_rows`; 0 where there is nothing."""
+    places, keep = places_of_rows(base, stride, left, start, WIDTH, LIMIT)
+    return tl.load(places, mask=keep, other=0.0)
 
 
 @triton.jit
 def store_rows(base, value, stride, left, start, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Write what `load_rows` would read."""
-    rows, columns = tl.arange(0, C), start + tl.arange(0, WIDTH)
-    keep = (rows < left)[:, None] & (columns < LIMIT)[None, :]
-    places = base + rows[:, None] * stride + columns[None, :]
+    places, keep = places_of_rows(base, stride, left, start, WIDTH, LIMIT)
     tl.store(places, value.to(base.dtype.element_ty), mask=keep)
 
 
@@ -86,6 +91,29 @@ def store_scalars(base, value, stride, left):
 
 
 @triton.jit
+def places_in_state(
+    base,
+    first_key,
+    first_value,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    V_FIRST: tl.constexpr,
+):
+    """Return the pointers `[KEYS, VALUES]` of a part of a state in either layout, and which are
+    inside it.
+    """
+    keys, values = first_key + tl.arange(0, KEYS), first_value + tl.arange(0, VALUES)
+    inside = (keys < K)[:, None] & (values < V)[None, :]
+    if V_FIRST:
+        places = base + keys[:, None] + values[None, :] * K
+    else:
+        places = base + keys[:, None] * V + values[None, :]
+    return places, inside
+
+
+@triton.jit
 def load_state(
     base,
     first_key,
@@ -96,16 +124,11 @@ def load_state(
     V: tl.constexpr,
     V_FIRST: tl.constexpr,
 ):
-    """Return `[KEYS, VALUES]` of a state in either layout; zero without one (`base` None)."""
+    """Return `[KEYS, VALUES]` of a state; zero without one (`base` None)."""
     if base is None:
         return tl.zeros([KEYS, VALUES], tl.float32)
     else:
-        keys, values = first_key + tl.arange(0, KEYS), first_value + tl.arange(0, VALUES)
-        inside = (keys < K)[:, None] & (values < V)[None, :]
-        if V_FIRST:
-            places = base + keys[:, None] + values[None, :] * K
-        else:
-            places = base + keys[:, None] * V + values[None, :]
+        places, inside = places_in_state(base, first_key, first_value, KEYS, VALUES, K, V, V_FIRST)
         return tl.load(places, mask=inside, other=0.0)
 
 
@@ -122,12 +145,7 @@ def store_state(
     V_FIRST: tl.constexpr,
 ):
     """Write what `load_state` would read."""
-    keys, values = first_key + tl.arange(0, KEYS), first_value + tl.arange(0, VALUES)
-    inside = (keys < K)[:, None] & (values < V)[None, :]
-    if V_FIRST:
-        places = base + keys[:, None] + values[None, :] * K
-    else:
-        places = base + keys[:, None] * V + values[None, :]
+    places, inside = places_in_state(base, first_key, first_value, KEYS, VALUES, K, V, V_FIRST)
     tl.store(places, state.to(base.dtype.element_ty), mask=inside)
 
 
