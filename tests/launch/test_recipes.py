@@ -70,6 +70,19 @@ def test_recipes_fit_eight_processes(
     assert job.training.mixed_precision_param == "bfloat16"
 
 
+@pytest.mark.parametrize("path", [p for p in PRETRAINING if "1.3B" in p.stem], ids=name_of)
+def test_what_is_not_recomputed_fits_on_80_gb(path: Path) -> None:
+    """By the figure that the recipe gives as its reason."""
+    from flame.config import parse_job
+    from flame.training.estimate import estimate
+
+    job = parse_job(["--job.config_file", str(path)])
+    assert job.activation_checkpoint.mode == "none" and not job.compile.enable
+    total = sum(part.bytes for part in estimate(job, 8))
+    assert total < 80e9
+    assert f"--estimate says {total / 2**30:.1f} GiB on 8 GPUs" in path.read_text()
+
+
 @pytest.mark.parametrize("processes", [1, 8, 16, 64])
 @pytest.mark.parametrize("path", SIZED, ids=name_of)
 def test_recipes_fit_two_nodes_and_more(path: Path, processes: int) -> None:
