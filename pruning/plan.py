@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.checkpoint.fingerprint import check_finite, fingerprint
+from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import ModelReference
 from flame.errors import UserError
@@ -135,11 +135,13 @@ def _repaired(plan: Plan, options: Options, stats: Path) -> Plan:
 def planned(reference: ModelReference, method: Method, budget: Budget, stats: Path | None) -> Plan:
     """Return the plan of `method` from saved statistics. Runs on one process.
 
+    It reads the tensors that the spaces index, and samples of the others; `apply` reads them all,
+    and refuses those that are not finite.
+
     Raises:
-        UserError: a weight is not finite, or the statistics are another model's.
+        UserError: a weight that is read is not finite, or the statistics are another model's.
     """
     config, source = reference.config, reference.source()
-    check_finite(source)
     if stats is None or not method.needs:
         return choose(config, source, method, budget)
     meta = read_meta(stats)

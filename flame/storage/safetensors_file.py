@@ -54,12 +54,14 @@ class Entry:
 class SafetensorsFile:
     """A file to read tensors from, checked when it is opened: header and length fit together.
 
+    Only the header is read then, so a file may be larger than memory.
+
     Raises:
         UserError: the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        open_safetensors(path)
+        _check(path)
         self.path = path
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
@@ -70,6 +72,15 @@ class SafetensorsFile:
             for name, entry in header.items()
             if name != _METADATA
         }
+
+    def keys(self) -> list[str]:
+        """Return the names of the tensors, sorted."""
+        return sorted(self.entries)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor as a new one, in the stored dtype."""
+        shape = self.entries[name].shape
+        return self.read(name, 0, shape[0] if shape else 0)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start:stop` of a tensor, or a whole scalar, in the stored dtype."""
@@ -118,10 +129,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     write_safetensors(path, forms, lambda name: tensors[name])
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a file with the safetensors library; raise `UserError` if it is missing or damaged."""
+def _check(path: Path) -> None:
+    """Raise `UserError` if a file is missing, or its header is not what its length allows."""
     try:
-        return safe_open(path, framework="pt")
+        # For torch the library would map the file as if all of it were to be written: the system
+        # refuses that for a file larger than memory.
+        with safe_open(path, framework="np"):
+            pass
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the model again") from None
     except (SafetensorError, OSError) as error:

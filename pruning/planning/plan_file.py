@@ -17,7 +17,7 @@ import torch
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from flame.storage.safetensors_file import open_safetensors, save_tensors
+from flame.storage.safetensors_file import SafetensorsFile, save_tensors
 from pruning.planning.plan import Plan, TensorsFile
 from pruning.spaces import Kept
 
@@ -107,7 +107,7 @@ def with_loaded_tensors(plan: Plan, folder: Path) -> Plan:
     """
     if plan.tensors_file is None:
         return plan
-    tensors = open_safetensors(checked_tensors(plan.tensors_file, folder))
+    tensors = SafetensorsFile(checked_tensors(plan.tensors_file, folder))
     loaded = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     return replace(plan, tensors_file=None, new_tensors=loaded)
 

@@ -29,7 +29,7 @@ from flame.checkpoint.source import total_bytes
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.put_back import outer_of, write_stock_folder
 from flame.hugging_face.stock_form import stock_form
-from flame.storage.safetensors_file import open_safetensors
+from flame.storage.safetensors_file import SafetensorsFile
 from pruning.adapters.interface import Config
 from pruning.planning.plan import Plan, check_fingerprint
 from pruning.planning.plan_file import (
@@ -123,11 +123,11 @@ def _write_training_state(
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def _copy_tensors(plan: Plan, plan_folder: Path | None, folder: Path) -> Any:
-    """A handle of the plan's new tensors, copied beside the plan's copy; None without any."""
+def _copy_tensors(plan: Plan, plan_folder: Path | None, folder: Path) -> SafetensorsFile | None:
+    """The plan's new tensors, copied beside the plan's copy; None without any."""
     if plan.tensors_file is None:
         return None
     path = checked_tensors(plan.tensors_file, plan_folder or folder)
     if path.parent != folder:
         shutil.copyfile(path, folder / path.name)
-    return open_safetensors(path)
+    return SafetensorsFile(path)

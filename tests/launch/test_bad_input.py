@@ -196,7 +196,7 @@ MODEL_FAULTS = {
     "NaN": (
         bad.nan_weights,
         r"model\.layers\.1\.mlp\.up_proj\.weight holds .*NaN or infinite values: choose a check",
-        True, EVERYONE - {"convert"},
+        True, EVERYONE - {"convert", "plan"},
     ),
     "index of a missing file": (
         bad.missing_file_in_index, r"index\.json names two\.safetensors, which is missing: copy",
@@ -214,7 +214,8 @@ MODEL_FAULTS = {
 """What is wrong with a model, what the line says, whether only work finds it, and for whom.
 
 Convert carries every bit over, NaN's too, and takes tensors of any shape. Calibration and plans do
-not touch the training state, where the hostile entry is.
+not touch the training state, where the hostile entry is; plans look at the weights that they choose
+by, and leave the others to `apply`.
 """
 
 

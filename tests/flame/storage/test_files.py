@@ -1,6 +1,7 @@
 """Bytes on the disk: hashed while read, written past the page cache."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from flame.storage import direct_file
 from flame.storage.checksums import HashAlong, HashingFile, hash_bytes
 from flame.storage.direct_file import DirectFile
-from flame.storage.safetensors_file import write_safetensors
+from flame.storage.safetensors_file import SafetensorsFile, write_safetensors
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 1, 2], [1, 3], [], [2, 2, 0]])
@@ -112,3 +113,17 @@ def test_safetensors_are_those_of_the_library(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     loaded = load_file(tmp_path / "ours")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_larger_than_memory_is_read_by_rows(tmp_path: Path) -> None:
+    rows, row = 2**30, 2**10
+    entry = {"dtype": "U8", "shape": [rows, row], "data_offsets": [0, rows * row]}
+    header = json.dumps({"weight": entry}).encode()
+    with (tmp_path / "huge").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.seek(rows * row - 1, os.SEEK_CUR)
+        # The rest of the file is a hole, which takes no place on the disk.
+        stream.write(b"\7")
+    file = SafetensorsFile(tmp_path / "huge")
+    last = file.read("weight", rows - 2, rows)
+    assert last.shape == (2, row) and int(last.sum()) == int(last[-1, -1]) == 7
