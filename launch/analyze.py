@@ -37,7 +37,7 @@ class Options:
     # As many tokens as in arXiv 2602.04852 and 2602.02195.
     length: int = option(2048, "tokens a sequence", least=1, metavar="N")
     sequences: int = option(4, "sequences to read", least=1, metavar="N")
-    rows: HeldoutOptions = group(HeldoutOptions, without=("seq_len", "max_sequences"))
+    rows: HeldoutOptions = group(HeldoutOptions, without=("seq_len", "max_sequences", "spread"))
     second_data: str = option("", "another text for MODEL", metavar="DATA")
     second_split: str = option("", "split of the second text", metavar="SPLIT")
     metric: str = option(

@@ -12,8 +12,8 @@ from pathlib import Path
 from flame.errors import UserError
 from flame.options import option
 from flame.process.atomic_output import check_file_output
-from flame.recipe import read_tables
 from flame.stage import Stage
+from flame.storage.toml_file import read_toml
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -68,13 +68,15 @@ def run(options: Options) -> None:
     for path in _files(options.copy):
         shutil.copyfile(path, options.to / path.name)
     recipe = options.to / path_of(options.copy).name
-    print(f"{recipe}: slimstate train --config {recipe}", flush=True)
+    command = "sweep" if "methods" in read_toml(recipe, "recipe") else "train"
+    print(f"{recipe}: slimstate {command} --config {recipe}", flush=True)
 
 
 def _files(name: str) -> list[Path]:
     recipe = path_of(name)
-    config = read_tables(recipe).get("model", {}).get("config")
-    return [recipe, *([Path(config)] if config else [])]
+    tables = read_toml(recipe, "recipe")
+    named = [tables.get("model", {}).get("config"), tables.get("recover")]
+    return [recipe, *(recipe.parent / each for each in named if each)]
 
 
 def _summary(path: Path) -> str:

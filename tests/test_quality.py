@@ -40,7 +40,6 @@ STAGES = {
         "capacity",
         "serve_check",
         "sweep",
-        "shrink",
         "report",
         "demo",
         "shipped",

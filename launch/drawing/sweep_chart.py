@@ -26,7 +26,12 @@ Row = Mapping[str, Any]
 
 
 def sweep_chart(
-    rows: Sequence[Row], stage: str, dense: float | None, colours: Mapping[str, int], title: str
+    rows: Sequence[Row],
+    stage: str,
+    dense: float | None,
+    colours: Mapping[str, int],
+    title: str,
+    what: str = "perplexity",
 ) -> str:
     """Return an SVG of the rows of one kind of space; an empty string if none was measured.
 
@@ -36,6 +41,7 @@ def sweep_chart(
         dense: perplexity of the control, drawn as a dashed line.
         colours: the number of the colour of each method; a method without one is drawn as random.
         title: for readers that do not see it.
+        what: the figure that the rows have for the stage.
     """
     rows = [row for row in rows if _is_drawn(row, stage)]
     if not rows:
@@ -55,7 +61,7 @@ def sweep_chart(
             ends = ax.get_xlim()
             labelled.append(Line("ink", "dense", ends, (dense, dense)))
             ax.axhline(dense, color=colour("ink"), lw=1.5, ls=(0, (5, 4)))
-        ax.set(xlabel="state removed, %", ylabel="perplexity")
+        ax.set(xlabel="state removed, %", ylabel=what)
         end_labels(ax, labelled)
 
     return picture(title, paint)

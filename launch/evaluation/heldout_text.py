@@ -1,9 +1,9 @@
 """Which held-out text a model is evaluated on: what the command line and the model's recipe say."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flame.checkpoint.reference import ModelReference
 from flame.data.config import DataConfig
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flame.data.heldout import Heldout
+
+T = TypeVar("T")
 
 SEQ_LEN = 2048
 """Tokens a row where no recipe says otherwise."""
@@ -33,6 +35,7 @@ class HeldoutOptions:
         None, f"tokens a row (default: the recipe's, or {SEQ_LEN})", least=1, metavar="N"
     )
     max_sequences: int | None = option(None, "rows to read (default: all)", least=1, metavar="N")
+    spread: bool = option(False, "take these rows evenly from the whole text, not from its start")
 
 
 WHICH_TEXT = (
@@ -50,6 +53,7 @@ class HeldoutText:
     tokenizer: str
     seq_len: int
     max_sequences: int | None
+    spread: bool = False
 
     @property
     def name(self) -> str:
@@ -66,6 +70,7 @@ class HeldoutText:
             **{name: config[name] for name in WHICH_TEXT},
             "seq_len": self.seq_len,
             "max_sequences": self.max_sequences,
+            **({"spread": True} if self.spread else {}),
         }
 
     def sequences(self, vocab_size: int, apart: bool) -> "Iterator[Heldout]":
@@ -88,6 +93,9 @@ class HeldoutText:
             varlen=self.config.varlen and apart,
             add_eos=self.config.add_eos and tokenizer.eos_token_id is not None,
         )
+        if self.spread and self.max_sequences is not None:
+            rows = heldout_sequences(config, tokenizer, self.seq_len)
+            return iter(spread_evenly(rows, self.max_sequences))
         return heldout_sequences(config, tokenizer, self.seq_len, self.max_sequences)
 
 
@@ -107,7 +115,23 @@ def heldout_text(reference: ModelReference, options: HeldoutOptions) -> HeldoutT
         )
     tokenizer = tokenizer_name(reference, options.tokenizer)
     seq_len = options.seq_len or sequence_length(recipe) or _default_length(reference.config)
-    return HeldoutText(config, tokenizer, seq_len, options.max_sequences)
+    return HeldoutText(config, tokenizer, seq_len, options.max_sequences, options.spread)
+
+
+def spread_evenly(items: Iterable[T], count: int) -> list[T]:
+    """At most `count` of the items, about as far from each other, in order.
+
+    All items are read, and no more than twice `count` are held at a time.
+    """
+    kept: list[T] = []
+    every = 1
+    for number, item in enumerate(items):
+        if number % every == 0:
+            kept.append(item)
+        if len(kept) > 2 * count:
+            kept, every = kept[::2], 2 * every
+    chosen = min(count, len(kept))
+    return [kept[place * len(kept) // chosen] for place in range(chosen)]
 
 
 def tokenizer_name(reference: ModelReference, given: str = "") -> str:

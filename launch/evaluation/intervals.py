@@ -8,6 +8,7 @@ documents: resampling these leaves out what makes a document hard for both.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,34 @@ class Difference:
     def record(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio of two sums over documents, such as a mean over tokens, and how sure it is."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    """Ends of the interval that holds the ratio in `LEVEL` of all draws of documents; None for
+    fewer than `FEWEST` documents."""
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves out zero, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def quotient(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Σ `above` / Σ `below` over documents, Σ `below` > 0, by a bootstrap over the documents."""
+    over, under = np.array(above, dtype=float), np.array(below, dtype=float)
+    value = float(over.sum() / under.sum())
+    if len(over) < FEWEST:
+        return Estimate(value)
+    drawn = _draws(len(over))
+    return Estimate(value, *_ends((drawn @ over) / (drawn @ under)))
 
 
 def joined(losses: NDArray[np.float64], tokens: NDArray[np.int64]) -> DocumentLosses:
@@ -139,6 +168,7 @@ def won_back(
     return float((before - after).sum() / (before - best).sum()), low, high
 
 
+@cache
 def _draws(count: int) -> NDArray[np.float64]:
     """How often each of `count` documents is drawn in each of `RESAMPLES` resamples."""
     random = np.random.default_rng(SEED)

@@ -6,7 +6,7 @@ processes only to rounding.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
     from flame.checkpoint.reference import ModelReference
     from flame.data.heldout import Heldout
+
+
+Watch = Callable[["Heldout", "Tensor"], None]
+"""What sees the logits of each row that a perplexity is measured on."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def measure_perplexity(
     dtype: "torch.dtype",
     name: str,
     apart: bool | None = None,
+    watch: Watch | None = None,
 ) -> Perplexity:
     """Perplexity of a loaded model, `network`, that `reference` describes. Collective.
 
@@ -133,6 +138,7 @@ def measure_perplexity(
         dtype: what `network` computes in.
         name: what the result calls the model.
         apart: keep packed documents apart; by default where the model can.
+        watch: as `sum_losses` takes it.
 
     Raises:
         UserError: the tokenizer or the text cannot be used, or losses are not finite.
@@ -142,7 +148,8 @@ def measure_perplexity(
 
     if apart is None:
         apart = keeps_documents_apart(reference.config)
-    sums = sum_losses(network, text.sequences(vocabulary_size(reference.config), apart))
+    rows = text.sequences(vocabulary_size(reference.config), apart)
+    sums = sum_losses(network, rows, watch)
     _check_finite(sums, reference)
     perplexity, error = math.exp(sums.loss / sums.tokens), standard_error(sums.documents)
     return Perplexity(
@@ -165,8 +172,12 @@ def measure_perplexity(
     )
 
 
-def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]") -> Sums:
-    """Losses and counts of `rows`, summed over all ranks. Collective."""
+def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]", watch: Watch | None = None) -> Sums:
+    """Losses and counts of `rows`, summed over all ranks. Collective.
+
+    Args:
+        watch: is shown each row of this rank with the model's logits [1, T, V], on its device.
+    """
     import torch
     import torch.distributed as dist
 
@@ -176,8 +187,11 @@ def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]") -> Sums:
 
     counts, sums = torch.zeros(2, dtype=torch.int64), DocumentSums()
     for turn in progress(turns(rows), "evaluate"):
-        losses = row_losses(model, turn.item.inputs, turn.item.labels)
+        logits = row_logits(model, turn.item.inputs)
+        losses = row_losses(logits, turn.item.labels)
         if turn.counts:
+            if watch is not None:
+                watch(turn.item, logits)
             sums.add(turn.item.documents, losses, turn.item.labels.flatten() != IGNORE_INDEX)
             counts += torch.tensor([turn.item.bytes, 1])
     if dist.is_initialized():
@@ -187,24 +201,32 @@ def sum_losses(model: "nn.Module", rows: "Iterable[Heldout]") -> Sums:
     return Sums(loss, tokens, size, sequences, documents)
 
 
-def row_losses(model: "nn.Module", inputs: "Mapping[str, Tensor]", labels: "Tensor") -> "Tensor":
-    """Negative log-likelihood of each label of one batch, nats, float64 `[B · T]` on the CPU.
+def row_logits(model: "nn.Module", inputs: "Mapping[str, Tensor]") -> "Tensor":
+    """Logits [B, T, V] of one batch, without gradients.
 
     Args:
         inputs: `input`, int64 [B, T], and what else the model's forward takes.
-        labels: int64 [B, T]; -100 is not predicted and costs nothing.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
     from flame.process.distributed import local_device
 
     moved = {name: value.to(local_device()) for name, value in inputs.items()}
     with torch.no_grad():
-        tokens = moved.pop("input")
-        logits = model(input_ids=tokens, use_cache=False, **moved).logits
-        targets = labels.to(logits.device).flatten()
-        losses = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        return model(input_ids=moved.pop("input"), use_cache=False, **moved).logits
+
+
+def row_losses(logits: "Tensor", labels: "Tensor") -> "Tensor":
+    """Negative log-likelihood of each label of one batch, nats, float64 `[B · T]` on the CPU.
+
+    Args:
+        logits: [B, T, V].
+        labels: int64 [B, T]; -100 is not predicted and costs nothing.
+    """
+    from torch.nn.functional import cross_entropy
+
+    targets = labels.to(logits.device).flatten()
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
     return losses.double().cpu()
 
 

@@ -19,7 +19,7 @@ from flame.versions import versions
 
 FORMATS = {
     "eval": 1, "recall": 1, "bench": 1, "capacity": 1, "serve-check": 1, "analyze": 1, "sweep": 1,
-    "demo": 1,
+    "demo": 1, "comparison": 1,
 }  # fmt: skip
 """The version of what each kind of result holds."""
 

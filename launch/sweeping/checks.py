@@ -17,6 +17,7 @@ from flame.process.output_checks import check_file_output
 from flame.recipe import read_tables
 from launch.evaluation.heldout_text import check_text, heldout_text
 from launch.sweeping.folder import FORMAT
+from launch.sweeping.models import check_place_of
 from launch.sweeping.options import Options
 from launch.sweeping.points import Point
 from launch.sweeping.work import CONTINUED
@@ -37,6 +38,13 @@ STATES_OF_TRAINING = 4
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if a point, the text, calibration, recovery or the output cannot work."""
     options.check()
+    check_place_of(options.out, options.models)
+    for member in options.members:
+        _check_member(member, world_size)
+
+
+def _check_member(options: Options, world_size: int) -> None:
+    """Raise UserError if the sweep of one model cannot work."""
     reference = resolve(options.model)
     check_points(options, reference)
     options.folder.check(settings(options, reference), options.overwrite, reference.folder)
@@ -138,5 +146,5 @@ def _check_space(options: Options, reference: ModelReference, world_size: int) -
     source = reference.source()
     parameters = sum(math.prod(source.info(name).shape) for name in source.names())
     recovered = 0 if options.recovery is None else STATES_OF_TRAINING * 4 * parameters
-    at_once = len(options.names) if options.keep else min(world_size, len(options.names))
+    at_once = len(options.wanted) if options.keep else min(world_size, len(options.wanted))
     check_space(options.out.absolute(), at_once * (total_bytes(source) + recovered))

@@ -27,14 +27,17 @@ from flame.process.output_checks import MADE, check_made_here, check_place, mark
 from flame.storage.json_file import read_object, read_object_if_any
 
 SETTINGS_FILE = "sweep.json"
-FORMAT = 2
+FORMAT = 3
 """Version of what records hold; a sweep that another version began is refused."""
 
 KIND = "sweep"
 
+PAGE_FILE = "sweep.html"
+RESULTS_FILES = tuple(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex"))
+
 CONTENT = (
-    SETTINGS_FILE, "statistics", "points", "plans", "logs", "models", ".claims", "sweep.html",
-    *(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex")),
+    SETTINGS_FILE, "statistics", "points", "plans", "logs", "models", ".claims", PAGE_FILE,
+    *RESULTS_FILES,
 )  # fmt: skip
 """What a sweep makes in its folder."""
 
@@ -74,7 +77,10 @@ class SweepFolder:
         if overwrite:
             return check_made_here(self.path)
         for key, value in _plain(settings).items():
-            if begun.get(key) != value:
+            # What was left open, a recovery, may be said later; what was said may be left out.
+            if value is None or begun.get(key) is None:
+                continue
+            if begun[key] != value:
                 raise UserError(
                     f"{self.path} was begun with {key} {_short(begun.get(key))}, not "
                     f"{_short(value)}: choose another folder, or pass --overwrite"
@@ -85,8 +91,9 @@ class SweepFolder:
         if overwrite and (self.path / SETTINGS_FILE).is_file():
             self._remove()
         # First, so that a folder without it is somebody else's.
-        if not (self.path / SETTINGS_FILE).is_file():
-            _write(self.path / SETTINGS_FILE, {"kind": f"{KIND} settings", **settings})
+        begun = read_object_if_any(self.path / SETTINGS_FILE)
+        said = {key: value for key, value in settings.items() if value is not None}
+        _write(self.path / SETTINGS_FILE, {"kind": f"{KIND} settings", **begun, **said})
         mark_as_made(self.path, CONTENT)
         for name in ("points", "plans", "logs", ".claims"):
             (self.path / name).mkdir(exist_ok=True)
@@ -126,14 +133,23 @@ class SweepFolder:
         with replacing_file(path, overwrite=True) as temporary:
             temporary.write_text(" ".join(reason.split()), encoding="utf-8")
 
-    def is_settled(self, name: str) -> bool:
-        return self.record(name) is not None or self.failure(name) is not None
+    def has(self, name: str, stages: Sequence[str]) -> bool:
+        """Whether a point was measured in all of these stages."""
+        record = self.record(name)
+        return record is not None and all(stage in record for stage in stages)
 
-    def open_points(self, names: Sequence[str]) -> Iterator[str]:
-        """Points to measure, each claimed for this process until it asks for the next."""
-        for name in names:
+    def is_settled(self, name: str, stages: Sequence[str] = ()) -> bool:
+        return self.has(name, stages) or self.failure(name) is not None
+
+    def open_points(self, wanted: Mapping[str, Sequence[str]]) -> Iterator[str]:
+        """Points to measure, each claimed for this process until it asks for the next.
+
+        Args:
+            wanted: the stages to measure each point in, by its name.
+        """
+        for name, stages in wanted.items():
             with self._claim(name) as claimed:
-                if claimed and not self.is_settled(name):
+                if claimed and not self.is_settled(name, stages):
                     yield name
 
     @contextmanager

@@ -1,5 +1,6 @@
 """The options of a sweep, and the parts of them that `prune`, `calibrate` and `train` get."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from flame.options.shared import DTYPE_HELP, DType
 from flame.recipe import option_name
 from launch.evaluation.heldout_text import HeldoutOptions
 from launch.sweeping.folder import SweepFolder
+from launch.sweeping.models import Model
 from launch.sweeping.points import SYNTAX, Point, points
 from launch.sweeping.work import CONTINUED, DENSE, Recovery
 from pruning.methods import METHODS
@@ -27,17 +29,28 @@ class Options:
     model: str = argument("MODEL", MODEL_HELP)
     out: Path = argument("OUT", "folder to write; resumed if begun")
     methods: tuple[str, ...] = option(REQUIRED, f"{SYNTAX} each", metavar="A,B")
+    config: Path | None = option(
+        None, "models, OUT and options from this file, instead", metavar="SWEEP.toml"
+    )
     ratios: tuple[str, ...] = option((), "parts to remove, such as 0.25,0.5,0.75", metavar="R,R")
     stats: Path | None = option(None, "use the statistics of slimstate calibrate")
     seeds: tuple[int, ...] = option((0,), "seeds of methods that draw", least=0, metavar="N,N")
     recover: Path | None = option(
         None, "train pruned models on by this recipe; measure again", metavar="RECIPE"
     )
+    recover_ratios: tuple[str, ...] = option(
+        (), "ratios at which models are recovered (default: all)", metavar="R,R"
+    )
     overrides: tuple[str, ...] = overrides("override a key of the recipe of --recover")
     dense_continued: bool = option(False, "train the dense model on too, as control")
+    reference: tuple[str, ...] = option(
+        (), "methods that the others are compared with: the first that a point has", metavar="A,B"
+    )
     heldout: str = option("", "text to measure on (default: the recipe's)", metavar="DATA")
     heldout_split: str = option("", "split of it", metavar="SPLIT")
-    max_sequences: int | None = option(None, "rows of it (default: all)", least=1, metavar="N")
+    max_sequences: int | None = option(
+        None, "rows of it, spread evenly over all of it (default: all)", least=1, metavar="N"
+    )
     dtype: DType = option("auto", DTYPE_HELP)
     keep: bool = option(False, "keep all pruned and recovered models")
     json: Path | None = option(None, "write the results here too", metavar="FILE")
@@ -48,15 +61,33 @@ class Options:
     )
     repair: Repair = option("none", f"of points that have no :repair= of their own; {REPAIR_HELP}")
     data: DataOptions = group(DataOptions, "calibration")
+    models: tuple[Model, ...] = ()
+    """The models of `config`."""
+
+    given: tuple[str, ...] = ()
+    """The words of the command line."""
 
     def check(self) -> None:
-        """Raise UserError for options of a recovery without one, or overrides it may not set."""
-        if self.recover is None and (self.overrides or self.dense_continued):
-            given = self.overrides[0] if self.overrides else "--dense-continued"
+        """Raise UserError for options that need others or name what the sweep does not have."""
+        if self.recover is None and (self.overrides or self.dense_continued or self.recover_ratios):
+            named = "--dense-continued" if self.dense_continued else "--recover-ratios"
+            given = self.overrides[0] if self.overrides else named
             raise UserError(f"{given} is for a recovery: give --recover RECIPE.toml")
+        _known("--reference", self.reference, dict.fromkeys(p.method for p in self.points))
+        _known("--recover-ratios", self.recover_ratios, dict.fromkeys(p.ratio for p in self.points))
         for name in map(option_name, self.overrides):
             if name in SET_BY_SWEEP:
                 raise UserError(f"--{name} is the sweep's to set for each point: leave it out")
+
+    @property
+    def members(self) -> tuple["Options", ...]:
+        """The sweep of each model; of a sweep without `config` it is the sweep itself."""
+        if not self.models:
+            return (self,)
+        return tuple(
+            replace(self, model=each.model, out=self.out / each.name, models=())
+            for each in self.models
+        )
 
     @property
     def folder(self) -> SweepFolder:
@@ -69,10 +100,16 @@ class Options:
         return points(self.methods, self.ratios, space, self.seeds)
 
     @property
-    def names(self) -> list[str]:
-        """The names of all that is measured, as in file names, controls first."""
-        controls = [DENSE, CONTINUED] if self.dense_continued else [DENSE]
-        return [*controls, *(point.file_name for point in self.points)]
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """The stages that each point is measured in, by its name in file names; controls first."""
+        found: dict[str, tuple[str, ...]] = {DENSE: ("before",)}
+        found |= {CONTINUED: ("recovered",)} if self.dense_continued else {}
+        for point in self.points:
+            recovers = self.recover is not None and (
+                not self.recover_ratios or point.ratio in self.recover_ratios
+            )
+            found[point.file_name] = ("before", "recovered") if recovers else ("before",)
+        return found
 
     @property
     def needing(self) -> tuple[str, ...]:
@@ -106,9 +143,17 @@ class Options:
             text_key=self.data.text_key,
             tokenizer=self.data.tokenizer,
             max_sequences=self.max_sequences,
+            spread=True,
         )
 
     @property
     def recovery(self) -> Recovery | None:
         """How pruned models are trained on; None if they are not."""
         return None if self.recover is None else Recovery(self.recover, self.overrides)
+
+
+def _known(flag: str, words: Sequence[str], known: Iterable[str]) -> None:
+    """Raise UserError for a word that is not among the known ones."""
+    for word in words:
+        if word not in known:
+            raise UserError(f"{flag}: {word} is not in the sweep: choose from {', '.join(known)}")

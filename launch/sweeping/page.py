@@ -10,9 +10,10 @@ from launch.drawing.sweep_chart import sweep_chart
 from launch.reporting.render import Bars, Panel, render
 from launch.reporting.sentences import short
 from launch.sweeping import tables
+from launch.sweeping.comparison.tables import NOTE, grids
+from launch.sweeping.folder import PAGE_FILE
 from launch.sweeping.tables import Row, Sweep, percent, rows_table, sweep_of, with_spread
 
-PAGE_FILE = "sweep.html"
 RESULTS = "results"
 CONTROL = "random"
 """The method that the others are compared with."""
@@ -25,15 +26,25 @@ def write_files(folder: Path, results: Mapping[str, Any], copy: Path | None = No
         copy: another place for the JSON.
     """
     sweep = sweep_of(results)
+    found = list(grids(results.get("comparison", ())))
+    marked = [table.markdown() for table in sweep.tables()]
+    marked += [f"**{grid.heading}**\n\n{grid.table.markdown()}" for grid in found]
+    latex = [table.latex() for table in sweep.tables()]
+    latex += [f"% {grid.heading}\n{grid.table.latex()}" for grid in found]
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     files = {
         folder / f"{RESULTS}.json": text,
         folder / f"{RESULTS}.csv": rows_table(sweep.rows).csv(),
-        folder / f"{RESULTS}.md": "\n\n".join(table.markdown() for table in sweep.tables()) + "\n",
-        folder / f"{RESULTS}.tex": "\n\n".join(table.latex() for table in sweep.tables()) + "\n",
+        folder / f"{RESULTS}.md": "\n\n".join(marked) + "\n",
+        folder / f"{RESULTS}.tex": "\n\n".join(latex) + "\n",
         folder / PAGE_FILE: page(sweep, results),
         **({copy: text} if copy is not None else {}),
     }
+    write_whole(files)
+
+
+def write_whole(files: Mapping[Path, str]) -> None:
+    """Write text files, each whole or not at all, over older ones."""
     for path, content in files.items():
         with replacing_file(path, overwrite=True) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -48,6 +59,8 @@ def page(sweep: Sweep, results: Mapping[str, Any]) -> str:
         sweep=sweep,
         charts=charts(sweep),
         words=tables,
+        grids=list(grids(results.get("comparison", ()))),
+        grids_note=NOTE,
         notes=list(dict.fromkeys(n for row in sweep.rows for n in row.get("notes") or [])),
         commands=[results["command"]],
         facts={**results.get("facts", {}), **results["versions"]},
@@ -60,11 +73,11 @@ def verdict(sweep: Sweep) -> str:
     rows = [row for row in sweep.rows if row.get(stage) is not None]
     if not rows:
         return "No point was measured."
-    middle = min(rows, key=_distance_from_half)
+    middle = min(rows, key=distance_from_half)
     group = [r for r in rows if (r["space"], r["ratio"]) == (middle["space"], middle["ratio"])]
     named = sorted((r for r in group if r["method"] != CONTROL), key=lambda row: row[stage])
     best, *_, worst = [*(named or group), (named or group)[-1]]
-    what = f"With {percent(best['ratio'])} of the {_channels(best['space'])} removed"
+    what = f"With {percent(best['ratio'])} of the {channels(best['space'])} removed"
     ends = f"{best['method']} has perplexity {short(best[stage])}"
     if len(named) > 1:
         ends = f"{len(named)} methods have perplexity {short(best[stage])} ({best['method']})"
@@ -77,13 +90,13 @@ def verdict(sweep: Sweep) -> str:
     return f"{what}, {ends}{after}{against}."
 
 
-def _channels(space: str) -> str:
-    """`key+head` as `key channels and heads`."""
+def channels(space: str) -> str:
+    """Return `key+head` as `key channels and heads`."""
     kinds = ("heads" if kind == "head" else f"{kind} channels" for kind in space.split("+"))
     return " and ".join(kinds)
 
 
-def _distance_from_half(row: Row) -> float:
+def distance_from_half(row: Row) -> float:
     try:
         return abs(float(row["ratio"]) - 0.5)
     except ValueError:
@@ -100,7 +113,7 @@ def charts(sweep: Sweep) -> list[list[Panel]]:
         for stage in sweep.stages:
             rows = [row for row in sweep.rows if row["space"] == space and row.get(stage)]
             when = "before recovery" if stage == "before" else "after recovery"
-            title = f"{_channels(space)}, {when}".capitalize()
+            title = f"{channels(space)}, {when}".capitalize()
             panel = _panel(rows, stage, sweep.controls.get(stage), colours, title)
             panels += [panel] if panel.picture or panel.bars else []
         found += [panels] if panels else []

@@ -23,7 +23,6 @@ SYNTAX = "METHOD[:option=value…][@KIND[=RATIO]…]"
 
 DATA_OPTIONS = (
     "data",
-    "recipe",
     "subset",
     "split",
     "text-key",

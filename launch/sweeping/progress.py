@@ -6,7 +6,7 @@ line of each log that grew: for a recovery, the step and the loss of its trainin
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from launch.sweeping.folder import SweepFolder
@@ -18,18 +18,22 @@ TAIL_BYTES = 4096
 
 @contextmanager
 def telling(
-    folder: SweepFolder, names: Sequence[str], every: float = EVERY_SECONDS
+    folder: SweepFolder, wanted: Mapping[str, Sequence[str]], every: float = EVERY_SECONDS
 ) -> Iterator[None]:
-    """Tell on stderr, `every` so many seconds, what the unsettled points among `names` do."""
+    """Tell on stderr, `every` so many seconds, what the unsettled points do.
+
+    Args:
+        wanted: the stages to measure each point in, by its name.
+    """
     # A copy, because a process that measures a point sends its own stderr to the point's log.
     stderr, ended = os.dup(2), threading.Event()
-    seen = {name: last_line(folder, name) for name in names}
+    seen = {name: last_line(folder, name) for name in wanted}
 
     def tell() -> None:
         while not ended.wait(every):
-            for name in names:
+            for name, stages in wanted.items():
                 line = last_line(folder, name)
-                if line and line != seen[name] and not folder.is_settled(name):
+                if line and line != seen[name] and not folder.is_settled(name, stages):
                     os.write(stderr, f"{name}: {line}\n".encode())
                 seen[name] = line
 

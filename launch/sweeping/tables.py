@@ -169,9 +169,10 @@ def _mean_losses(measured: Sequence[Mapping[str, Any]]) -> DocumentLosses | None
 
 
 def without_documents(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A point's record without its losses by document, which are long."""
+    """A point's record without its losses and divergences by document, which are long."""
+    long = ("documents", "divergences")
     return {
-        key: {k: v for k, v in value.items() if k != "documents"} if key in STAGES else value
+        key: {k: v for k, v in value.items() if k not in long} if key in STAGES else value
         for key, value in record.items()
     }
 

@@ -20,8 +20,8 @@ from typing import Any
 from flame.errors import UserError, first_line
 from flame.process.ending import signal_received
 from flame.process.environment import environment
-from launch.evaluation.heldout_text import HeldoutText
 from launch.sweeping.folder import Record, SweepFolder
+from launch.sweeping.measuring import Dense, TextInMemory, measured
 from launch.sweeping.points import Point
 from pruning.options import DataOptions
 
@@ -32,9 +32,6 @@ FAILURES = (UserError, RuntimeError, OSError, ArithmeticError, MemoryError, Valu
 """What ends a point and not the sweep: a person's mistake, and what libraries raise when memory or
 the disk is full, a computation has no answer, or a kernel does not take a width."""
 
-MEASURED = (
-    "perplexity", "bits_per_byte", "tokens", "parameters", "state_bytes", "error", "documents",
-)  # fmt: skip
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 """Environment of a job of one process; LOCAL_RANK stays, which says the device."""
 
@@ -54,25 +51,15 @@ class Recovery:
 
 
 @dataclass(frozen=True)
-class TextInMemory(HeldoutText):
-    """Held-out text that is read and cut once, for all models of a process."""
-
-    rows: dict[tuple[int, bool], list[Any]] = field(default_factory=dict, compare=False)
-
-    def sequences(self, vocab_size: int, apart: bool) -> Iterator[Any]:
-        key = (vocab_size, apart)
-        if key not in self.rows:
-            self.rows[key] = list(super().sequences(vocab_size, apart))
-        return iter(self.rows[key])
-
-
-@dataclass(frozen=True)
 class Work:
     """What a worker must know to measure any point."""
 
     folder: SweepFolder
     model: str
-    text: HeldoutText
+    text: TextInMemory
+    dense: Dense
+    """What predictions are compared with."""
+
     statistics: Path
     """Those that methods choose by, for methods that need some."""
 
@@ -85,13 +72,17 @@ class Work:
 
     keep: bool = False
 
-    def measure(self, name: str, points: Mapping[str, Point]) -> None:
-        """Measure a point and keep its record, or the reason why it has none."""
+    def measure(self, name: str, stages: Sequence[str], points: Mapping[str, Point]) -> None:
+        """Measure a point and keep its record, or the reason why it has none.
+
+        Args:
+            stages: those that it is measured in; one that its record has is not measured again.
+        """
         models = self.folder.models(name)
         shutil.rmtree(models, ignore_errors=True)
         try:
             with _logged(self.folder.log(name)):
-                record = self._record(name, points.get(name), models)
+                record = self._record(name, stages, points.get(name), models)
             # Before the record: a point that is killed here is measured again, and clears up then.
             self._discard(models)
             self.folder.keep(name, record)
@@ -107,19 +98,22 @@ class Work:
         if not self.keep:
             shutil.rmtree(models, ignore_errors=True)
 
-    def _record(self, name: str, point: Point | None, models: Path) -> Record:
-        clock = Clock()
-        record: Record = {"name": name}
+    def _record(
+        self, name: str, stages: Sequence[str], point: Point | None, models: Path
+    ) -> Record:
+        record: Record = {"name": name, **(self.folder.record(name) or {})}
+        clock = Clock(dict(record.get("seconds") or {}))
         if point is None:
             start = self.model
         else:
             start = str(models / "pruned")
             record |= {"words": list(self._pruning_words(point)), **self._pruned(point, start)}
             clock.lap("prune")
-        if name != CONTINUED:
+        if "before" in stages and "before" not in record:
             record["before"] = self._measured(start, name)
             clock.lap("evaluate")
-        if self.recovery is not None and name != DENSE:
+        if "recovered" in stages and "recovered" not in record:
+            assert self.recovery is not None
             out = models / "recovered"
             _train(self.recovery.words(start, out))
             clock.lap("recover")
@@ -154,15 +148,7 @@ class Work:
         return {"widths": _widths(plan["spaces"]), "notes": plan.get("notes") or []}
 
     def _measured(self, model: str, name: str) -> Record:
-        from flame.checkpoint.reference import resolve
-        from flame.process.distributed import compute_dtype
-        from launch.evaluation.perplexity import measure_perplexity
-        from launch.lm.network import load_network
-
-        reference, dtype = resolve(model), compute_dtype(self.dtype)
-        network = load_network(reference, dtype, "whole").model
-        found = measure_perplexity(network, reference, self.text, dtype, name).record()
-        return {key: found[key] for key in MEASURED}
+        return measured(model, self.text, self.dtype, name, self.dense)
 
 
 @dataclass
@@ -176,12 +162,6 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
-
-
-def in_memory(text: HeldoutText) -> TextInMemory:
-    """`text` that is read when it is first asked for, and kept."""
-    values = {f.name: getattr(text, f.name) for f in dataclasses.fields(HeldoutText)}
-    return TextInMemory(**values)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from flame.errors import UserError
+from launch.sweeping.command import read_options
 from tests.distributed import run_distributed
 from tests.flame.jobs import scalars_of, tensors_of, write_assets
 from tests.flame.tiny import build, stored_tensors, write_hf_folder
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "launch/recipes").glob("*.toml"))
+SWEEP = ROOT / "launch/recipes/small_sweep.toml"
+RECIPES = sorted(set((ROOT / "launch/recipes").glob("*.toml")) - {SWEEP})
 PARAMETERS = {"340M": 0.34e9, "370M": 0.374e9, "1.3B": 1.366e9}
 """Stated by size; a family may differ by 3 %."""
 
@@ -32,6 +34,30 @@ def test_recipes_are_read(path: Path) -> None:
     job = parse_job(["--job.config_file", str(path)])
     assert job.training.global_batch_size > 0 and job.training.steps > 0
     assert job.model.config or job.model.init
+
+
+BED = {"gated_deltanet": (763_992, 10), "delta_net": (664_128, 10), "hybrid": (928_152, 8.8)}
+"""Parameters of the test bed's models, and tokens that each is trained on for each of them."""
+
+
+@pytest.mark.parametrize("kind", BED)
+def test_the_test_bed_is_what_its_recipes_say(kind: str) -> None:
+    from flame.config import parse_job
+    from flame.model import count_parameters, meta_model
+
+    path = ROOT / f"launch/recipes/small_{kind}.toml"
+    job, (count, share) = parse_job(["--job.config_file", str(path)]), BED[kind]
+    config = json.loads(Path(job.model.config).read_text())
+    assert count_parameters(meta_model(config).parameters()) == count
+    tokens = job.training.steps * job.training.global_batch_size * job.training.seq_len
+    assert tokens / count == pytest.approx(share, abs=0.06)
+    text = " ".join(line.lstrip("# ") for line in path.read_text().splitlines())
+    assert f"{count:,} parameters" in text and f"{share} a parameter" in text
+    options = read_options(["--config", str(SWEEP)], "slimstate sweep")
+    assert [m.model for m in options.models if m.name.startswith(kind)] == [
+        f"runs/small/{kind}-{seed}" for seed in (0, 1)
+    ]
+    assert str(options.recover) == str(SWEEP.parent / "small_recover.toml")
 
 
 def test_all_sizes_are_there() -> None:

@@ -30,6 +30,8 @@ def test_a_copy_is_complete_and_replaces_nothing(tmp_path: Path) -> None:
     recipe = tmp_path / "gated_deltanet_370M.toml"
     job = parse_job(["--job.config_file", str(recipe)])
     assert job.model.config == str(tmp_path / "gated_deltanet_370M.json")
+    dispatch(["recipes", "--copy", "small_sweep", "--to", str(tmp_path)])
+    assert (tmp_path / "small_recover.toml").is_file()
     recipe.write_text("mine")
     with pytest.raises(UserError, match="exists"):
         dispatch(["recipes", "--copy", "gated_deltanet_370M", "--to", str(tmp_path)])

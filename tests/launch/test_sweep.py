@@ -20,8 +20,10 @@ from flame.errors import UserError
 from flame.options import words
 from launch import sweep
 from launch.drawing.sweep_chart import log_ticks
+from launch.evaluation.heldout_text import heldout_text
 from launch.sweeping.checks import check_points
 from launch.sweeping.folder import SweepFolder
+from launch.sweeping.measuring import Dense, in_memory
 from launch.sweeping.page import page, write_files
 from launch.sweeping.points import points
 from launch.sweeping.progress import telling
@@ -119,7 +121,8 @@ def test_repaired_points_read_the_sweep_s_data_and_keep_their_seeds(root: Path) 
     words = "random:repair=output,l1:repair=output,drrqr:repair=output,drrqr"
     arguments = ["--methods", words, "--ratios", "0.5", "--seeds", "5,6", "--sequences", "3"]
     options = sweep.STAGE.parse([str(root / "dense"), "out", *arguments])
-    work = Work(options.folder, options.model, None, Path("stats"), data=options.data)  # type: ignore[arg-type]
+    text, dense = in_memory(heldout_text(resolve(options.model), options.text)), Dense("", "auto")
+    work = Work(options.folder, options.model, text, dense, Path("stats"), data=options.data)
     found = {point.name: work.pruning(point, "out") for point in options.points}
     assert options.repairs and [made.repairs for made in found.values()] == [True] * 4 + [False]
     seeds = [made.data.seed for made in found.values()]
@@ -267,8 +270,8 @@ def test_other_options_in_a_folder_are_refused_and_more_points_are_not(
 def test_a_point_belongs_to_one_process_and_a_failed_one_is_tried_once(tmp_path: Path) -> None:
     mine, theirs = SweepFolder(tmp_path), SweepFolder(tmp_path)
     mine.begin({}, overwrite=False)
-    names = ["a", "b", "c", "d"]
-    mine.keep("a", {"name": "a"})
+    names = dict.fromkeys("abcd", ("before",))
+    mine.keep("a", {"before": {}})
     taken = []
     for name in mine.open_points(names):
         taken.append(name)
@@ -276,7 +279,7 @@ def test_a_point_belongs_to_one_process_and_a_failed_one_is_tried_once(tmp_path:
         for other in rest:
             assert other in ("c", "d")
             theirs.fail(other, "two\nlines")
-        mine.keep(name, {"name": name})
+        mine.keep(name, {"before": {}})
     assert taken == ["b"]
     assert mine.failure("c") == "two lines"
     mine.begin({}, overwrite=False)
@@ -316,7 +319,8 @@ def _measured_alone(root: Path, plan: Path, out: Path) -> float:
 
     apply.STAGE.main([str(root / "dense"), str(plan / "plan.json"), str(out)])
     file = out.with_suffix(".json")
-    evaluate.STAGE.main([str(out), "--perplexity", "--max-sequences", "3", "--json", str(file)])
+    rows = ["--max-sequences", "3", "--spread", "--json", str(file)]
+    evaluate.STAGE.main([str(out), "--perplexity", *rows])
     return json.loads(file.read_text())["perplexity"]
 
 
@@ -380,7 +384,7 @@ def test_what_a_point_does_is_told_until_it_is_settled(
     folder = SweepFolder(tmp_path)
     folder.begin({}, overwrite=False)
     folder.log("old").write_text("of an earlier run\n")
-    with telling(folder, ["a", "b", "old"], every=0.02):
+    with telling(folder, dict.fromkeys(("a", "b", "old"), ()), every=0.02):
         folder.log("a").write_text("step: 1\nstep: 2  \x1b[31mloss: 4.0\n\n")
         folder.keep("b", {"name": "b"})
         folder.log("b").write_text("done\n")
