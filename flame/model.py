@@ -84,10 +84,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
     except REFUSALS as error:
         # Some constructors compute with initial values, which the meta device does not have.
-        said = first_line(error)
-        if isinstance(error, ImportError) and config.get("attn"):
-            said = "the softmax layers (`attn` in config.json) need flash-attn, and so a GPU"
-        raise UserError(f"cannot build {config['model_type']!r}: {said}") from error
+        raise UserError(f"cannot build {config['model_type']!r}: {first_line(error)}") from error
     model.initial_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     decayless = {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     model.no_weight_decay_names = decayless

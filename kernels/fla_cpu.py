@@ -1,6 +1,6 @@
 """Putting the CPU operators under fla 0.6.0: the one place that changes fla.
 
-There are three kinds of entry point:
+There are four kinds of entry point:
 
 - Functions that fla dispatches: our operators are registered in `fla.backends` with a verifier that
   accepts CPU tensors only, so an accelerator's tensors still take fla's own kernels.
@@ -8,6 +8,8 @@ There are three kinds of entry point:
   they are wrapped in fla's dispatcher, and every fla module that holds one gets the wrapped one.
 - `FusedCrossEntropyLoss.forward`, which asserts an accelerator before it dispatches anything: for
   CPU tensors the same computation runs without the assertion.
+- The softmax layers of hybrids (`fla.layers.attn`), which refuse to be built without flash-attn:
+  without it, on every device, ours stands in its place; with it, ours takes CPU tensors alone.
 """
 
 import sys
@@ -26,7 +28,9 @@ from kernels import (
     gated_delta_rule,
     kda,
     norms,
+    rotary,
     short_conv,
+    softmax_attention,
 )
 
 
@@ -63,6 +67,7 @@ def install() -> None:
     for entry, implementation in _undispatched():
         replace(entry, _dispatching(entry, implementation))
     _allow_cpu_loss()
+    _allow_softmax_layers()
 
 
 def _accepts_cpu(*args: Any, **kwargs: Any) -> tuple[bool, str | None]:
@@ -79,6 +84,7 @@ def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
     from fla.modules.fused_cross_entropy import ops as fla_loss
     from fla.modules.fused_linear_cross_entropy import ops as fla_linear_loss
     from fla.modules.norm import fused_norm_gate, l2norm, layernorm
+    from fla.modules.rotary import ops as fla_rotary
     from fla.ops.kda import chunk_kda
 
     found: list[tuple[Any, Callable[..., Any]]] = [
@@ -91,6 +97,7 @@ def _dispatched() -> list[tuple[Any, Callable[..., Any]]]:
         (fused_norm_gate, norms, ["layer_norm_gated_fwd", "layer_norm_gated_bwd"]),
         (l2norm, norms, ["l2norm_fwd", "l2norm_bwd"]),
         (fla_activations, activations, activations.__all__),
+        (fla_rotary, rotary, rotary.__all__),
         (fla_loss, cross_entropy, ["cross_entropy_fwd", "cross_entropy_bwd"]),
         (fla_linear_loss, cross_entropy, ["fused_linear_cross_entropy_bwd"]),
     ]
@@ -161,3 +168,19 @@ def _cpu_loss(module: Any, logits: Tensor, target: Tensor) -> Any:
     if module.reduction == "mean":
         losses = [loss / (target != module.ignore_index).sum() for loss in losses]
     return tuple(losses) if module.return_z_loss else losses[0]
+
+
+def _allow_softmax_layers() -> None:
+    from fla.layers import attn
+
+    for name in softmax_attention.__all__:
+        ours, theirs = getattr(softmax_attention, name), getattr(attn, name, None)
+        setattr(attn, name, ours if theirs is None else _on_cpu(ours, theirs))
+
+
+def _on_cpu(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(theirs)
+    def attended(q: Tensor, *args: Any, **options: Any) -> Any:
+        return (ours if q.device.type == "cpu" else theirs)(q, *args, **options)
+
+    return attended

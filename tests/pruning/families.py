@@ -3,7 +3,6 @@
 import copy
 import warnings
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -148,28 +147,15 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], device: str = "cpu", seed: int = 0) -> nn.Module:
-    """The stock model of `config` with seeded random weights, in evaluation mode.
-
-    fla's softmax layers ask for flash-attn, which has no CPU form: here they have their weights and
-    pass their input on.
-    """
-    import fla.layers.attn
+    """The stock model of `config` with seeded random weights, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import flame.register  # noqa: F401
 
     torch.manual_seed(seed)
-    with (
-        patch.object(fla.layers.attn, "flash_attn_func", _pass_on),
-        torch.device(device),
-        warnings.catch_warnings(),
-    ):
+    with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    for module in model.modules():
-        if isinstance(module, fla.layers.attn.Attention):
-            module.forward = _pass_on
-    return model.eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
 
 
 @torch.no_grad()
@@ -183,10 +169,6 @@ def enlarge_stream_(model: nn.Module, factor: float = 2.0**20) -> nn.Module:
         if name.endswith(("embeddings.weight", "o_proj.weight", "down_proj.weight")):
             parameter *= factor
     return model
-
-
-def _pass_on(hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple:
-    return hidden_states, None, past_key_values
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

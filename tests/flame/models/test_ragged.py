@@ -191,7 +191,7 @@ def test_the_cached_state_is_as_large_as_the_widths_say(name: str) -> None:
 
 def test_generation_and_beams_follow_the_cache() -> None:
     """A beam search reorders the cache; its best sequence scores as a plain forward pass says."""
-    ragged = build(cut(tiny_config("gated_deltanet grouped values, hybrid", attn=None))[0])
+    ragged = build(cut(tiny_config("gated_deltanet grouped values, hybrid"))[0])
     prompt = tokens(2, 8)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options["attention_mask"] = torch.ones_like(prompt)

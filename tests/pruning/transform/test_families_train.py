@@ -1,4 +1,4 @@
-"""KDA and gated delta product from training to a stock model of less state, and training on."""
+"""Further families from training to a stock model of less state, and training on."""
 
 import json
 import subprocess
@@ -36,6 +36,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_forget_gate": True,
         "allow_neg_eigval": True,
     },
+    "gated_deltanet": {
+        **COMMON,
+        "architectures": ["GatedDeltaNetForCausalLM"],
+        "num_hidden_layers": 3,
+        "expand_v": 1.0,
+        "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 24},
+    },
     "kda": {
         **COMMON,
         "architectures": ["KDAForCausalLM"],
@@ -43,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "expand_v": 0.5,
     },
 }
-SPACES = {"gated_deltaproduct": "key,value,head", "kda": "key,head"}
+SPACES = {"gated_deltaproduct": "key,value,head", "gated_deltanet": "key,value", "kda": "key,head"}
 
 RELOAD = """
 import sys, torch
