@@ -211,14 +211,14 @@ def _resumed(
     mark: str,
     options: Options | None,
 ) -> Resumed | None:
-    """Read the sums to go on from, on every rank; None unless the options ask to resume."""
+    """What to go on from, with the sums on rank 0 alone; None unless the options ask to resume."""
     if options is None or not options.resume:
         return None
 
     meta = read_meta(options.stats)
     check_model(options.stats, meta, mark)
     spaces = adapter_for(reference.config).spaces(reference.config)
-    collected = load_statistics(options.stats, spaces, kinds)
+    collected = load_statistics(options.stats, spaces, kinds) if rank() == 0 else {}
     return Resumed(collected, meta, gradient_reader(options.stats))
 
 

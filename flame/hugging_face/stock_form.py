@@ -123,7 +123,8 @@ class StockForm:
 
         def convert(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
             work = deepcopy(converter)
-            for name, pattern, tensor in zip(sources, patterns, tensors, strict=True):
+            # Of a stack, those of a few rows: then names and patterns are those of the first rows.
+            for name, pattern, tensor in zip(sources, patterns, tensors, strict=False):
                 work.add_tensor(target, name, pattern, tensor)
             made = work.convert(target, model=self._model, config=self._model.config)
             single = {n: t[0] if isinstance(t, list) else t for n, t in made.items()}

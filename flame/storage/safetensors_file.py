@@ -77,6 +77,11 @@ class SafetensorsFile:
         """Return the names of the tensors, sorted."""
         return sorted(self.entries)
 
+    def promise(self, name: str) -> Tensor:
+        """Return a meta-device tensor of the stored shape and dtype."""
+        entry = self.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.code], device="meta")
+
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor as a new one, in the stored dtype."""
         shape = self.entries[name].shape

@@ -6,7 +6,7 @@ that is not counted, since FSDP2's gathers need every rank. Memory holds the mod
 does not grow with the number of tokens. The backward pass runs only if a statistic needs it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -58,9 +58,10 @@ class ResumePoints:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What an earlier calibration left, read by every rank and added to the sums by rank 0."""
+    """What an earlier calibration left; rank 0 adds it to its sums."""
 
-    collected: Collected
+    collected: Mapping[str, Mapping[type[Statistic], Statistic]]
+    """Empty on other ranks than the first."""
     meta: Meta
     gradients: ReadRows
 

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flame.errors import UserError, first_line
 from flame.process.atomic_output import replacing_folder
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from flame.storage.safetensors_file import save_tensors
+from flame.storage.safetensors_file import SafetensorsFile, save_tensors
 from flame.storage.shape import check_shape
+from pruning.calibration.saved_statistics import SavedStatistics
 from pruning.spaces import Space
 from pruning.statistics import Statistic
 
@@ -141,8 +140,7 @@ def gradient_reader(path: Path) -> Callable[[str, slice], Tensor]:
             raise UserError(f"{path} has no gradient of {name}: calibrate again")
         file, recorded = files[name]
         _check_hash(path / file, recorded)
-        with safe_open(path / file, framework="pt") as tensors:
-            return tensors.get_slice(name)[rows]
+        return SafetensorsFile(path / file).read(name, rows.start, rows.stop)
 
     return read
 
@@ -166,26 +164,24 @@ def load_statistics(
     path: Path,
     spaces: Iterable[Space],
     kinds: Iterable[type[Statistic]],
-    device: torch.device | str = "cpu",
-) -> Collected:
-    """The statistics of these kinds that a folder holds for `spaces`.
+) -> SavedStatistics:
+    """The statistics of these kinds that a folder holds for `spaces`, on the CPU.
 
     Raises:
         UserError: the folder is damaged, or lacks a statistic or a space.
     """
     path, kinds = Path(path), list(kinds)
-    collected = zeros(spaces, kinds, read_meta(path).hidden_size, device)
-    tensors = _read_sums(path)
-    for key, statistic in _named(collected).items():
-        own = {field: tensors.get(f"{key}/{field}") for field in statistic.state_dict()}
-        lacking = [field for field, tensor in own.items() if tensor is None]
-        if lacking:
+    promised = zeros(spaces, kinds, read_meta(path).hidden_size, "meta")
+    file = _open_sums(path)
+    for key, statistic in _named(promised).items():
+        if not {f"{key}/{field}" for field in statistic.state_dict()} <= file.entries.keys():
             raise UserError(f"{path} has no {key}: calibrate again for this model and method")
         try:
-            statistic.load_state_dict({n: t for n, t in own.items() if t is not None})
+            own = {name: file.promise(f"{key}/{name}") for name in statistic.state_dict()}
+            statistic.load_state_dict(own)
         except ValueError as error:
             raise UserError(f"{path}: {key}: {first_line(error)}") from error
-    return collected
+    return SavedStatistics(file, promised)
 
 
 def check_kinds(path: Path, meta: Meta, kinds: Iterable[type[Statistic]], method: str) -> None:
@@ -220,20 +216,16 @@ def _named(collected: Mapping[str, Mapping[type[Statistic], Statistic]]) -> dict
 
 def _tensors(collected: Collected) -> dict[str, Tensor]:
     return {
-        f"{key}/{field}": total.detach().cpu().contiguous()
+        f"{key}/{field}": total
         for key, statistic in _named(collected).items()
         for field, total in statistic.state_dict().items()
     }
 
 
-def _read_sums(path: Path) -> dict[str, Tensor]:
+def _open_sums(path: Path) -> SafetensorsFile:
     file = path / SUMS_FILE
-    recorded = _read_meta_file(path).get("hash")
-    _check_hash(file, recorded)
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    _check_hash(file, _read_meta_file(path).get("hash"))
+    return SafetensorsFile(file)
 
 
 def _check_hash(file: Path, recorded: object) -> None:

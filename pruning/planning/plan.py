@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from torch import Tensor
-
 from flame.checkpoint.fingerprint import canonical_config
 from flame.errors import UserError, first_line
 from pruning.adapters import TIED_KINDS, Adapter, adapter_for
 from pruning.adapters.interface import Config
+from pruning.planning.new_tensors import NewTensors
 from pruning.planning.padding import check_padding, padded
 from pruning.spaces import Kept, Kind, Space, check_kept, widths_of
 
@@ -62,7 +61,7 @@ class Plan:
     were."""
     notes: tuple[str, ...] = ()
     """What a user must know of the choice, such as that a projection is approximate."""
-    new_tensors: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    new_tensors: NewTensors = field(default_factory=dict, repr=False, compare=False)
     """The same before they are saved, by name: `with_saved_tensors` writes them to a file."""
 
     @property

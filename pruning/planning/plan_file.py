@@ -9,6 +9,7 @@ file that the plan names with its hash.
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from flame.errors import UserError, first_line
 from flame.storage.checksums import hash_file
 from flame.storage.json_file import read_object
-from flame.storage.safetensors_file import SafetensorsFile, save_tensors
+from flame.storage.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from pruning.planning.new_tensors import Later, made
 from pruning.planning.plan import Plan, TensorsFile
 from pruning.spaces import Kept
 
@@ -93,14 +95,15 @@ def _plan(content: dict[str, Any]) -> Plan:
 
 def with_saved_tensors(plan: Plan, file: Path, name: str = "") -> Plan:
     """`plan` with its new tensors written to the safetensors file `file`, which will be `name`."""
-    tensors = {key: plan.new_tensors[key].contiguous() for key in sorted(plan.new_tensors)}
-    save_tensors(tensors, file)
+    new = plan.new_tensors
+    forms = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in new.items()}
+    write_safetensors(file, forms, lambda key: made(new[key]))
     saved = TensorsFile(name or file.name, hash_file(file))
     return replace(plan, tensors_file=saved, new_tensors={})
 
 
 def with_loaded_tensors(plan: Plan, folder: Path) -> Plan:
-    """`plan`, which was read from a file in `folder`, with its new tensors in memory.
+    """`plan`, which was read from a file in `folder`, with new tensors that are read when needed.
 
     Raises:
         UserError: their file is missing, or not the one that the plan was made with.
@@ -108,7 +111,10 @@ def with_loaded_tensors(plan: Plan, folder: Path) -> Plan:
     if plan.tensors_file is None:
         return plan
     tensors = SafetensorsFile(checked_tensors(plan.tensors_file, folder))
-    loaded = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    loaded = {
+        name: Later(entry.shape, DTYPES[entry.code], partial(tensors.get_tensor, name))
+        for name, entry in tensors.entries.items()
+    }
     return replace(plan, tensors_file=None, new_tensors=loaded)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from flame.checkpoint.source import TensorSource
 from flame.errors import UserError, first_line
-from flame.process.progress import progress
 from pruning.adapters import adapter_for
+from pruning.planning.new_tensors import Later
 from pruning.planning.plan import Plan
 from pruning.repair.output_fit import RIDGE, fitted_projection
 from pruning.spaces import Space, output_axis
@@ -35,29 +36,24 @@ def repaired(
 ) -> Plan:
     """`plan` with output projections fitted to the dense layers' outputs. One process does it.
 
+    A layer is fitted when its projection is written, so memory holds the sums and projection of one
+    layer; a layer whose sums have no answer raises UserError then, and is named.
+
     Args:
         plan: a plan whose own new tensors, if it has any, are in it.
         source: the dense model's tensors.
         sums: by head space, those of the plan's pruned layers.
         calibration: what the plan records of the data behind them.
-
-    Raises:
-        UserError: a layer's sums have no answer; the layer is named.
     """
     slices = slices_of(plan, plan.config_before)
     sliced = SlicedSource(source, slices)
-    fitted: dict[str, Tensor] = {}
-    spaces = [
-        s for s in adapter_for(plan.config_before).spaces(plan.config_before) if s.name in sums
-    ]
-    layers = [space for space in spaces if OutputEquations in sums[space.name]]
-    for space in progress(layers, "repair", len(layers)):
-        name = output_axis(space).fqn
+
+    def fit(space: Space, name: str) -> Tensor:
         of_layer = sums[space.name][OutputEquations]
         assert isinstance(of_layer, OutputEquations)
         kept = slices[name][0].kept if name in slices else torch.arange(len(of_layer.gram))
         try:
-            fitted[name] = fitted_projection(
+            return fitted_projection(
                 source.read(name).double(),
                 sliced.read(name).double(),
                 of_layer.gram.cpu()[kept][:, kept],
@@ -65,6 +61,12 @@ def repaired(
             )
         except ValueError as error:
             raise UserError(f"repair of layer {space.layer}: {first_line(error)}") from error
+
+    fitted: dict[str, Later] = {}
+    for space in layers_of(plan.config_before):
+        name = output_axis(space).fqn
+        shape = sliced.info(name).shape
+        fitted[name] = Later(shape, torch.float64, partial(fit, space, name))
     return replace(
         plan,
         repair={"kind": "output", "ridge": RIDGE, "calibration": calibration},

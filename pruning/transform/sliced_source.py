@@ -10,6 +10,7 @@ from torch import Tensor
 from flame.checkpoint.source import TensorInfo, TensorSource
 from flame.errors import UserError
 from pruning.planning.choose import check_tensor_finite
+from pruning.planning.new_tensors import Later, made
 from pruning.transform.slices import Slice, Slices, slice_tensor
 
 OPTIMIZER_STATE = "optimizer.state."
@@ -30,15 +31,15 @@ class NewTensors(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """The new tensors of a plan that are not saved yet."""
+    """The new tensors of a plan that are not in its file, or not read from there yet."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | Later]
 
     def keys(self) -> Iterable[str]:
         return self.tensors.keys()
 
     def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return made(self.tensors[name])
 
 
 class SlicedSource:
@@ -71,16 +72,16 @@ class SlicedSource:
         return TensorInfo(tuple(shape), info.dtype)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor after the plan, or rows of it; UserError if it is not finite."""
+        """The tensor after the plan, or rows of it; UserError if what is read is not finite."""
+        slices = self._slices_of(name)
         if parameter_of(name) in self._new:
             tensor = self._read_new(name)
+        elif rows is None or any(part.dim == 0 for part in slices):
+            tensor = slice_tensor(name, self._source.read(name), slices)
         else:
-            tensor = self._read_sliced(name)
+            tensor, rows = slice_tensor(name, self._source.read(name, rows), slices), None
         check_tensor_finite(name, tensor)
         return tensor if rows is None else tensor[rows]
-
-    def _read_sliced(self, name: str) -> Tensor:
-        return slice_tensor(name, self._source.read(name), self._slices_of(name))
 
     def _read_new(self, name: str) -> Tensor:
         info = self.info(name)
