@@ -2,6 +2,8 @@
 
 import io
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,10 +50,13 @@ def run_stage(main: Callable[[], None], checked: bool = False) -> None:
 def _run_stage(main: Callable[[], None], checked: bool) -> None:
     try:
         main()
+        sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
         _leave_if_ended(error)
+        if isinstance(error, BrokenPipeError):
+            _leave_if_unread()
         if not isinstance(error, UserError):
             raise
         try:
@@ -62,6 +67,16 @@ def _run_stage(main: Callable[[], None], checked: bool) -> None:
         leave(1)
     if signal_received():
         leave(exit_status())
+
+
+def _leave_if_unread() -> None:
+    """Exit in silence, as a shell's own programs do, if what reads the output has gone."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if any(event & select.POLLERR for _, event in output.poll(0)):
+        # The interpreter flushes once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(128 + signal.SIGPIPE)
 
 
 def _leave_if_ended(error: BaseException) -> None:

@@ -62,21 +62,21 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError for a recipe, model or data that cannot be trained on `world_size` ranks."""
     from flame.training.job_checks import check_job
 
-    check_job(_job(options), world_size)
+    check_job(job_of(options), world_size)
 
 
 def check_size(options: Options, world_size: int) -> None:
     """Raise UserError if the job cannot go on with `world_size` processes after nodes were lost."""
     from flame.training.job_checks import check_size
 
-    check_size(_job(options), world_size)
+    check_size(job_of(options), world_size)
 
 
 def answer(options: Options, nproc: int, nnodes: int) -> str | None:
     """Return the table of memory per GPU that `--estimate` asks for; None without that option."""
     if not options.estimate:
         return None
-    job = _job(options)
+    job = job_of(options)
     from flame.training.estimate import estimate_table
     from flame.training.job_checks import check_numbers, check_size
 
@@ -85,7 +85,8 @@ def answer(options: Options, nproc: int, nnodes: int) -> str | None:
     return estimate_table(job, nproc, nnodes)
 
 
-def _job(options: Options) -> Any:
+def job_of(options: Options) -> Any:
+    """Return the `flame.config.JobConfig` of the options; UserError for a mistake in the recipe."""
     # A mistake in the recipe is said before torchtitan is imported, which takes seconds.
     for tables in (read_tables(recipe_path(options.arguments)), overriding(options.arguments)):
         fill(Recipe(), tables)
@@ -96,7 +97,7 @@ def _job(options: Options) -> Any:
 
 def run(options: Options) -> None:
     """Train as the options say. Collective; starts a process group unless one is running."""
-    train(_job(options))
+    train(job_of(options))
 
 
 def train(job: Any) -> None:

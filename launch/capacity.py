@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from flame.errors import UserError
 from flame.options import argument, option
+from flame.options.shared import StoredAs
 from flame.process.atomic_output import replacing_file
 from flame.process.output_checks import check_file_output
 from flame.stage import Stage
 from launch.drawing.table import Column, Table
 from launch.reporting.envelope import command_line, enveloped, write_result
 from launch.reporting.sentences import bytes_text
-from launch.serving.capacity import BYTES, Capacity, Server, StoredAs, contexts
+from launch.serving.capacity import BYTES, Capacity, Server, contexts
 
 if TYPE_CHECKING:
     from launch.serving.footprint import Footprint

@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": Command("pruning.plan", "choose the channels to keep"),
     "apply": Command("pruning.apply", "apply a plan to a checkpoint"),
     "prune": Command("pruning.prune", "calibrate, plan and apply in one"),
+    "shrink": Command("launch.shrink", "prune a model in steps while it is trained"),
     "convert": Command("flame.convert", "convert between DCP and Hugging Face checkpoints"),
     "eval": Command("launch.evaluate", "measure perplexity, tasks and fidelity of models"),
     "bench": Command("launch.bench", "measure size and speed, beside another model"),

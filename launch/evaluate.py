@@ -82,6 +82,7 @@ def check(options: Options, world_size: int = 1) -> None:
     for reference in references:
         _check_model(reference, measures)
         check_dtype(reference.config, measures.dtype)
+    measures.states.check(references)
     if measures.reads_text:
         text = same_text(by_name, measures.text)
         check_same_tokens(by_name, text, from_recipe=not measures.text.data)
@@ -98,7 +99,7 @@ def check(options: Options, world_size: int = 1) -> None:
         check_tasks(measures.tasks)
         if not is_dry_run():
             # This runs what the task files name by `!function`.
-            loaded_tasks(measures.tasks)
+            measures.states.check_tasks(loaded_tasks(measures.tasks))
         if len(by_name) > 1 and measures.max_length is None:
             check_same_length(by_name, measures.text.tokenizer)
 
@@ -114,6 +115,8 @@ def run(options: Options) -> None:
         records = evaluate_models(options.names, options.measures, results)
         if rank() == 0:
             print(table(records).text(), flush=True)
+            if options.measures.states.state_dtype:
+                print(f"\nstates stored after each token: {options.measures.states.text()}")
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> Table:

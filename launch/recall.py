@@ -4,7 +4,6 @@ The tasks are multi-query associative recall (Zoology, arXiv 2312.04927) and a n
 both generated from a seed (`launch.evaluation.recall_tasks`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,14 @@ from flame.data.mqar import Mqar, is_mqar, parse_mqar
 from flame.errors import UserError
 from flame.hugging_face.config_file import vocabulary_size
 from flame.models.gpu_limits import check_dtype
-from flame.options import argument, option
+from flame.options import argument, group, option
 from flame.options.shared import DTYPE_HELP, DType
 from flame.process.output_checks import check_file_output
 from flame.recipe import data_config, read_tables
 from flame.stage import Stage
-from launch.drawing.table import Column, Table
 from launch.evaluation.model_checks import check_family
+from launch.evaluation.recall_tables import mqar_table, needle_table
+from launch.evaluation.stored_states import STORED_STATES, StateOptions
 from launch.reporting.envelope import command_line, enveloped, measuring, write_result
 
 PAIRS = (4, 8, 16)
@@ -54,6 +54,7 @@ class Options:
     tokenizer: str = option("", "folder or hub name (default: the model's)", metavar="T")
     json: Path | None = option(None, "write the figures to FILE", metavar="FILE")
     dtype: DType = option("auto", DTYPE_HELP)
+    states: StateOptions = group(StateOptions)
     overwrite: bool = option(False, "replace FILE if it exists")
 
 
@@ -63,6 +64,7 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.json is not None:
         for reference in references:
             check_file_output(options.json, options.overwrite, inside=reference.folder)
+    options.states.check(references)
     task = task_of(options, references[0])
     for reference in references:
         _check_family(reference, options)
@@ -104,23 +106,26 @@ def _measured(name: str, task: Mqar, options: Options) -> dict[str, Any]:
     model = build_sharded(reference, data_parallel_mesh(), dtype)
     score = partial(accuracy, model, encode=encode, batch_size=options.batch)
     numbers = options.examples, options.seed
-    found: dict[str, Any] = {"model": name, "state_bytes": state_bytes(reference.config)}
-    found["mqar"] = [
-        {"pairs": n, "accuracy": score(mqar_examples(task, n, *numbers))} for n in task.pairs
-    ]
-    found["needle"] = [
-        {
-            "length": length,
-            "depth": depth,
-            "accuracy": score(needle_examples(task, length, depth, encode, *numbers)),
-        }
-        for length in options.needle
-        for depth in options.depths
-    ]
+    size = state_bytes(reference.config, options.states.storage)
+    found: dict[str, Any] = {"model": name, "state_bytes": size}
+    with options.states.applied(model, reference):
+        found["mqar"] = [
+            {"pairs": n, "accuracy": score(mqar_examples(task, n, *numbers))} for n in task.pairs
+        ]
+        found["needle"] = [
+            {
+                "length": length,
+                "depth": depth,
+                "accuracy": score(needle_examples(task, length, depth, encode, *numbers)),
+            }
+            for length in options.needle
+            for depth in options.depths
+        ]
     if options.query_noise:
         found["query_noise"] = _query_noise(model, reference, task, encode, options)
     return {
         **found,
+        STORED_STATES: options.states.record(),
         "task": task.name,
         "examples": options.examples,
         "seed": options.seed,
@@ -186,38 +191,10 @@ def _check_family(reference: ModelReference, options: Options) -> None:
     check_family(reference.config)
 
 
-def mqar_table(records: list[dict[str, Any]]) -> Table:
-    """Return accuracies in percent: a row for each model, a column for each number of pairs."""
-    columns = [Column("model", align="left"), Column("state_bytes", "state bytes", ",d")]
-    return _percentages(columns, records, "mqar", lambda cell: f"{cell['pairs']} pairs")
-
-
-def needle_table(records: list[dict[str, Any]]) -> Table:
-    """Return accuracies in percent: a row for each model, a column for each length and depth."""
-    columns = [Column("model", align="left")]
-    return _percentages(
-        columns, records, "needle", lambda cell: f"{cell['length']} words, at {cell['depth']} %"
-    )
-
-
-def _percentages(
-    columns: list[Column],
-    records: list[dict[str, Any]],
-    task: str,
-    heading: Callable[[dict[str, Any]], str],
-) -> Table:
-    rows = [
-        {**record, **{heading(cell): 100 * cell["accuracy"] for cell in record[task]}}
-        for record in records
-    ]
-    cells = [Column(heading(cell), number=".1f") for cell in records[0][task]]
-    return Table([*columns, *cells], rows)
-
-
 def _write(records: list[dict[str, Any]], options: Options) -> None:
-    print(
-        f"recall of values, % right over {options.examples} documents\n{mqar_table(records).text()}"
-    )
+    stored = f"; states stored as {options.states.text()}" if options.states.state_dtype else ""
+    print(f"recall of values, % right over {options.examples} documents{stored}")
+    print(mqar_table(records).text())
     if options.needle:
         print(f"\nneedle in a haystack, % found\n{needle_table(records).text()}")
     if options.query_noise:

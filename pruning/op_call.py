@@ -1,10 +1,16 @@
 """One call of the delta rule, as the mathematics has it: statistics and states are made from it."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+_NAMES = {"query": "q", "key": "k", "value": "v"}
+"""Transformers' names of the operator's arguments, and fla's."""
 
 
 @dataclass
@@ -81,3 +87,35 @@ def unroll_(call: OpCall, steps: int) -> None:
         spread = call.g.new_zeros(*call.g.shape[:2], steps, call.g.shape[2])
         spread[:, :, 0] = call.g
         call.g = spread.flatten(1, 2)
+
+
+def arguments_by_name(
+    signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments by name, those that the operator takes by **kwargs among them."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return {_NAMES.get(name, name): value for name, value in arguments.items()}
+
+
+def writing_strength(arguments: dict[str, Any]) -> Tensor:
+    """The beta of an operator's arguments, after the sigmoid and doubling that they ask for."""
+    beta = arguments["beta"].detach()
+    if not arguments.get("use_beta_sigmoid_in_kernel", False):
+        return beta
+    return beta.sigmoid() * (2.0 if arguments.get("allow_neg_eigval", False) else 1.0)
+
+
+def log_decay(arguments: dict[str, Any]) -> Tensor | None:
+    """The log-decays of an operator's arguments, after the gate that they ask for."""
+    g = arguments.get("g")
+    if g is None or not arguments.get("use_gate_in_kernel", False):
+        return None if g is None else g.detach()
+    g, bias, bound = g.float(), arguments.get("dt_bias"), arguments.get("lower_bound")
+    if bias is not None:
+        g = g + bias.float().view(g.shape[2:])
+    rate = g.new_ones(1) if arguments.get("A_log") is None else arguments["A_log"].float().exp()
+    rate = rate.view(-1, *[1] * (g.ndim - 3))
+    return -rate * F.softplus(g) if bound is None else bound * (rate * g).sigmoid()

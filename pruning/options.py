@@ -6,6 +6,7 @@ The fields of the methods' dataclasses are options too, as `MethodOptions` decla
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
@@ -39,6 +40,9 @@ class DataOptions:
     """Which data a calibration reads, and how much. An empty text means the recipe's value."""
 
     data: str = option("", "hub name, file or folder (default: the run's recipe)")
+    recipe: Path | None = option(
+        None, "recipe whose [data] and sequence length count instead", metavar="RECIPE.toml"
+    )
     subset: str = option("", "configuration of a hub data set")
     split: str = option("", "split of the data set (default: train)")
     text_key: str = option("", "column that holds the text")

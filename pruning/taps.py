@@ -17,13 +17,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pruning.adapters.interface import Adapter, Site
 from pruning.mixers import find_mixers, output_projection
-from pruning.op_call import OpCall, unroll_
+from pruning.op_call import (
+    OpCall,
+    arguments_by_name,
+    log_decay,
+    unroll_,
+    writing_strength,
+)
 
 
 @contextmanager
@@ -43,9 +48,9 @@ def tap_ops(
         for layer, mixer in find_mixers(model, adapter).items():
             stack.enter_context(_entering(mixer, layer, listener))
         for site in adapter.op_sites:
-            stack.enter_context(_replaced(site, listener.wrap_op))
+            stack.enter_context(replaced(site, listener.wrap_op))
         for site in adapter.norm_sites:
-            stack.enter_context(_replaced(site, listener.wrap_norm))
+            stack.enter_context(replaced(site, listener.wrap_norm))
         yield
 
 
@@ -107,9 +112,6 @@ _OPERATORS = {"chunk_gated_delta_product": _GATED, "torch_chunk_gated_delta_rule
 """What runs the calls of an operator that takes several rows a token, once they are unrolled, and
 those of transformers' name for fla's operator."""
 
-_NAMES = {"query": "q", "key": "k", "value": "v"}
-"""Transformers' names of the operator's arguments, and fla's."""
-
 
 class _Listener:
     """Knows which layer runs, and turns its operator calls into `OpCall`s."""
@@ -135,7 +137,7 @@ class _Listener:
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if self.layer is not None:
-                self.report(self.layer, _by_name(signature, args, kwargs))
+                self.report(self.layer, arguments_by_name(signature, args, kwargs))
             return op(*args, **kwargs)
 
         return tapped
@@ -157,8 +159,8 @@ class _Listener:
                 q=q.detach(),
                 k=k.detach(),
                 v=arguments["v"].detach(),
-                beta=_writing_strength(arguments),
-                g=_log_decay(arguments),
+                beta=writing_strength(arguments),
+                g=log_decay(arguments),
                 cu_seqlens=arguments.get("cu_seqlens"),
                 given_k=arguments["k"].detach(),
                 normalizes=bool(arguments.get("use_qk_l2norm_in_kernel", False)),
@@ -169,34 +171,6 @@ class _Listener:
             call.heads = self.heads.pop(0)
         self.unnormalised.clear()
         self.on_call(call)
-
-
-def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, those that the operator takes by **kwargs among them."""
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name, {}))
-    return {_NAMES.get(name, name): value for name, value in arguments.items()}
-
-
-def _writing_strength(arguments: dict[str, Any]) -> Tensor:
-    beta = arguments["beta"].detach()
-    if not arguments.get("use_beta_sigmoid_in_kernel", False):
-        return beta
-    return beta.sigmoid() * (2.0 if arguments.get("allow_neg_eigval", False) else 1.0)
-
-
-def _log_decay(arguments: dict[str, Any]) -> Tensor | None:
-    g = arguments.get("g")
-    if g is None or not arguments.get("use_gate_in_kernel", False):
-        return None if g is None else g.detach()
-    g, bias, bound = g.float(), arguments.get("dt_bias"), arguments.get("lower_bound")
-    if bias is not None:
-        g = g + bias.float().view(g.shape[2:])
-    rate = g.new_ones(1) if arguments.get("A_log") is None else arguments["A_log"].float().exp()
-    rate = rate.view(-1, *[1] * (g.ndim - 3))
-    return -rate * F.softplus(g) if bound is None else bound * (rate * g).sigmoid()
 
 
 @contextmanager
@@ -214,7 +188,8 @@ def _entering(mixer: nn.Module, layer: int, listener: _Listener) -> Iterator[Non
 
 
 @contextmanager
-def _replaced(site: Site, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+def replaced(site: Site, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Bind a site's name to `wrap` of what it is bound to, while the context is open."""
     module = importlib.import_module(site.module)
     original = getattr(module, site.attribute)
     setattr(module, site.attribute, wrap(original))

@@ -40,6 +40,7 @@ STAGES = {
         "capacity",
         "serve_check",
         "sweep",
+        "shrink",
         "report",
         "demo",
         "shipped",

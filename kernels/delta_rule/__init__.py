@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.chunk import Options, delta_rule
+from kernels.gated_delta_rule.chunk import Options, delta_rule, given_chunk_size
 from kernels.gated_delta_rule.recurrent import recurrent_delta_rule
 
 __all__ = ["chunk_delta_rule", "fused_recurrent_delta_rule"]
@@ -35,7 +35,7 @@ def chunk_delta_rule(
         raise ValueError("head_first is gone: inputs are [B, T, H, ...]")
     bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     options = Options(scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, bounds)
-    return delta_rule(q, k, v, beta, None, options, kwargs.get("chunk_size"))
+    return delta_rule(q, k, v, beta, None, options, given_chunk_size(kwargs))
 
 
 def fused_recurrent_delta_rule(

@@ -44,13 +44,13 @@ def chunk_gated_delta_product(
     bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     flags = (output_final_state, use_qk_l2norm_in_kernel)
     options = Options(scale, initial_state, *flags, None if bounds is None else bounds * n)
-    decays = None if g is None else _spread(g, n, 0)
-    o, state = delta_rule(_spread(q, n, n - 1), k, v, beta, decays, options)
+    decays = None if g is None else spread(g, n, 0)
+    o, state = delta_rule(spread(q, n, n - 1), k, v, beta, decays, options)
     return o[:, n - 1 :: n].contiguous(), state
 
 
-def _spread(x: Float[Tensor, "B T ..."], n: int, place: int) -> Float[Tensor, "B nT ..."]:
-    """Replace each token by n, itself at `place` and zeros at the others."""
+def spread(x: Float[Tensor, "B T ..."], n: int, place: int) -> Float[Tensor, "B nT ..."]:
+    """Return each token as n rows, itself at `place` and zeros at the others."""
     if n == 1:
         return x
     zeros = torch.zeros_like(x)

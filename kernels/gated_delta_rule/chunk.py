@@ -82,7 +82,7 @@ def chunk_gated_delta_rule(
     bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     flags = (output_final_state, use_qk_l2norm_in_kernel)
     options = Options(scale, initial_state, *flags, bounds, state_v_first)
-    return delta_rule(q, k, v, beta, g, options, kwargs.get("chunk_size"))
+    return delta_rule(q, k, v, beta, g, options, given_chunk_size(kwargs))
 
 
 def delta_rule(
@@ -107,7 +107,7 @@ def delta_rule(
         ValueError: shapes, document boundaries or chunk size do not fit.
     """
     lengths = document_lengths(q.shape[0], q.shape[1], options.cu_seqlens)
-    _check(q, k, v, options.initial_state, len(lengths), chunk_size)
+    _check(q, k, v, options.initial_state, len(lengths))
     layout = chunk_layout(lengths, chunk_size or _chunk_size(lengths), q.device)
     dtype = wide_dtype(q)
     if options.normalize:
@@ -164,6 +164,18 @@ def _chunk_size(lengths: tuple[int, ...]) -> int:
     return 32 if sum(lengths) > 32 * len(lengths) else 16
 
 
+def given_chunk_size(kwargs: dict[str, Any]) -> int | None:
+    """Return `chunk_size` of a caller's `kwargs`, None if it is not there.
+
+    Raises:
+        ValueError: no operator of fla has this size.
+    """
+    size = kwargs.get("chunk_size")
+    if size is not None and size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size is {size}, must be one of {CHUNK_SIZES}")
+    return size
+
+
 def _mask(x: Float[Tensor, "chunks H C *K"], layout: ChunkLayout) -> Tensor:
     if not layout.padded:
         return x
@@ -198,14 +210,10 @@ def state_layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs["transposestate_layout"])
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, documents: int, chunk_size: int | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, documents: int) -> None:
     if q.shape != k.shape:
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}: must be the same")
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads are no multiple of {k.shape[2]} key heads")
     if state is not None and state.shape[0] != documents:
         raise ValueError(f"{state.shape[0]} initial states for {documents} documents")
-    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"chunk_size is {chunk_size}, must be one of {CHUNK_SIZES}")

@@ -9,7 +9,7 @@ documents that each step advances. Q are the queries times the decay from the st
 (`q_start`), Kd the keys times their decay to its end (`k_end`), gamma the decay over the chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ class Carried(NamedTuple):
     states: Float[Tensor, "chunks H K V"]
     """The state before each chunk."""
     final: Float[Tensor, "N H K V"]
+
+
+Carry = Callable[..., Carried]
+"""Runs the recurrence, with the arguments of `carry_states`."""
 
 
 def carry_states(
@@ -60,6 +64,36 @@ def carry_states(
         _decay(state, decays[i], after)
         after.baddbmm_(write, new)
     return Carried(v_new, read, states, final)
+
+
+def carry_stored(
+    u: Float[Tensor, "chunks H C V"],
+    w: Float[Tensor, "chunks H C K"],
+    q_start: Float[Tensor, "chunks H C K"],
+    k_end: Float[Tensor, "chunks H C K"],
+    gamma: Float[Tensor, "chunks H *K 1"] | None,
+    initial: Float[Tensor, "N H K V"],
+    alive: tuple[int, ...],
+    store: Callable[[Tensor], object] | None = None,
+) -> Carried:
+    """Run the recurrence forward alone, each state passing through `store` at its chunk's end.
+
+    `store` changes states `[documents * H, K, V]` in place. The states before chunks, which only a
+    backward pass reads, are not kept: they are empty.
+    """
+    v_new, read = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(2))
+    final = initial.clone(memory_format=torch.contiguous_format)
+    cut = [_steps(x, alive) for x in (u, w, q_start, k_end.mT, v_new, read)]
+    for *parts, decay in zip(*cut, _decays(gamma, alive), strict=True):
+        value, key, query, write, new, out = parts
+        state = final.flatten(0, 1)[: len(value)]
+        torch.baddbmm(value, key, state, alpha=-1, out=new)
+        torch.bmm(query, state, out=out)
+        _decay(state, decay, state)
+        state.baddbmm_(write, new)
+        if store is not None:
+            store(state)
+    return Carried(v_new, read, initial.new_empty(0), final)
 
 
 def carry_gradients(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.recurrence import carry_gradients, carry_states
+from kernels.gated_delta_rule.recurrence import Carry, carry_gradients, carry_states
 
 
 def chunked_delta_rule(
@@ -23,6 +23,7 @@ def chunked_delta_rule(
     g: Float[Tensor, "chunks H C"] | None,
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
+    carry: Carry = carry_states,
 ) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "N H K V"]]:
     """Return the outputs and the final states; once differentiable.
 
@@ -30,8 +31,9 @@ def chunked_delta_rule(
         q: scaled already.
         g: log-decays, summed in float64; None for no decay.
         alive: how many of the N documents have an i-th chunk, for each i (`ChunkLayout`).
+        carry: what runs from chunk to chunk; only `carry_states` has a backward.
     """
-    return _ChunkedDeltaRule.apply(q, k, v, beta, g, initial, alive)
+    return _ChunkedDeltaRule.apply(q, k, v, beta, g, initial, alive, carry)
 
 
 class _Decays(NamedTuple):
@@ -58,6 +60,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         g: Tensor | None,
         initial: Tensor,
         alive: tuple[int, ...],
+        carry: Carry,
     ) -> tuple[Tensor, Tensor]:
         rate, decays = beta.unsqueeze(-1), _decays(g, k)
         products, raw_scores = k @ k.mT, q @ k.mT
@@ -65,7 +68,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         u = inverse @ (v * rate)
         w = inverse @ (k * (rate if decays.start is None else rate * decays.start))
         q_start, k_end = _decayed(q, decays.start), _decayed(k, decays.end)
-        v_new, out, states, final = carry_states(u, w, q_start, k_end, decays.whole, initial, alive)
+        v_new, out, states, final = carry(u, w, q_start, k_end, decays.whole, initial, alive)
         _add_product_(out, raw_scores * decays.pairs, v_new)
         ctx.save_for_backward(
             q, k, v, beta, inverse, u, w, states, v_new, products, raw_scores, *decays
@@ -104,7 +107,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dk = _decayed_(dk_end, decays.end).addcmul_(dk_scaled, rate)
         _add_product_(dk, dproducts + dproducts.mT, k)
         _add_product_(dk, dscores.mT, q)
-        return dq, dk, dv_rate.mul_(rate), drate, dg, dinitial, None
+        return dq, dk, dv_rate.mul_(rate), drate, dg, dinitial, None, None
 
 
 def _decays(g: Float[Tensor, "chunks H C"] | None, like: Float[Tensor, "chunks H C K"]) -> _Decays:

@@ -5,7 +5,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.chunk import Options, delta_rule, gate_beta, state_layout
+from kernels.gated_delta_rule.chunk import (
+    Options,
+    delta_rule,
+    gate_beta,
+    given_chunk_size,
+    state_layout,
+)
 from kernels.gated_delta_rule.recurrent import recurrent_delta_rule
 from kernels.kda.gate import kda_log_decay
 from kernels.kda.wy import chunked_kda
@@ -63,7 +69,7 @@ def chunk_kda(
     bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     flags = (output_final_state, use_qk_l2norm_in_kernel)
     options = Options(scale, initial_state, *flags, bounds, state_layout(state_v_first, kwargs))
-    return delta_rule(q, k, v, beta, g, options, kwargs.get("chunk_size"), chunked_kda)
+    return delta_rule(q, k, v, beta, g, options, given_chunk_size(kwargs), chunked_kda)
 
 
 def fused_recurrent_kda(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.gated_delta_rule.recurrence import carry_gradients, carry_states
+from kernels.gated_delta_rule.recurrence import Carry, carry_gradients, carry_states
 from kernels.gated_delta_rule.wy import unit_lower_inverse
 from kernels.kda import pairs
 
@@ -23,6 +23,7 @@ def chunked_kda(
     g: Float[Tensor, "chunks H C K"],
     initial: Float[Tensor, "N H K V"],
     alive: tuple[int, ...],
+    carry: Carry = carry_states,
 ) -> tuple[Float[Tensor, "chunks H C V"], Float[Tensor, "N H K V"]]:
     """Return the outputs and the final states; once differentiable.
 
@@ -30,8 +31,9 @@ def chunked_kda(
         q: scaled already.
         g: log-decays, at most 0.
         alive: how many of the N documents have an i-th chunk, for each i (`ChunkLayout`).
+        carry: what runs from chunk to chunk; only `carry_states` has a backward.
     """
-    return _ChunkedKda.apply(q, k, v, beta, g.to(q.dtype), initial, alive)
+    return _ChunkedKda.apply(q, k, v, beta, g.to(q.dtype), initial, alive, carry)
 
 
 class _ChunkedKda(torch.autograd.Function):
@@ -45,13 +47,14 @@ class _ChunkedKda(torch.autograd.Function):
         g: Tensor,
         initial: Tensor,
         alive: tuple[int, ...],
+        carry: Carry,
     ) -> tuple[Tensor, Tensor]:
         rate, decays = beta.unsqueeze(-1), pairs.decays(g)
         scores, products = pairs.pair_products(q, k, decays.levels)
         inverse = unit_lower_inverse(products * rate)
         u, w = inverse @ (v * rate), inverse @ (k * decays.start).mul_(rate)
         whole = decays.start[..., -1, :].unsqueeze(-1)
-        v_new, out, states, final = carry_states(
+        v_new, out, states, final = carry(
             u, w, q * decays.start, k * decays.end, whole, initial, alive
         )
         out += scores @ v_new
@@ -90,4 +93,4 @@ class _ChunkedKda(torch.autograd.Function):
         diagonal = dscores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         dq = (found.dq + dq_start).addcmul_(diagonal, k)
         dk = (found.dk_right + found.dk_left).add_(dk_start).add_(dk_end).addcmul_(diagonal, q)
-        return dq, dk, dv_rate * rate, drate, dg, dinitial, None
+        return dq, dk, dv_rate * rate, drate, dg, dinitial, None, None

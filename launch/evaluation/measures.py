@@ -15,6 +15,7 @@ from flame.versions import versions
 from launch.evaluation.heldout_text import HeldoutOptions, tokenizer_name
 from launch.evaluation.results_file import IDENTITY, SETTINGS, Record, ResultsFile, identity
 from launch.evaluation.same_text import same_text
+from launch.evaluation.stored_states import STORED_STATES, StateOptions
 from launch.lm.tasks import TaskOptions, evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Measures:
     rows: HeldoutOptions = group(HeldoutOptions, without=("data",))
     """How the text of `perplexity` and `against` is read."""
     dtype: DType = option("auto", DTYPE_HELP)
+    states: StateOptions = group(StateOptions)
     batch: int = option(32, "sequences of tasks a pass, at most", least=1, metavar="N")
     max_length: int | None = option(
         None, "tokens that tasks show the model at once", least=1, metavar="N"
@@ -70,6 +72,7 @@ class Measures:
             "tokenizer": self.text.tokenizer,
             "tasks": self.tasks.record() if self.tasks.tasks else None,
             "dtype": self.dtype,
+            STORED_STATES: self.states.record(),
             "max_length": self.max_length,
         }
 
@@ -122,15 +125,16 @@ class _Bench:
     def record(self, name: str, reference: ModelReference) -> Record:
         """Everything that is asked for of one model. Collective."""
         network = self._network(reference)
-        record = {
-            "model": name,
-            **self._perplexity(name, reference, network),
-            **self._fidelity(name, reference, network),
-            **self._scores(reference, network),
-        }
+        with self.measures.states.applied(network.model, reference):
+            record = {
+                "model": name,
+                **self._perplexity(name, reference, network),
+                **self._fidelity(name, reference, network),
+                **self._scores(reference, network),
+            }
         return {
             **record,
-            **_description(reference, network),
+            **_description(reference, network, self.measures.states),
             SETTINGS: self.settings,
             IDENTITY: identity(reference),
         }
@@ -198,7 +202,7 @@ def loaded_tasks(options: TaskOptions) -> dict[str, Any]:
     return load_tasks(options)
 
 
-def _description(reference: ModelReference, network: "Network") -> Record:
+def _description(reference: ModelReference, network: "Network", states: StateOptions) -> Record:
     from flame.checkpoint.fingerprint import fingerprint
     from flame.model import count_parameters
     from flame.process.distributed import world_size
@@ -210,7 +214,8 @@ def _description(reference: ModelReference, network: "Network") -> Record:
         # Tells whose these figures are where the folder was moved.
         "fingerprint": on_first(lambda: fingerprint(reference.config, reference.source())),
         "parameters": count_parameters(network.model.parameters()),
-        "state_bytes": state_bytes(reference.config),
+        "state_bytes": state_bytes(reference.config, states.storage),
+        STORED_STATES: states.record(),
         "dtype": _name(network.dtype),
         "sharded": network.sharded,
         "world_size": world_size(),

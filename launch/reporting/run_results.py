@@ -9,6 +9,7 @@ from typing import Any
 
 from flame.errors import UserError, first_line
 from launch.evaluation.intervals import read_losses
+from launch.evaluation.stored_states import STORED_STATES
 from launch.ranks.analysis_files import TABLE_FILE, read_table
 from launch.ranks.spectra import spectra_of
 from launch.reporting.data import Measured, RankAnalysis, Recall, Results
@@ -85,7 +86,8 @@ class Collector:
         models = result.get("models", {result.get("model"): result})
         for record in models.values():
             name = self._name_of(record)
-            if name is not None:
+            # States in fewer bits are a property of an engine, not of the run: no table has both.
+            if name is not None and not record.get(STORED_STATES):
                 self._evaluation(name, record)
                 self._recall(name, record)
                 self.found.versions |= result["versions"]

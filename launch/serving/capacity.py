@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
+from flame.options.shared import StoredAs
 from launch.serving.footprint import Footprint
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
 """Bytes of a number."""
-
-StoredAs = Literal["float32", "bfloat16", "float16", "float8", "int8"]
 
 CONV_BYTES = 2
 """Bytes of a number in the convolutions' windows, which engines keep in the model's own bf16."""

@@ -23,6 +23,7 @@ SYNTAX = "METHOD[:option=value…][@KIND[=RATIO]…]"
 
 DATA_OPTIONS = (
     "data",
+    "recipe",
     "subset",
     "split",
     "text-key",

@@ -1,5 +1,7 @@
 """Model families by `model_type`. To add one, write its file and add its line here."""
 
+from typing import TYPE_CHECKING
+
 from flame.errors import UserError
 from pruning.adapters.delta_net import DeltaNet
 from pruning.adapters.delta_net2 import DeltaNet2
@@ -10,6 +12,9 @@ from pruning.adapters.interface import Adapter, Config
 from pruning.adapters.kda import Kda
 from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET, Ragged
 from pruning.spaces import Kind
+
+if TYPE_CHECKING:
+    from kernels.stored_states import StateStorage
 
 PRUNED: dict[str, Ragged] = {
     adapter.model_type: adapter for adapter in (SLIM_DELTA_NET, SLIM_GATED_DELTANET)
@@ -61,10 +66,17 @@ def adapter_for(config: Config) -> Adapter:
     return adapter
 
 
-def state_bytes(config: Config) -> int | None:
-    """Bytes of one sequence's recurrent state, in float32; None for a family without an adapter."""
+def state_bytes(config: Config, storage: "StateStorage | None" = None) -> int | None:
+    """Bytes of one sequence's recurrent state; None for a family without an adapter.
+
+    Args:
+        config: the model's.
+        storage: how the states are stored; None for float32.
+    """
     adapter = ADAPTERS.get(config["model_type"])
-    return None if adapter is None else adapter.state_bytes(config)
+    if adapter is None or storage is None:
+        return None if adapter is None else adapter.state_bytes(config)
+    return sum(storage.bytes(*states) for states in adapter.states(config))
 
 
 def _refusal(model_type: object) -> str:

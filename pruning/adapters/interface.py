@@ -22,6 +22,20 @@ class Site(NamedTuple):
     attribute: str
 
 
+class States(NamedTuple):
+    """Recurrent states of one sequence that have the same shape."""
+
+    heads: int
+    """Value heads, over all layers of this shape."""
+    key_width: int
+    value_width: int
+
+    @property
+    def float32_bytes(self) -> int:
+        """What they take as float32 numbers."""
+        return 4 * self.heads * self.key_width * self.value_width
+
+
 class Adapter(Protocol):
     """One model family: its spaces, its taps, and how its config is resized."""
 
@@ -74,6 +88,10 @@ class Adapter(Protocol):
             ValueError: a kind is planned in some layers only, a width is out of range, a name is
                 not a space of the model, or widths differ and the family has no class for that.
         """
+        ...
+
+    def states(self, config: Config) -> list[States]:
+        """The recurrent states of one sequence."""
         ...
 
     def state_bytes(self, config: Config) -> int:

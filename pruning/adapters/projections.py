@@ -14,12 +14,10 @@ from typing import ClassVar
 
 from flame.errors import UserError
 from flame.models.widths import recurrent_layers
-from pruning.adapters.interface import Config, Widths
+from pruning.adapters.interface import Config, States, Widths
 from pruning.adapters.widths import ragged_config, uniform_sizes, widths_by_kind
 from pruning.layouts import Blocks, HeadMajor, Layout, SharedHeads
 from pruning.spaces import Axis, Kind, Role, Space
-
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,6 @@ class MixerSizes:
     """Whether an output gate, g_proj, has a row for each value channel."""
     per_value_head: tuple[tuple[str, Role], ...]
     """Tensors with one position along dimension 0 for each value head."""
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of one layer's recurrent state of one sequence, in float32."""
-        return self.value_heads * self.key_width * self.value_width * FLOAT32_BYTES
 
 
 class ProjectionFamily(ABC):
@@ -103,10 +96,16 @@ class ProjectionFamily(ABC):
         value = before.value_width / sizes.get("value", before.value_width)
         return {} if key * value == 1 else {self.eps_key: full[self.eps_key] * key * value}
 
-    def state_bytes(self, config: Config) -> int:
-        """One state of d_k x d_v per value head and linear layer, in float32."""
+    def states(self, config: Config) -> list[States]:
+        """One state of d_k x d_v per value head and linear layer."""
         full = with_defaults(config, self.defaults)
-        return len(self.linear_layers(full)) * self.sizes(full).state_bytes
+        sizes = self.sizes(full)
+        heads = len(self.linear_layers(full)) * sizes.value_heads
+        return [States(heads, sizes.key_width, sizes.value_width)]
+
+    def state_bytes(self, config: Config) -> int:
+        """All of them, in float32."""
+        return sum(states.float32_bytes for states in self.states(config))
 
 
 def mixer_spaces(layers: Iterable[int], sizes: MixerSizes) -> list[Space]:

@@ -6,8 +6,8 @@ from typing import ClassVar, NoReturn
 from flame.errors import UserError
 from flame.models.widths import LayerWidths, layer_widths
 from pruning.adapters import delta_net, gated_deltanet
-from pruning.adapters.interface import Config, Site
-from pruning.adapters.projections import FLOAT32_BYTES, positive_integer, with_defaults
+from pruning.adapters.interface import Config, Site, States
+from pruning.adapters.projections import positive_integer, with_defaults
 from pruning.spaces import Space
 
 
@@ -44,9 +44,17 @@ class Ragged:
         """Refuse, as `check`."""
         self._refuse()
 
+    def states(self, config: Config) -> list[States]:
+        """The states of all heads as wide as they are."""
+        return [
+            States(layer.group, width, layer.value)
+            for layer in self.widths(config).values()
+            for width in layer.keys
+        ]
+
     def state_bytes(self, config: Config) -> int:
-        """The states of all heads as wide as they are, in float32."""
-        return FLOAT32_BYTES * sum(layer.state_floats for layer in self.widths(config).values())
+        """All of them, in float32."""
+        return sum(states.float32_bytes for states in self.states(config))
 
     def widths(self, config: Config) -> dict[int, LayerWidths]:
         """The widths of each layer with a recurrent state; UserError for a config without sense."""

@@ -91,7 +91,9 @@ class CalibrationData:
 
 
 def calibration_data(reference: ModelReference, options: DataOptions) -> CalibrationData:
-    """The data that `options` describe, with the recipe of `reference` where they say nothing.
+    """The data that `options` describe, with `options.recipe` where they say nothing.
+
+    Without that, the recipe of `reference` stands in.
 
     Another data set (`options.data`) drops the recipe's sources, subset, split and text column.
     The tokenizer is that of `options`, else the model's own, else the recipe's. The seed and the
@@ -100,7 +102,7 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
     Raises:
         UserError: neither names data or a tokenizer, or the recipe cannot be read.
     """
-    recipe = read_tables(reference.recipe)
+    recipe = read_tables(options.recipe or reference.recipe)
     config = data_config(recipe)
     if options.data:
         config = dataclasses.replace(config, dataset=options.data, **_FRESH)
@@ -110,7 +112,8 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
             config = dataclasses.replace(config, **{key: getattr(options, key)})
     if not (config.dataset or config.sources):
         raise UserError(
-            f"{reference.folder} has no recipe that names its training data: give --data"
+            f"{reference.folder} has no recipe that names its training data: give --data or "
+            "--recipe"
         )
     of_recipe = sequence_length(recipe)
     seq_len = options.seq_len or of_recipe or SEQ_LEN

@@ -173,3 +173,12 @@ def test_a_terminal_without_utf8_shows_the_help() -> None:
     line = [sys.executable, "-m", "launch.cli", "--help"]
     done = subprocess.run(line, capture_output=True, env=environment, timeout=100)
     assert (done.returncode, done.stderr) == (0, b"") and b"usage: " in done.stdout
+
+
+def test_a_reader_that_goes_away_ends_it_in_silence() -> None:
+    """As `slimstate --help | head -1` does; the reader is gone before a word is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")

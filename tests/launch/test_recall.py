@@ -20,8 +20,9 @@ from flame.data.tokenizer import train_tokenizer
 from flame.errors import UserError
 from flame.process.distributed import process_group
 from launch.evaluation.recall_score import WordEncoder, accuracy, right_answers
+from launch.evaluation.recall_tables import mqar_table, needle_table
 from launch.evaluation.recall_tasks import mqar_examples, needle_examples
-from launch.recall import STAGE, check, measure, mqar_table, needle_table, task_of
+from launch.recall import STAGE, check, measure, task_of
 from tests.distributed import run_distributed
 from tests.launch.speed.test_decoding import stock_model
 

@@ -417,7 +417,7 @@ def test_statistics_of_several_sources_add_up_over_ranks(home: Path) -> None:
 def test_data_and_tokenizer_must_come_from_somewhere(home: Path, tmp_path: Path) -> None:
     arguments = [str(home / "delta_net"), str(tmp_path / "stats")]
     text = complaint(calibrate.check, calibrate.STAGE.parse(arguments))
-    assert text.endswith("has no recipe that names its training data: give --data")
+    assert text.endswith("has no recipe that names its training data: give --data or --recipe")
     options = calibrate.STAGE.parse([*arguments, "--data", str(home / "text.jsonl")])
     assert "has no tokenizer, and calibration reads text: give --token" in complaint(
         calibrate.check, options

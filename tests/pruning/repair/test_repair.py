@@ -279,7 +279,7 @@ def test_repairs_that_cannot_be_made_are_refused(home: Path, tmp_path: Path) -> 
     text = complaint(plan, model, file, *choice, "0.5", "--repair-stats", tmp_path)
     assert text.endswith("is for a repair: give --repair output too")
     text = complaint(prune, model, tmp_path / "out", *choice, "0.5", "--repair", "output")
-    assert text.endswith("has no recipe that names its training data: give --data")
+    assert text.endswith("has no recipe that names its training data: give --data or --recipe")
     text = complaint(prune, model, tmp_path / "out", *choice, "0.5", "--repair", "layers")
     assert "--repair" in text and "layers" in text
     stage(plan, model, file, *choice, "0.5")
