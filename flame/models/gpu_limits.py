@@ -24,7 +24,7 @@ WRONG_TRITON = ("3.4.0", "3.7.1")
 NO_FLOAT32 = ("delta_net", "delta_net2", "slim_delta_net", "gated_deltaproduct")
 GATED = (
     "gated_deltanet", "slim_gated_deltanet", "qwen3_next", "qwen3_5", "qwen3_5_text",
-    "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "olmo_hybrid",
 )  # fmt: skip
 """Families whose layers call the gated delta rule; of gated delta products the config says it."""
 

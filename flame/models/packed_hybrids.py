@@ -3,9 +3,11 @@
 fla's models and ours take `cu_seqlens`, the boundaries of the documents in one row. Transformers'
 hybrids take `cu_seq_lens_q` for the delta rule and restarting positions for softmax attention, but
 their short convolutions run on across the boundaries unless the package causal_conv1d is there.
+Qwen4's layers of token n-grams (`ple`) know of no boundaries at all, and run document by document.
 """
 
 import sys
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from flame.models.document_bounds import on_host
 
-HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "qwen3_next", "olmo_hybrid")
 """The families, by `model_type`, in which packed documents were found to equal separate ones."""
 
 
@@ -41,6 +43,27 @@ def take_packed_documents(model: nn.Module) -> None:
     if not hasattr(modeling.causal_conv1d_fn, "within_documents"):
         modeling.causal_conv1d_fn = _within_documents(modeling.causal_conv1d_fn)  # type: ignore[attr-defined]
     model.register_forward_pre_hook(_translated, with_kwargs=True)
+    for layer in model.modules():
+        if isinstance(ngrams := getattr(layer, "ple", None), nn.Module):
+            ngrams.forward = partial(_each_document, ngrams)  # type: ignore[method-assign]
+            layer.register_forward_pre_hook(_tell_ngrams, with_kwargs=True)
+
+
+def _tell_ngrams(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Leave the boundaries with the n-grams' layer, to which its block does not hand them on."""
+    layer.ple.documents = kwargs.get("cu_seq_lens_q")
+
+
+def _each_document(
+    ngrams: Any, stream: Tensor, tokens: Tensor, cache: Any, conv_mask: Tensor | None = None
+) -> Tensor:
+    """The forward of an n-grams' layer within each document of a packed row."""
+    forward = type(ngrams).forward
+    if ngrams.documents is None:
+        return forward(ngrams, stream, tokens, cache, conv_mask=conv_mask)
+    lengths = on_host(ngrams.documents).diff().tolist()
+    parts = zip(stream.split(lengths, 1), tokens.split(lengths, 1), strict=True)
+    return torch.cat([forward(ngrams, *part, cache) for part in parts], 1)
 
 
 def _translated(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:

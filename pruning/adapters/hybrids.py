@@ -1,7 +1,7 @@
 """Transformers' own hybrids: Gated DeltaNet between softmax layers.
 
-`qwen3_5_text`, `qwen3_5_moe_text`, `qwen3_next` and `olmo_hybrid` have the same keys in their
-configs, and call the operator under the name of transformers' fallback, behind which fla's is.
+`qwen3_5_text`, `qwen3_5_moe_text`, `qwen4_exp_text`, `qwen3_next` and `olmo_hybrid` have the same
+keys, and call the operator under the name of transformers' fallback, behind which fla's is.
 A selection of key heads takes along the value heads that they serve.
 """
 
@@ -30,7 +30,7 @@ from pruning.adapters.projections import (
 from pruning.layouts import SharedHeads
 from pruning.spaces import KINDS, Axis, Kind, Space
 
-LINEAR, SOFTMAX = "linear_attention", "full_attention"
+LINEAR, SOFTMAX = "linear_attention", ("full_attention", "indexed_attention")
 """Entries of `layer_types`."""
 
 INTERVAL = 4
@@ -99,10 +99,9 @@ class Hybrid(ProjectionFamily):
         depth, types = full["num_hidden_layers"], full.get("layer_types")
         if types is None:
             return [layer for layer in range(depth) if not self.is_softmax(layer, full)]
-        if not isinstance(types, list) or len(types) != depth or set(types) - {LINEAR, SOFTMAX}:
-            raise UserError(
-                f"config: layer_types is {types!r}, expected {depth} of {LINEAR} and {SOFTMAX}"
-            )
+        if not isinstance(types, list) or len(types) != depth or set(types) - {LINEAR, *SOFTMAX}:
+            known = ", ".join((LINEAR, *SOFTMAX))
+            raise UserError(f"config: layer_types is {types!r}, expected {depth} of {known}")
         return [layer for layer, name in enumerate(types) if name == LINEAR]
 
     def is_softmax(self, layer: int, full: Config) -> bool:
@@ -185,6 +184,15 @@ class Qwen3_5Moe(Qwen3_5):
 
 
 @dataclass(frozen=True)
+class Qwen4(Qwen3_5Moe):
+    """Qwen4-Exp: the same mixer among n-grams, hyper-connections and indexed attention."""
+
+    model_type: str = "qwen4_exp_text"
+    module: str = "transformers.models.qwen4_exp.modeling_qwen4_exp"
+    class_name: str = "Qwen4ExpTextGatedDeltaNet"
+
+
+@dataclass(frozen=True)
 class Qwen3Next(Hybrid):
     """Qwen3-Next, whose input projections interleave by key head."""
 
@@ -238,4 +246,4 @@ class OlmoHybrid(Hybrid):
             yield Axis("a_proj.weight", 0, value_heads(sizes))
 
 
-HYBRIDS: tuple[Hybrid, ...] = (Qwen3_5(), Qwen3_5Moe(), Qwen3Next(), OlmoHybrid())
+HYBRIDS: tuple[Hybrid, ...] = (Qwen3_5(), Qwen3_5Moe(), Qwen4(), Qwen3Next(), OlmoHybrid())

@@ -34,6 +34,23 @@ EXPERTS: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": SIZES | {"model_type": "qwen3_5_text"},
     "qwen3_5_moe_text": SIZES | EXPERTS | {"model_type": "qwen3_5_moe_text"},
+    "qwen4_exp_text": SIZES
+    | EXPERTS
+    | {
+        "model_type": "qwen4_exp_text",
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [1, 3],
+        "ple_embed_dim": 16,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 24,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "qwen3_next": SIZES | EXPERTS | {"model_type": "qwen3_next"},
     "olmo_hybrid": SIZES
     | {"model_type": "olmo_hybrid", "num_key_value_heads": 2, "linear_num_value_heads": 3},
@@ -47,7 +64,11 @@ def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
     from flame.model import stock_config
 
     torch.manual_seed(seed)
-    return one_by_one(AutoModelForCausalLM.from_config(stock_config(config)).eval())
+    model = AutoModelForCausalLM.from_config(stock_config(config))
+    for name, parameter in model.named_parameters():
+        if name.endswith("ple.conv1d.weight"):  # zeros at first, which would hide what it does
+            nn.init.normal_(parameter, std=config["initializer_range"])
+    return one_by_one(model.eval())
 
 
 def reloaded(folder: Any) -> nn.Module:
