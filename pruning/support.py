@@ -4,13 +4,42 @@
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS
 from pruning.adapters.interface import Adapter
 from pruning.methods import METHODS
 from pruning.planning.applicable import methods_for
-from pruning.spaces import KINDS, NOUNS, Kind, Space
+from pruning.planning.budgets import SQUARE
+from pruning.spaces import NOUNS, Kind, Space
+
+SPACES: dict[str, tuple[Kind, ...]] = {
+    "key": ("key",),
+    "value": ("value",),
+    "head": ("head",),
+    SQUARE: ("key", "value"),
+}
+"""What `--space` takes, with the kinds of spaces that it prunes."""
+
+TITLES = {**{str(kind): noun for kind, noun in NOUNS.items()}, SQUARE: SQUARE}
+
+
+class Cell(NamedTuple):
+    """A claim of the page: `--space` and `--method` prune a model of the family."""
+
+    family: str
+    space: str
+    method: str
+
+
+def cells() -> list[Cell]:
+    """Every claim that the page makes, each of which a test tries on a real model."""
+    return [
+        Cell(name, space, method)
+        for name, adapter in _prunable().items()
+        for space in SPACES
+        for method in _choosing_in(adapter, space)
+    ]
 
 
 def page() -> str:
@@ -23,13 +52,15 @@ Made by `python -m pruning.support` from the adapters and methods; a test holds 
 
 A row is a `model_type`. The columns say which of its spaces can be pruned, and what comes out when
 `--allocate` gives heads widths of their own: a class of this project, which `import flame.register`
-makes known to transformers, or with `--pad` the stock class with channels of zeros.
+makes known to transformers, or with `--pad` the stock class with channels of zeros. Square is key
+and value channels at one width. For each family, space and method a test prunes a small model, and
+loads the result in its stock class.
 
 {_families()}
 
 ## Methods
 
-A row is what `--method` takes, a column a kind of space that it chooses in.
+A row is what `--method` takes, a column a space that it chooses in.
 
 {_methods()}
 
@@ -40,9 +71,9 @@ A row is what `--method` takes, a column a kind of space that it chooses in.
 
 
 def _families() -> str:
-    header = ["family", *NOUNS.values(), "shared widths (`--allocate`)"]
+    header = ["family", *TITLES.values(), "shared widths (`--allocate`)"]
     rows = [
-        [f"`{name}`", *(_support(adapter, kind) for kind in KINDS), _shared_form(adapter)]
+        [f"`{name}`", *(_support(adapter, space) for space in SPACES), _shared_form(adapter)]
         for name, adapter in _prunable().items()
     ]
     return _table(header, rows)
@@ -50,10 +81,10 @@ def _families() -> str:
 
 def _methods() -> str:
     rows = [
-        [f"`{name}`", *("yes" if kind in method.kinds else "" for kind in KINDS)]
-        for name, method in METHODS.items()
+        [f"`{name}`", *("yes" if name in _choosing(space) else "" for space in SPACES)]
+        for name in METHODS
     ]
-    return _table(["method", *NOUNS.values()], rows)
+    return _table(["method", *TITLES.values()], rows)
 
 
 def _refusals() -> str:
@@ -64,13 +95,26 @@ def _refusals() -> str:
     return "\n".join(f"- {each}" for each in [*kinds, *tied])
 
 
-def _support(adapter: Adapter, kind: Kind) -> str:
-    """Which of the methods that choose in such spaces do so in this family."""
-    if kind not in kinds_of(adapter):
+def _support(adapter: Adapter, space: str) -> str:
+    """Which of the methods that choose in such a space do so in this family."""
+    able = _choosing_in(adapter, space)
+    missing = [name for name in _choosing(space) if name not in able]
+    if not able:
         return "no"
-    choosing = [name for name, method in METHODS.items() if kind in method.kinds]
-    missing = [name for name in choosing if name not in methods_for(kind, _spaces(adapter))]
     return f"yes, but for {_names(missing)}" if missing else "yes"
+
+
+def _choosing(space: str) -> list[str]:
+    """The methods that choose in a space, in some family."""
+    return [name for name, method in METHODS.items() if {*SPACES[space]} <= {*method.kinds}]
+
+
+def _choosing_in(adapter: Adapter, space: str) -> list[str]:
+    """The methods that choose in a space of this family; none if it has no such space."""
+    spaces, kinds = _spaces(adapter), SPACES[space]
+    if not kinds_of(adapter).issuperset(kinds):
+        return []
+    return [n for n in _choosing(space) if all(n in methods_for(kind, spaces) for kind in kinds)]
 
 
 def _prunable() -> dict[str, Adapter]:
