@@ -85,7 +85,13 @@ class Options:
         if not self.models:
             return (self,)
         return tuple(
-            replace(self, model=each.model, out=self.out / each.name, models=())
+            replace(
+                self,
+                model=each.model,
+                out=self.out / each.name,
+                title=f"{self.title}: {each.name}" if self.title else "",
+                models=(),
+            )
             for each in self.models
         )
 

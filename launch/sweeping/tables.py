@@ -74,6 +74,7 @@ class Sweep:
             Column(f"{ratio} {stage}", f"{percent(ratio)} {STAGES[stage]}")
             for ratio in self.grid
             for stage in self.stages
+            if any(row["ratio"] == ratio and row.get(stage) is not None for row in rows)
         ]
         lines: dict[tuple[str, str], dict[str, Any]] = {}
         for row in rows:

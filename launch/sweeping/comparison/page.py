@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from launch.sweeping.page import CONTROL, RESULTS, channels, distance_from_half,
 from launch.sweeping.tables import percent
 
 KL_AXIS = "KL, nats a token"
+MOST_LINES = 7
+"""Methods that a chart shows."""
 
 
 def write_comparison(folder: Path, results: Mapping[str, Any], copy: Path | None = None) -> None:
@@ -46,9 +49,9 @@ def page(results: Mapping[str, Any]) -> str:
         "comparison.html",
         title=results["title"],
         verdict=verdict(rows),
-        charts=list(charts(rows)),
+        charts=list(charts(rows, results["reference"])),
         models=models_table(results),
-        grids=list(grids(rows)),
+        groups={name: list(own) for name, own in groupby(grids(rows), lambda grid: grid.group)},
         note=NOTE,
         every_row=every_row(rows),
         commands=[results["command"]],
@@ -91,19 +94,31 @@ def models_table(results: Mapping[str, Any]) -> Table:
     return Table(used, found)
 
 
-def charts(rows: Sequence[Row]) -> Iterator[Panel]:
+def charts(rows: Sequence[Row], reference: Sequence[str] = ()) -> Iterator[Panel]:
     """KL against the state removed, before recovery, for each group and kind of space."""
-    names = dict.fromkeys(row["method"] for row in rows if row["method"] != CONTROL)
-    colours = {name: number for number, name in enumerate(names)}
-    for group in dict.fromkeys(row["group"] for row in rows):
-        for space in dict.fromkeys(row["space"] for row in rows):
+    rows = [row for row in rows if row["stage"] == "before" and row["removed"] is not None]
+    for space in dict.fromkeys(row["space"] for row in rows):
+        of_space = [row for row in rows if row["space"] == space]
+        names = _shown(of_space, (*reference, CONTROL))
+        colours = {name: number for number, name in enumerate(n for n in names if n != CONTROL)}
+        for group in dict.fromkeys(row["group"] for row in of_space):
             drawn = [
                 {"method": r["method"], "removed": r["removed"], "before": r["kl"]}
-                for r in rows
-                if (r["group"], r["space"], r["stage"]) == (group, space, "before")
+                for r in of_space
+                if r["group"] == group and r["method"] in names
             ]
             if len({row["removed"] for row in drawn}) > 1:
                 title = f"{channels(space)}, {group}"
                 title = title[0].upper() + title[1:]
                 picture = sweep_chart(drawn, "before", None, colours, title, KL_AXIS)
                 yield Panel(title, picture)
+
+
+def _shown(rows: Sequence[Row], always: Sequence[str]) -> list[str]:
+    """Methods to draw: `always`, and those nearest to the dense model at the ratio about a half."""
+    middle = min(rows, key=distance_from_half)
+    first = [r for r in rows if (r["group"], r["ratio"]) == (middle["group"], middle["ratio"])]
+    order = [row["method"] for row in sorted(first, key=lambda row: row["kl"])]
+    kept = [name for name in order if name in always]
+    others = [name for name in order if name not in always]
+    return kept + others[: max(MOST_LINES - len(kept), 0)]

@@ -24,9 +24,9 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure("rise", "Rise of the loss, nats a token", "+.4f", False),
-    Figure("rise", "Rise of the loss, as a part of the reference's", ".2f", True),
+    Figure("rise", "Rise of the loss, as a part of that", ".2f", True),
     Figure("kl", "KL from the dense model, nats a token", ".4f", False),
-    Figure("kl", "KL, as a part of the reference's", ".2f", True),
+    Figure("kl", "KL, as a part of that", ".2f", True),
 )
 
 NOTE = (
@@ -71,6 +71,7 @@ COLUMNS = tuple(
 class Grid(NamedTuple):
     """A table under its heading."""
 
+    group: str
     heading: str
     table: Table
 
@@ -79,10 +80,12 @@ def grids(rows: Sequence[Row]) -> Iterator[Grid]:
     """For each group of models and each figure, methods against ratios and stages."""
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
+        beside = ", ".join(dict.fromkeys(r["reference"] for r in own if r.get("reference")))
         for figure in FIGURES:
             table = _grid(own, figure)
             if table is not None:
-                yield Grid(f"{group}: {_lower(figure.heading)}", table)
+                heading = f"{group}: {_lower(figure.heading)}"
+                yield Grid(group, f"{heading} of {beside}" if figure.beside else heading, table)
 
 
 def every_row(rows: Sequence[Row]) -> Table:

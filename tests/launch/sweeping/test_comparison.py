@@ -99,6 +99,7 @@ def test_page_and_tables_hold_the_figures() -> None:
         "facts": {},
         "models": [{"name": m.name, "group": m.group, "model": m.name} for m in models],
         "perplexity": {m.name: {"before": 5.0, "recovered": None} for m in models},
+        "reference": ["paper"],
         "comparison": rows,
     }
     text = page(results)
@@ -114,3 +115,19 @@ def test_page_and_tables_hold_the_figures() -> None:
     assert "±" in first.table.rows[1]["0.5 before"]
     assert every_row(rows).csv().count("\n") == 1 + 3 * 2
     assert list(charts(rows)) == []
+
+
+def test_a_chart_shows_the_reference_random_and_the_nearest() -> None:
+    rises = {f"m{number}": 0.1 + 0.01 * number for number in range(9)}
+    whole = model("a", "a", paper=0.9, random=2.0, **rises)
+    points = {
+        Key(key.method, "key", ratio, False): stages
+        for key, stages in whole.points.items()
+        for ratio in ("0.5", "0.75")
+    }
+    removed = {key: float(key.ratio) for key in points}
+    rows = compare([ModelPoints("a", "a", points, removed, whole.controls)], ("paper",))
+    (panel,) = charts(rows, ("paper",))
+    for name in ("paper", "random", "m0", "m4"):
+        assert f">{name}<" in panel.picture
+    assert ">m5<" not in panel.picture
