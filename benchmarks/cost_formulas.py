@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flame.training.estimate import PLAN_ENTRY, RESULT_ENTRY
+
 Cost = tuple[Counter[str], Counter[str]]
 """Calls and bytes by the kind of the collective."""
 
@@ -118,10 +120,6 @@ def calibration(
         all_gather=gathers(shapes, ranks, width, passes=rounds, backward=False),
         all_reduce=(len(statistics) + 2 * rounds, sum(statistics) + 16 * rounds),
     )
-
-
-PLAN_ENTRY, RESULT_ENTRY = 190, 127
-"""Bytes that a rank's plan and the results of its writing have of each entry, as DCP sends them."""
 
 
 def gathered_by_a_save(sizes: Mapping[str, float], ranks: int) -> tuple[float, float]:

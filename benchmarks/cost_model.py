@@ -34,6 +34,7 @@ from benchmarks.cost_formulas import (
     training_step,
 )
 from benchmarks.simulated_world import bytes_read, rank_of, training_state, write_step
+from flame.training.estimate import ENTRIES
 from launch.drawing.table import Column, Table
 
 FOLDER = "SLIMSTATE_COST_FOLDER"
@@ -69,8 +70,8 @@ WORKED_COLUMNS = (
 )
 INDEX_CHUNK, FORM_CHUNK = 152, 1100
 """Bytes of a chunk in the index, and of an archive beside its numbers, as counted."""
-OPTIONS, ENTRIES = 16_900, 16
-"""Bytes and number of what a step holds of each parameter beside it and its moments: options."""
+OPTIONS = 16_900
+"""Bytes of what a step holds of each parameter beside it and its moments: options."""
 ROWS = {f"weight_{number}": (1024, 512) for number in range(8)}
 """The model of the simulated steps: few tensors, so that 1,024 ranks fit into this process."""
 

@@ -18,6 +18,9 @@ SEQUENCES = 16
 """Calibration sequences, as in arXiv 2602.04852."""
 SEQ_LEN = 2048
 """Tokens of a sequence where no recipe says otherwise."""
+REPLAY_TOKENS = 2048
+"""Tokens on which layers are repeated without single channels where no option says otherwise. All
+32,768 of a calibration cost several forward passes of the model, and more with wide heads."""
 BEST = "output-error"
 """The method that chooses where none is named: docs/results.md compares it with the others."""
 PUBLISHED = "drrqr"
@@ -51,9 +54,10 @@ class DataOptions:
     seq_len: int | None = option(
         None, f"tokens each (default: the recipe's, or {SEQ_LEN})", least=1, metavar="N"
     )
-    replay_fraction: float = option(
-        1.0,
-        "part of the sequences on which output-error repeats each layer without single channels",
+    replay_fraction: float | None = option(
+        None,
+        "part of the sequences on which output-error repeats each layer without single channels "
+        f"(default: as many as hold {REPLAY_TOKENS:,} tokens)",
         above=0,
         most=1,
         metavar="F",

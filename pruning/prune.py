@@ -102,11 +102,15 @@ def _said(options: Options, reference: ModelReference, data: CalibrationData) ->
     twice = options.stats is None and options.repairs
     passes = f"{'two passes' if twice else 'a pass'} over {data.tokens:,} tokens"
     repair = ", refits the output projections (--repair output)" if options.repairs else ""
-    cost = "" if options.stats else f", {runs} runs of each head's delta rule in the first one"
-    return (
-        f"no --method is named: {options.method.name} chooses{repair}; {passes}{cost} "
-        "(--replay-fraction F: on a part of them)"
+    cost = (
+        ""
+        if options.stats
+        else (
+            f", {runs} runs of each head's delta rule on {data.replayed_tokens:,} of them "
+            "(--replay-fraction F: on another part)"
+        )
     )
+    return f"no --method is named: {options.method.name} chooses{repair}; {passes}{cost}"
 
 
 def _check_no_data(options: Options) -> None:

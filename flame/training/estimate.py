@@ -23,6 +23,12 @@ FLOAT = 4
 """Bytes of an fp32 number, the dtype of weights, gradients and moments."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+PLAN_ENTRY, RESULT_ENTRY = 190, 127
+"""Bytes that a rank's plan and the results of its writing have of each entry, as DCP sends them to
+the first rank (counted by `benchmarks.cost_model`)."""
+ENTRIES = 16
+"""Entries of a step for each parameter: itself, its moments and the optimizer's options."""
+
 LOGIT_COPIES = 3
 """Tensors of the size of a chunk's logits that exist at once; a teacher adds as many."""
 
@@ -42,13 +48,8 @@ class Part:
 
 def estimate(job: Any, world_size: int) -> list[Part]:
     """Return the parts of the first rank's GPU memory when `job` trains on `world_size` GPUs."""
-    import flame.register  # noqa: F401
-    from flame.training.train_spec import CausalLMArgs, build_model
-
     job = with_micro_batch(job, world_size)
-    arguments = CausalLMArgs()
-    arguments.update_from_config(job)
-    model = build_model(arguments)
+    model = _built(job)
     shards = world_size // job.parallelism.data_parallel_replicate_degree
     compute = DTYPE_BYTES[job.training.mixed_precision_param]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,8 +83,33 @@ def estimate_table(job: Any, nproc: int, nnodes: int) -> str:
             f"{'part':<20}{'GiB':>9}",
             *lines,
             f"{'total':<20}{_gib(total)}  without the allocator's own and CUDA's context",
+            "",
+            _rank_zero(job, world_size),
         ]
     )
+
+
+def _rank_zero(job: Any, world_size: int) -> str:
+    """Return the line about what the first rank holds besides, in its host's memory."""
+    model = _built(job)
+    drawn = FLOAT * count_parameters(model.parameters()) / 2**30
+    fresh = "" if job.model.init else f"{drawn:,.1f} GiB while it draws fresh weights, "
+    saved = [p for p in model.parameters() if p.requires_grad or job.lora.rank == 0]
+    plans = world_size * (PLAN_ENTRY + RESULT_ENTRY) * ENTRIES * len(saved)
+    return (
+        f"rank 0 besides, in the host's memory: {fresh}at most {plans / 2**20:,.0f} MiB of plans "
+        "while a step is saved"
+    )
+
+
+def _built(job: Any) -> nn.Module:
+    """Return the model that is trained, with adapters if it has any, on the meta device."""
+    import flame.register  # noqa: F401
+    from flame.training.train_spec import CausalLMArgs, build_model
+
+    arguments = CausalLMArgs()
+    arguments.update_from_config(job)
+    return build_model(arguments)
 
 
 def shard_numel(model: nn.Module, parameters: Iterable[Tensor], shards: int) -> int:

@@ -15,7 +15,7 @@ from flame.data.mqar import without_curriculum
 from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
 from pruning.calibration.products import Products
-from pruning.options import SEQ_LEN, SEQUENCES, DataOptions
+from pruning.options import REPLAY_TOKENS, SEQ_LEN, SEQUENCES, DataOptions
 
 NOT_RECORDED = ("heldout", "heldout_split", "max_bad_rows", "repeat", "seed", "tokenizer")
 """Fields that do not identify the calibration text, or are recorded elsewhere."""
@@ -50,6 +50,11 @@ class CalibrationData:
         if self.replay_fraction != 1:
             found["replay_fraction"] = self.replay_fraction
         return found
+
+    @property
+    def replayed_tokens(self) -> int:
+        """Of the sequences on which layers are repeated."""
+        return self.seq_len * sum(map(self.is_replayed, range(self.sequences)))
 
     def is_replayed(self, sequence: int) -> bool:
         """Whether layers are repeated on the `sequence`-th sequence, from 0: spread evenly."""
@@ -122,10 +127,17 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
         tokenizer=_tokenizer(reference, options, config),
         sequences=options.sequences,
         seq_len=seq_len,
-        replay_fraction=options.replay_fraction,
+        replay_fraction=_replay_fraction(options, seq_len),
         asked=_asked(options, seq_len, of_recipe is not None),
         gram_products=options.gram_products,
     )
+
+
+def _replay_fraction(options: DataOptions, seq_len: int) -> float:
+    """The part that is asked for, or that of the fewest sequences with enough tokens."""
+    if options.replay_fraction is not None:
+        return options.replay_fraction
+    return min(1.0, ceil(REPLAY_TOKENS / seq_len) / options.sequences)
 
 
 def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:

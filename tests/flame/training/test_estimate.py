@@ -1,6 +1,7 @@
 """The estimate of memory against what a real job of two processes holds."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def test_the_command_prints_a_table_and_starts_nothing(
     dispatch([*words, "--rdzv-endpoint", "nowhere:1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Memory of one GPU of 8 (2 x 4), 1 x 8 replicas x shards, 2 seq")
-    names = [line[:20].strip() for line in lines[3:]]
+    names = [line[:20].strip() for line in lines[3:-2]]
+    fresh = r"0\.0 GiB while it draws fresh weights, at most \d MiB of plans while a step is saved"
+    assert re.fullmatch(f"rank 0 besides, in the host's memory: {fresh}", lines[-1])
     assert names == [
         "parameters", "gradients", "optimizer", "gathered weights", "logits of a chunk",
         "activations", "total",

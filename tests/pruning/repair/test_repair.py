@@ -215,7 +215,7 @@ def test_without_a_method_the_best_proven_one_is_taken_and_said(
             plans.append((tmp_path / name / "plan.json").read_bytes())
         assert plans[0] == plans[1]
     found = capsys.readouterr().out
-    costs = "33 runs of each head's delta rule in the first one (--replay-fraction F: on a part of"
+    costs = "33 runs of each head's delta rule on 480 of them (--replay-fraction F: on another"
     default = "output-error chooses, refits the output projections (--repair output); two passes"
     assert found.count("no --method is named") == 2
     assert f"no --method is named: {default} over 480 tokens, {costs}" in found
