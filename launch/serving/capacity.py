@@ -10,6 +10,9 @@ from launch.serving.footprint import Footprint
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
 """Bytes of a number."""
 
+SCALE_BYTES = 4
+"""Bytes of the scale of a state's row."""
+
 CONV_BYTES = 2
 """Bytes of a number in the convolutions' windows, which engines keep in the model's own bf16."""
 
@@ -40,8 +43,9 @@ class Capacity:
 
     @property
     def state(self) -> int:
-        """Recurrent states of one sequence, one slot."""
-        return self.model.state * BYTES[self.server.state]
+        """Recurrent states of one sequence, one slot; float8 and int8 with a scale a row."""
+        scales = self.model.state_rows * SCALE_BYTES if BYTES[self.server.state] == 1 else 0
+        return self.model.state * BYTES[self.server.state] + scales
 
     @property
     def conv(self) -> int:

@@ -60,6 +60,9 @@ class Footprint:
     experts: tuple[Experts, ...]
     state: int
     """Recurrent states of one sequence, over all layers."""
+    state_rows: int
+    """Value channels of all heads of these layers: a row of a state has one scale where its dtype
+    needs scales."""
     conv: int
     """Inputs of the short convolutions that one sequence keeps: for each channel one less than the
     taps."""
@@ -102,8 +105,9 @@ def footprint(config: Mapping[str, Any]) -> Footprint:
         parameters=parameters,
         dense=parameters - looked_up - sum(layer.parameters for layer in experts),
         experts=experts,
-        state=sum(state for state, _ in linear),
-        conv=sum(conv for _, conv in linear),
+        state=sum(state for state, _, _ in linear),
+        state_rows=sum(rows for _, rows, _ in linear),
+        conv=sum(conv for _, _, conv in linear),
         key_values=tuple(softmax),
         indexed=any(getattr(module, "indexer", None) is not None for module in model.modules()),
     )
@@ -127,18 +131,21 @@ def _build(config: dict[str, Any]) -> Any:
     return model
 
 
-def _linear(module: nn.Module) -> tuple[int, int] | None:
-    """The state and the convolutions' inputs of a linear-attention layer; None for others."""
+def _linear(module: nn.Module) -> tuple[int, int, int] | None:
+    """A linear-attention layer's state, its rows and convolutions' inputs; None for others."""
     widths = getattr(module, "widths", None)
     if widths is not None:
         kernels = (each for each in module.parameters() if each.dim() == 3 and each.shape[1] == 1)
         taps = next((each.shape[-1] for each in kernels), 1)
-        return widths.state_floats, (2 * widths.key_rows + widths.value_rows) * (taps - 1)
+        window = (2 * widths.key_rows + widths.value_rows) * (taps - 1)
+        return widths.state_floats, widths.value_rows, window
     if hasattr(module, "head_k_dim") and hasattr(module, "head_v_dim"):
         heads = getattr(module, "num_v_heads", None) or module.num_heads
-        return int(heads * module.head_k_dim * module.head_v_dim), _window(module)
+        rows = int(heads * module.head_v_dim)
+        return rows * int(module.head_k_dim), rows, _window(module)
     if hasattr(module, "qkv_dim") and hasattr(module, "forget_gate"):
-        return int(module.num_heads * module.head_dim**2), _window(module)
+        rows = int(module.num_heads * module.head_dim)
+        return rows * int(module.head_dim), rows, _window(module)
     return None
 
 

@@ -18,6 +18,7 @@ MODEL = Footprint(
     dense=600,
     experts=(Experts(4, 1, 300),),
     state=50,
+    state_rows=5,
     conv=10,
     key_values=(KeyValues(4), KeyValues(2, window=8)),
     indexed=False,
@@ -28,6 +29,7 @@ def test_bytes_requests_and_traffic() -> None:
     one = Capacity(MODEL, Server(memory=10_000, slots=3, weight="float8", state="float32"))
     assert (one.weights, one.state, one.conv) == (1000, 200, 20)
     assert (one.kv(1), one.kv(8), one.kv(100)) == (12, 96, 2 * (400 + 16))
+    assert Capacity(MODEL, Server(memory=1, state="int8")).state == 50 + 5 * 4
     assert one.request(100) == 3 * 220 + 832
     assert one.requests(100) == 9000 // 1492
     assert one.traffic(1, 100) == 600 + 75 + 440 + 832
