@@ -39,7 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing or damaged, names no family, has a size that no model has, or
-            is of a quantised model.
+            is of a quantised model or of a vision tower alone.
     """
     config = read_object(
         path,
@@ -51,7 +51,20 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, value in _values(config):
         check_size(path, key, value)
     _check_not_quantised(path, config)
+    _check_language(path, config)
     return config
+
+
+def _check_language(path: Path, config: dict[str, Any]) -> None:
+    """Refuse the config of a vision tower that no text model is with."""
+    if isinstance(config.get("text_config"), dict) or "vocab_size" in config:
+        return
+    family = config["model_type"]
+    if family.endswith(("_vision", "_vision_model")) or {"vision_config", "patch_size"} & {*config}:
+        raise UserError(
+            f"{path} is of a vision tower alone ({family}): it has neither text_config nor "
+            "vocab_size; give the checkpoint that its text model is in"
+        )
 
 
 def vocabulary_size(config: dict[str, Any]) -> int:

@@ -120,7 +120,10 @@ class RegroupedSource:
 
     def _group(self, name: str) -> Group:
         if name not in self._groups:
-            raise UserError(f"the checkpoint has no tensor {name}")
+            raise UserError(
+                f"the checkpoint has no tensor {name}: is config.json its own, with the "
+                "layer_types of a hybrid?"
+            )
         return self._groups[name]
 
     def _results(self, group: Group, name: str) -> Tensor:
