@@ -114,6 +114,9 @@ class Work:
             clock.lap("evaluate")
         if "recovered" in stages and "recovered" not in record:
             assert self.recovery is not None
+            if "before" in record:
+                # A recovery that is killed leaves what was measured before it.
+                self.folder.keep(name, record | {"seconds": clock.laps})
             out = models / "recovered"
             _train(self.recovery.words(start, out))
             clock.lap("recover")
