@@ -79,12 +79,15 @@ def build_model(args: CausalLMArgs) -> nn.Module:
 def init_weights(model: nn.Module, args: CausalLMArgs, buffer_device: Any = None) -> None:
     """Fill a sharded, materialised model from `model.init`, or randomly by `debug.seed`.
 
-    A run that goes on reads its own step later, and only the base of adapters from `model.init`.
+    A run that goes on reads its own step later: then only the base of adapters is filled here.
     """
     job = args.job
     seed = job.debug.seed if job.debug.seed is not None else 0
     restore_after_to_empty(model)
-    if job.model.init and (job.lora.rank > 0 or steps_done(job) is None):
+    if job.lora.rank == 0 and steps_done(job) is not None:
+        # All of it is read from the step. Drawing it would hold the whole model on rank 0.
+        return
+    if job.model.init:
         load_weights(model, start_model(job).source())
     else:
         initialise(model, args.config, seed)
