@@ -107,6 +107,8 @@ def _check_repair(options: Options) -> None:
                 f"--repair-stats {options.repair_stats} is for a repair: give --repair output too"
             )
         return
+    if options.repair == "layer":
+        raise UserError("--repair layer trains layers on data: slimstate prune does that")
     if options.repair_stats is None:
         raise UserError(
             f"--repair {options.repair} reads data: plan without it, then make its sums with "

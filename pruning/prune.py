@@ -18,7 +18,7 @@ from flame.hugging_face.config_file import vocabulary_size
 from flame.options import argument, group, option, words
 from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank
-from flame.process.peers import on_first
+from flame.process.peers import Peers, on_first
 from flame.stage import Stage
 from pruning.adapters import adapter_for
 from pruning.apply import form_of, say_what_to_know
@@ -32,6 +32,8 @@ from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
 from pruning.planning.fitting import fitted
 from pruning.planning.plan import Plan, spaces_of_kinds
+from pruning.repair.layer_fit import with_fitted_layers
+from pruning.repair.layer_options import LayerOptions
 from pruning.repair.repaired import REPAIR_HELP, Repair, repaired
 from pruning.statistics import OutputEquations, Statistic
 from pruning.transform.write import write_pruned
@@ -50,6 +52,7 @@ class Options:
     choice: MethodOptions = group(MethodOptions, "method")
     budget: Budget = group(Budget, BUDGET)
     data: DataOptions = group(DataOptions, "calibration")
+    local: LayerOptions = group(LayerOptions, "repair layer")
     given: GivenFiles = group(GivenFiles, GIVEN)
 
     @property
@@ -59,8 +62,8 @@ class Options:
 
     @property
     def repairs(self) -> bool:
-        """Whether output projections are refitted."""
-        return self.repair == "output" or (self.repair is None and self.is_default)
+        """Whether output projections are refitted, and so data is read."""
+        return self.repair in ("output", "layer") or (self.repair is None and self.is_default)
 
     @property
     def is_default(self) -> bool:
@@ -84,6 +87,7 @@ def check(options: Options, world_size: int = 1) -> None:
     reads = bool(options.needs) or options.repairs
     if options.stats is not None and not reads:
         _check_no_data(options)
+    _check_local(options)
     if reads:
         check_gradients(options.needs, reference.config)
         data = calibration_data(reference, options.data)
@@ -122,6 +126,15 @@ def _check_no_data(options: Options) -> None:
         )
 
 
+def _check_local(options: Options) -> None:
+    """Raise UserError for options of local steps without them, or too few sequences for them."""
+    if options.repair == "layer":
+        options.local.trained_on(options.data.sequences)
+        return
+    for word in words(options.local):
+        raise UserError(f"{word} is for --repair layer: give it, or leave it out")
+
+
 def run(options: Options) -> None:
     """Write the pruned model. Collective; starts a process group unless one is running."""
     reference, out = options.given.resolve(options.model), options.out.absolute()
@@ -149,7 +162,12 @@ def make_plan(options: Options, reference: ModelReference) -> Plan:
     plan = from_rank_zero(plan)
     data = calibration_data(reference, options.data)
     sums, meta = calibrate(reference, (OutputEquations,), data, plan=plan)
-    return on_first(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
+    # By every process, since all have the sums, and a plan's tensors that are made later cannot be
+    # sent.
+    plan = Peers().agree(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
+    if options.repair != "layer":
+        return plan
+    return with_fitted_layers(reference, plan, data, options.local)
 
 
 def _chosen(options: Options, reference: ModelReference) -> Plan:

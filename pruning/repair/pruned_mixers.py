@@ -1,6 +1,6 @@
 """The pruned layers of a plan, run beside the dense ones on the dense model's hidden states."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from flame.checkpoint.load import load_weights
 from flame.checkpoint.reference import ModelReference
 from flame.checkpoint.source import TensorInfo, TensorSource
-from flame.model import meta_model, shard
+from flame.model import full_precision_parameters, meta_model, shard
 from flame.process.distributed import local_device
 from pruning.adapters import ADAPTERS, Adapter
 from pruning.mixers import find_mixers, output_projection
@@ -95,25 +95,66 @@ def pruned_mixers(
         plan: its new tensors, if it has any, are in memory.
         dtype: compute dtype.
     """
-    model = meta_model(plan.config_after)
-    names = {module: name for name, module in model.named_modules()}
-    found = find_mixers(model, ADAPTERS[plan.config_after["model_type"]])
-    prefixes = {str(layer): names[mixer] for layer, mixer in found.items()}
+    model, names, found = _on_meta(plan)
     slices = slices_of(plan, reference.config)
     positions = {}
     for layer, mixer in found.items():
         cut = slices.get(f"{names[output_projection(mixer)]}.weight", ())
         positions[layer] = cut[0].kept if cut else None
-    mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in found.items()})
-    for mixer in mixers.values():
         shard(mixer, mesh, dtype)
+    _load(model, names, found, _pruned_source(reference, plan))
+    return PrunedMixers({layer: mixer.eval() for layer, mixer in found.items()}, positions)
+
+
+def whole_mixers(
+    reference: ModelReference, plan: Plan, layers: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[int, str, nn.Module]]:
+    """These layers' mixers that `plan` makes, with their names, whole on this process's device.
+
+    Weights are cast to `dtype`, but those that FSDP2 would leave in fp32.
+
+    Args:
+        plan: its new tensors, if it has any, are in memory.
+    """
+    model, names, found = _on_meta(plan)
+    source = _pruned_source(reference, plan)
+    for layer in layers:
+        mixer = found[layer]
+        kept = full_precision_parameters(mixer)
+        for name, parameter in mixer.named_parameters():
+            if name not in kept or dtype == torch.float64:
+                parameter.data = parameter.data.to(dtype)
+        _load(model, names, {layer: mixer}, source)
+        yield layer, names[mixer], mixer
+        mixer.to("meta")
+
+
+def _on_meta(plan: Plan) -> tuple[nn.Module, dict[nn.Module, str], dict[int, nn.Module]]:
+    """The pruned model on the meta device, the names of its modules, its mixers by layer."""
+    model = meta_model(plan.config_after)
+    names = {module: name for name, module in model.named_modules()}
+    return model, names, find_mixers(model, ADAPTERS[plan.config_after["model_type"]])
+
+
+def _pruned_source(reference: ModelReference, plan: Plan) -> SlicedSource:
+    slices = slices_of(plan, reference.config)
+    return SlicedSource(reference.source(), slices, InMemory(plan.new_tensors))
+
+
+def _load(
+    model: nn.Module,
+    names: Mapping[nn.Module, str],
+    found: Mapping[int, nn.Module],
+    source: TensorSource,
+) -> None:
+    """Fill mixers of `model`, which are on the meta device, from the pruned model's tensors."""
+    prefixes = {str(layer): names[mixer] for layer, mixer in found.items()}
+    mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in found.items()})
     mixers.to_empty(device=local_device())
     for name, buffer in mixers.named_buffers():
         layer_name, _, rest = name.partition(".")
         buffer.copy_(model.initial_buffers[f"{prefixes[layer_name]}.{rest}"])  # type: ignore[index]
-    source = SlicedSource(reference.source(), slices, InMemory(plan.new_tensors))
     load_weights(mixers, _Renamed(source, prefixes))
-    return PrunedMixers({layer: mixer.eval() for layer, mixer in found.items()}, positions)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from pruning.statistics import OutputEquations, Statistic
 from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
 
-Repair = Literal["none", "output"]
+Repair = Literal["none", "output", "layer"]
 
 REPAIR_HELP = (
-    "output: refit the output projections, so that pruned layers give what the dense ones did"
+    "output: refit the output projections, so that pruned layers give what the dense ones did; "
+    "layer: then train each pruned layer by itself to the same end"
 )
 
 
