@@ -77,6 +77,24 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class GroupedBlocks:
+    """Channel c of head h is block h * group + c of `length` positions: a value head of a group."""
+
+    num_heads: int
+    group: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        """num_heads * group * length."""
+        return self.num_heads * self.group * self.length
+
+    def table(self) -> Int64[Tensor, "H d m"]:
+        """The positions of each block."""
+        return torch.arange(self.size).view(self.num_heads, self.group, self.length)
+
+
+@dataclass(frozen=True)
 class Strided:
     """A part of a dimension: copy m of channel c of head h lies at `offset` plus
     h * strides[0] + c * strides[1] + m * strides[2]."""

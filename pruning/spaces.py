@@ -5,12 +5,14 @@ Each axis says through a layout where a channel lies along the tensor's dimensio
 selection, a row of channels for each head, slices every tensor of the space consistently. Rows may
 differ in length: a budget that is shared by heads gives some of them more channels than others.
 
-The three kinds use the grid so:
+The kinds use the grid so:
 
 - key: one row per key head; q and k of a head share the row's selection.
 - value: one row for the whole layer, because the output norm's weight is shared by all heads; a
   channel then lies at one position in every head.
 - head: one row whose channels are whole key-head groups; a channel is a block of positions.
+- value-head: one row per key head, whose channels are the value heads that it serves (grouped value
+  attention); every row keeps as many, and their key head stays.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,12 +25,23 @@ from torch import Tensor
 
 from pruning.layouts import Layout
 
-Kind = Literal["key", "value", "head"]
+Kind = Literal["key", "value", "head", "value-head"]
 Role = Literal["projection", "convolution", "vector", "norm", "gate"]
 
-KINDS: tuple[Kind, ...] = ("key", "value", "head")
-NOUNS: dict[Kind, str] = {"key": "key channels", "value": "value channels", "head": "heads"}
+KINDS: tuple[Kind, ...] = ("key", "value", "head", "value-head")
+NOUNS: dict[Kind, str] = {
+    "key": "key channels",
+    "value": "value channels",
+    "head": "heads",
+    "value-head": "value heads a group",
+}
 """What is kept or dropped, in words, by kind."""
+
+HEAD_KINDS: tuple[Kind, ...] = ("head", "value-head")
+"""Kinds whose channels are whole heads: their numbers need not be multiples of anything."""
+
+OF_KEY_HEADS: tuple[Kind, ...] = ("key", "value-head")
+"""Kinds with a row for each key head, which goes with it."""
 
 Kept = tuple[Int64[Tensor, " k_h"], ...]
 """A selection: for each head of a space the channels to keep, in increasing order."""
@@ -70,7 +83,7 @@ class Space:
 
 
 def output_axis(space: Space) -> Axis:
-    """The axis of the output projection, which value and head spaces have."""
+    """The axis of the output projection, which all but key spaces have."""
     return next(axis for axis in space.axes if axis.role == "projection" and axis.dim == 1)
 
 
@@ -142,14 +155,16 @@ def _check_row(space: Space, head: int, channels: Tensor) -> None:
 def widths_of(spaces: Iterable[Space], kept: Mapping[str, Kept]) -> dict[str, tuple[int, ...]]:
     """How many channels each head keeps, by the name of the planned space.
 
-    Key widths are listed for surviving heads only.
+    Where there is a row for each key head, surviving heads alone are listed.
     """
     planned = [space for space in spaces if space.name in kept]
     heads = {space.layer: kept[space.name][0].tolist() for space in planned if space.kind == "head"}
     widths = {}
     for space in planned:
         of_heads = kept[space.name]
-        staying = heads.get(space.layer, range(len(of_heads))) if space.kind == "key" else (0,)
+        staying: Iterable[int] = range(len(of_heads))
+        if space.kind in OF_KEY_HEADS:
+            staying = heads.get(space.layer, staying)
         widths[space.name] = tuple(len(of_heads[head]) for head in staying)
     return widths
 

@@ -17,6 +17,7 @@ SPACES: dict[str, tuple[Kind, ...]] = {
     "key": ("key",),
     "value": ("value",),
     "head": ("head",),
+    "value-head": ("value-head",),
     SQUARE: ("key", "value"),
 }
 """What `--space` takes, with the kinds of spaces that it prunes."""
@@ -50,10 +51,12 @@ Made by `python -m pruning.support` from the adapters and methods; a test holds 
 
 ## Families
 
-A row is a `model_type`. The columns say which of its spaces can be pruned, and what comes out when
-`--allocate` gives heads widths of their own: a class of this project, which `import flame.register`
-makes known to transformers, or with `--pad` the stock class with channels of zeros. Square is key
-and value channels at one width. For each family, space and method a test prunes a small model, and
+A row is a `model_type`. The columns say which of its spaces can be pruned, by `--space` {_flags()},
+and what comes out when `--allocate` gives heads widths of their own: a class of this project, which
+`import flame.register` makes known to transformers, or with `--pad` the stock class, with channels
+of zeros. Value heads can go where each key head serves several: the same number from every key
+head's group, by the key that the column names; `--allocate` leaves them alike. Square is key and
+value channels at one width. For each family, space and method a test prunes a small model, and
 loads the result in its stock class.
 
 {_families()}
@@ -79,6 +82,11 @@ def _families() -> str:
     return _table(header, rows)
 
 
+def _flags() -> str:
+    """How `--space` calls the columns."""
+    return _names(SPACES)
+
+
 def _methods() -> str:
     rows = [
         [f"`{name}`", *("yes" if name in _choosing(space) else "" for space in SPACES)]
@@ -101,7 +109,8 @@ def _support(adapter: Adapter, space: str) -> str:
     missing = [name for name in _choosing(space) if name not in able]
     if not able:
         return "no"
-    return f"yes, but for {_names(missing)}" if missing else "yes"
+    where = f" (`{adapter.value_heads_key}`)" if space == "value-head" else ""
+    return f"yes{where}, but for {_names(missing)}" if missing else f"yes{where}"
 
 
 def _choosing(space: str) -> list[str]:
@@ -122,13 +131,17 @@ def _prunable() -> dict[str, Adapter]:
 
 
 def kinds_of(adapter: Adapter) -> set[Kind]:
-    """The kinds of spaces of the family's default config."""
+    """The kinds of spaces of the family's default config, with grouped value heads if it can."""
     return {space.kind for space in _spaces(adapter)}
 
 
 def _spaces(adapter: Adapter) -> list[Space]:
     config: dict[str, Any] = {"model_type": adapter.model_type}
-    return adapter.spaces(config)
+    spaces = adapter.spaces(config)
+    if adapter.value_heads_key is None:
+        return spaces
+    heads = next(space.head_dim for space in spaces if space.kind == "head")
+    return adapter.spaces({**config, adapter.value_heads_key: 2 * heads})
 
 
 def _shared_form(adapter: Adapter) -> str:

@@ -166,6 +166,7 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
         "channels kept a head": _widths(spaces, "key"),
         "value channels kept": _widths(spaces, "value"),
         "heads kept a layer": _widths(spaces, "head"),
+        "value heads kept a group": _widths(spaces, "value-head"),
         "notes": " ".join(plan.get("notes") or ()),
         "calibration data": data.get("dataset"),
         "calibration sequences": calibration.get("sequences"),

@@ -18,16 +18,16 @@ Scores = Mapping[str, Mapping[str, float | str | None]]
 
 @dataclass(frozen=True)
 class KeptChannels:
-    """What one layer kept of its key channels, value channels or heads."""
+    """What one layer kept of its key channels, value channels, heads or value heads."""
 
     layer: int
     head_dim: int
-    """Channels that a head had before pruning, or heads that a layer had."""
+    """Before pruning: channels of a head, heads of a layer, or value heads of a group."""
 
     kept: Sequence[Sequence[int]]
     """For each key head the kept channels, in increasing order; one row for the other kinds."""
 
-    kind: Literal["key", "value", "head"] = "key"
+    kind: Literal["key", "value", "head", "value-head"] = "key"
 
 
 @dataclass(frozen=True)

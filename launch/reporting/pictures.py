@@ -27,7 +27,12 @@ MEASURES = {
 }
 """Measures of a benchmark that have bars beside the table."""
 
-COUNTED = {"key": "channels a head", "value": "value channels", "head": "heads"}
+COUNTED = {
+    "key": "channels a head",
+    "value": "value channels",
+    "head": "heads",
+    "value-head": "value heads a group",
+}
 """What is counted of each kind of space."""
 
 

@@ -13,6 +13,7 @@ from launch.sweeping import tables
 from launch.sweeping.comparison.tables import NOTE, grids
 from launch.sweeping.folder import PAGE_FILE
 from launch.sweeping.tables import Row, Sweep, percent, rows_table, sweep_of, with_spread
+from pruning.spaces import KINDS, NOUNS
 
 RESULTS = "results"
 CONTROL = "random"
@@ -92,8 +93,7 @@ def verdict(sweep: Sweep) -> str:
 
 def channels(space: str) -> str:
     """Return `key+head` as `key channels and heads`."""
-    kinds = ("heads" if kind == "head" else f"{kind} channels" for kind in space.split("+"))
-    return " and ".join(kinds)
+    return " and ".join(NOUNS[kind] for kind in KINDS if kind in space.split("+"))
 
 
 def distance_from_half(row: Row) -> float:

@@ -26,6 +26,7 @@ class GatedDeltaNet(HeadDimFamily):
     heads, and goes together with them."""
 
     defaults = DEFAULTS
+    value_heads_key = "num_v_heads"
     has_slim_class = True
     gate_key = "use_gate"
     model_type: str = "gated_deltanet"

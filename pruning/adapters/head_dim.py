@@ -64,10 +64,11 @@ class HeadDimFamily(ProjectionFamily):
         d_k = sizes.get("key", before.key_width)
         d_v = sizes.get("value", before.value_width)
         heads, changed = sizes.get("head", before.heads), Config()
+        value_heads = heads * sizes.get("value-head", before.group)
         if (d_k, d_v) != (before.key_width, before.value_width):
             changed |= {"head_dim": d_k, "expand_v": expansion(d_k, d_v)}
         if heads != before.heads:
             changed["num_heads"] = heads
-            if full.get("num_v_heads") is not None:
-                changed["num_v_heads"] = heads * before.value_heads // before.heads
+        if value_heads != before.value_heads and full.get("num_v_heads") is not None:
+            changed["num_v_heads"] = value_heads
         return changed

@@ -2,7 +2,7 @@
 
 `qwen3_5_text`, `qwen3_5_moe_text`, `qwen4_exp_text`, `qwen3_next` and `olmo_hybrid` have the same
 keys, and call the operator under the name of transformers' fallback, behind which fla's is.
-A selection of key heads takes along the value heads that they serve.
+Key heads take along the value heads that they serve; value heads of a group leave the key heads.
 """
 
 from abc import abstractmethod
@@ -28,7 +28,7 @@ from pruning.adapters.projections import (
     with_defaults,
 )
 from pruning.layouts import SharedHeads
-from pruning.spaces import KINDS, Axis, Kind, Space
+from pruning.spaces import HEAD_KINDS, Axis, Kind, Space
 
 LINEAR, SOFTMAX = "linear_attention", ("full_attention", "indexed_attention")
 """Entries of `layer_types`."""
@@ -60,6 +60,7 @@ class Hybrid(ProjectionFamily):
     """The module of transformers that defines the mixer."""
     class_name: str
     eps_key = "rms_norm_eps"
+    value_heads_key = "linear_num_value_heads"
     norm_sites: ClassVar[tuple[Site, ...]] = ()
     norm: ClassVar[str] = "norm.weight"
     out: ClassVar[str] = "out_proj.weight"
@@ -117,26 +118,25 @@ class Hybrid(ProjectionFamily):
         """The sizes under the config's names, as far as they change."""
         before = self.sizes(full)
         heads = sizes.get("head", before.heads)
-        group = before.value_heads // before.heads
+        group = sizes.get("value-head", before.group)
         d_k, d_v = sizes.get("key", before.key_width), sizes.get("value", before.value_width)
         after = zip(SIZES, (heads, heads * group, d_k, d_v), strict=True)
         return {name: value for name, value in after if value != full[name]}
 
     def spaces(self, config: Config) -> list[Space]:
-        """Key channels, value channels and heads of every linear layer."""
+        """Key channels, value channels, heads and grouped value heads of every linear layer."""
         full = with_defaults(config, self.defaults)
         sizes = self.sizes(full)
-        grids = {
+        grids: dict[Kind, tuple[int, int]] = {
             "key": (sizes.heads, sizes.key_width),
             "value": (1, sizes.value_width),
             "head": (1, sizes.heads),
         }
+        grids |= {"value-head": (sizes.heads, sizes.group)} if sizes.group > 1 else {}
         return [
-            Space(
-                f"layers.{layer}.{kind}", kind, layer, *grids[kind], self._axes(layer, kind, sizes)
-            )
+            Space(f"layers.{layer}.{kind}", kind, layer, *grid, self._axes(layer, kind, sizes))
             for layer in self.linear_layers(full)
-            for kind in KINDS
+            for kind, grid in grids.items()
         ]
 
     def _axes(self, layer: int, kind: Kind, sizes: MixerSizes) -> tuple[Axis, ...]:
@@ -150,9 +150,9 @@ class Hybrid(ProjectionFamily):
             yield Axis(self.out, 1, value_channels(kind, sizes))
         if kind == "value":
             yield Axis(self.norm, 0, SharedHeads(1, sizes.value_width), "norm")
-        if kind == "head":
-            yield Axis("A_log", 0, value_heads(sizes), "vector")
-            yield Axis("dt_bias", 0, value_heads(sizes), "vector")
+        if kind in HEAD_KINDS:
+            yield Axis("A_log", 0, value_heads(kind, sizes), "vector")
+            yield Axis("dt_bias", 0, value_heads(kind, sizes), "vector")
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ class Qwen3_5(Hybrid):
         yield Axis("in_proj_qkv.weight", 0, qkv_flat(kind, sizes))
         if kind != "key":
             yield Axis("in_proj_z.weight", 0, value_channels(kind, sizes))
-        if kind == "head":
-            yield Axis("in_proj_b.weight", 0, value_heads(sizes))
-            yield Axis("in_proj_a.weight", 0, value_heads(sizes))
+        if kind in HEAD_KINDS:
+            yield Axis("in_proj_b.weight", 0, value_heads(kind, sizes))
+            yield Axis("in_proj_a.weight", 0, value_heads(kind, sizes))
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class Qwen3Next(Hybrid):
     def inputs(self, kind: Kind, sizes: MixerSizes) -> Iterator[Axis]:
         """Rows of the projection of q, k, v and z, and of that of b and a."""
         yield Axis("in_proj_qkvz.weight", 0, qkvz_by_head(kind, sizes))
-        if kind == "head":
-            yield Axis("in_proj_ba.weight", 0, ba_by_head(sizes))
+        if kind in HEAD_KINDS:
+            yield Axis("in_proj_ba.weight", 0, ba_by_head(kind, sizes))
 
 
 @dataclass(frozen=True)
@@ -235,15 +235,15 @@ class OlmoHybrid(Hybrid):
 
     def inputs(self, kind: Kind, sizes: MixerSizes) -> Iterator[Axis]:
         """Rows of the projections of q, k, v, the gate, b and a."""
-        if kind != "value":
+        if kind in ("key", "head"):
             yield Axis("q_proj.weight", 0, key_channels(kind, sizes))
             yield Axis("k_proj.weight", 0, key_channels(kind, sizes))
         if kind != "key":
             yield Axis("v_proj.weight", 0, value_channels(kind, sizes))
             yield Axis("g_proj.weight", 0, value_channels(kind, sizes))
-        if kind == "head":
-            yield Axis("b_proj.weight", 0, value_heads(sizes))
-            yield Axis("a_proj.weight", 0, value_heads(sizes))
+        if kind in HEAD_KINDS:
+            yield Axis("b_proj.weight", 0, value_heads(kind, sizes))
+            yield Axis("a_proj.weight", 0, value_heads(kind, sizes))
 
 
 HYBRIDS: tuple[Hybrid, ...] = (Qwen3_5(), Qwen3_5Moe(), Qwen4(), Qwen3Next(), OlmoHybrid())

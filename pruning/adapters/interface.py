@@ -55,6 +55,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def value_heads_key(self) -> str | None:
+        """The config's key for more value heads than key heads; None for a family without it."""
+        ...
+
+    @property
     def op_sites(self) -> tuple[Site, ...]:
         """Where the mixer looks up the delta-rule operators."""
         ...

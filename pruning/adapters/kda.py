@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pruning.adapters.head_dim import HeadDimFamily
 from pruning.adapters.interface import Config, Site
 from pruning.adapters.projections import MixerSizes, with_defaults
-from pruning.layouts import Blocks, Layout, Strided
+from pruning.layouts import Blocks, GroupedBlocks, Layout, Strided
 from pruning.spaces import Axis, Role, Space
 
 DEFAULTS = {
@@ -36,6 +36,7 @@ class Kda(HeadDimFamily):
     """
 
     defaults = DEFAULTS
+    value_heads_key = "num_v_heads"
     model_type: str = "kda"
     mixer_class: tuple[str, str] = ("fla.layers.kda", "KimiDeltaAttention")
     op_sites: tuple[Site, ...] = (
@@ -49,7 +50,7 @@ class Kda(HeadDimFamily):
         return PER_VALUE_HEAD
 
     def spaces(self, config: Config) -> list[Space]:
-        """Key channels and heads of every layer that is not softmax attention."""
+        """Key channels, heads and grouped value heads of every layer that has a state."""
         sizes = self.sizes(with_defaults(config, DEFAULTS))
         return [
             replace(space, axes=(*space.axes, *_gate_axes(space, sizes)))
@@ -59,26 +60,30 @@ class Kda(HeadDimFamily):
 
 
 def _gate_axes(space: Space, sizes: MixerSizes) -> list[Axis]:
-    """The axes of the gates' last projections in a key or head space of one layer.
+    """The axes of the gates' last projections in a space of one layer.
 
-    Both kinds of space index the decay's (`f_proj.1.weight` and its bias, `dt_bias`). A head space
-    also indexes the output gate's (`g_proj.1`, weight and bias).
+    All kinds of space index the decay's (`f_proj.1.weight` and its bias, `dt_bias`). Those of heads
+    also index the output gate's (`g_proj.1`, weight and bias).
     """
-    group = sizes.value_heads // sizes.heads
+    group = sizes.group
     prefix = f"model.layers.{space.layer}.attn"
+    width = sizes.key_width
     if space.kind == "key":
         # A row for each value head: what it has for every key channel of its key head.
-        width = sizes.key_width
         counts, strides = (sizes.heads, width, group), (group * width, 1, width)
         decay: Layout = Strided(sizes.heads * group * width, counts, strides)
+        out: Layout | None = None
+    elif space.kind == "value-head":
+        decay = GroupedBlocks(sizes.heads, group, width)
+        out = GroupedBlocks(sizes.heads, group, sizes.value_width)
     else:
-        decay = Blocks(sizes.heads, group * sizes.key_width)
+        decay = Blocks(sizes.heads, group * width)
+        out = Blocks(sizes.heads, group * sizes.value_width)
     axes = [
         Axis(f"{prefix}.f_proj.1.weight", 0, decay, "gate"),
         Axis(f"{prefix}.dt_bias", 0, decay, "vector"),
     ]
-    if space.kind == "head":
-        out = Blocks(sizes.heads, group * sizes.value_width)
+    if out is not None:
         axes.append(Axis(f"{prefix}.g_proj.1.weight", 0, out, "gate"))
         axes.append(Axis(f"{prefix}.g_proj.1.bias", 0, out, "vector"))
     return axes

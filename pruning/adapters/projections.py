@@ -16,7 +16,7 @@ from flame.errors import UserError
 from flame.models.widths import recurrent_layers
 from pruning.adapters.interface import Config, States, Widths
 from pruning.adapters.widths import ragged_config, uniform_sizes, widths_by_kind
-from pruning.layouts import Blocks, HeadMajor, Layout, SharedHeads
+from pruning.layouts import Blocks, GroupedBlocks, HeadMajor, Layout, SharedHeads
 from pruning.spaces import Axis, Kind, Role, Space
 
 
@@ -35,6 +35,11 @@ class MixerSizes:
     per_value_head: tuple[tuple[str, Role], ...]
     """Tensors with one position along dimension 0 for each value head."""
 
+    @property
+    def group(self) -> int:
+        """Value heads of a key head."""
+        return self.value_heads // self.heads
+
 
 class ProjectionFamily(ABC):
     """Base of adapters whose spaces follow from the sizes of their recurrent layers."""
@@ -45,6 +50,7 @@ class ProjectionFamily(ABC):
     has_slim_class: ClassVar[bool] = False
     """Whether `flame.models` has a class for widths that differ between heads or layers."""
     can_undo_gain: ClassVar[bool] = True
+    value_heads_key: ClassVar[str | None] = None
     eps_key: ClassVar[str] = "norm_eps"
     """The config's key of the eps of all norms."""
 
@@ -77,6 +83,10 @@ class ProjectionFamily(ABC):
         if sizes is not None:
             gain = self._gain_knob(full, sizes) if undo_gain else {}
             return {**config, **self.knobs(full, sizes), **gain}
+        if "value-head" in planned:
+            raise ValueError(
+                "every key head must keep as many value heads where some go: use --allocate uniform"
+            )
         if not self.has_slim_class:
             raise ValueError(
                 f"widths differ between layers or heads, and {self.model_type} has no class for "
@@ -109,7 +119,7 @@ class ProjectionFamily(ABC):
 
 
 def mixer_spaces(layers: Iterable[int], sizes: MixerSizes) -> list[Space]:
-    """Key channels, value channels and heads of every one of `layers`."""
+    """Key channels, value channels, heads and grouped value heads of every one of `layers`."""
     heads, d_k, d_v = sizes.heads, sizes.key_width, sizes.value_width
     found = []
     for layer in layers:
@@ -123,6 +133,9 @@ def mixer_spaces(layers: Iterable[int], sizes: MixerSizes) -> list[Space]:
             _space(layer, "value", 1, d_v, axes_of["value"]),
             _space(layer, "head", 1, heads, axes_of["head"]),
         ]
+        if sizes.group > 1:
+            axes = _value_head_axes(layer, sizes)
+            found.append(_space(layer, "value-head", heads, sizes.group, axes))
     return found
 
 
@@ -141,12 +154,21 @@ def _value_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
 
 
 def _head_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
-    heads, group = sizes.heads, sizes.value_heads // sizes.heads
+    heads, group = sizes.heads, sizes.group
     values = Blocks(heads, group * sizes.value_width)
     return [
         *_rows(layer, "qk", Blocks(heads, sizes.key_width), sizes),
         *_value_tensors(layer, values, sizes),
         *(_axis(layer, name, 0, Blocks(heads, group), r) for name, r in sizes.per_value_head),
+    ]
+
+
+def _value_head_axes(layer: int, sizes: MixerSizes) -> list[Axis]:
+    values = GroupedBlocks(sizes.heads, sizes.group, sizes.value_width)
+    one = GroupedBlocks(sizes.heads, sizes.group, 1)
+    return [
+        *_value_tensors(layer, values, sizes),
+        *(_axis(layer, name, 0, one, role) for name, role in sizes.per_value_head),
     ]
 
 

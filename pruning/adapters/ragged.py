@@ -19,6 +19,7 @@ class Ragged:
     defaults: dict
     mixer_class: tuple[str, str]
     can_undo_gain: ClassVar[bool] = False
+    value_heads_key: ClassVar[None] = None
 
     @property
     def model_type(self) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 
 from flame.models.widths import slim_config
 from pruning.adapters.interface import Config, Widths
-from pruning.spaces import Kind, Space, check_count
+from pruning.spaces import OF_KEY_HEADS, Kind, Space, check_count
 
 ByLayer = Mapping[int, tuple[int, ...]]
 """Kept channels of each head, by layer."""
 
 _LISTS: dict[Kind, str] = {"key": "key", "value": "value", "head": "heads"}
-"""Names of the kinds in a slim config."""
+"""Names of the kinds in a slim config, whose key heads all serve as many value heads."""
 
 
 def widths_by_kind(spaces: Iterable[Space], widths: Widths) -> dict[Kind, dict[int, tuple]]:
@@ -44,7 +44,8 @@ def _check_names(differing: list[str]) -> None:
 
 
 def _check_row(space: Space, row: tuple[int, ...], heads: ByLayer) -> None:
-    expected = heads[space.layer][0] if space.kind == "key" and heads else space.num_heads
+    whole_groups = space.kind in OF_KEY_HEADS and heads
+    expected = heads[space.layer][0] if whole_groups else space.num_heads
     for width in row:
         check_count(width, space.head_dim, f"{space.noun} of {space.name}")
     if len(row) != expected:

@@ -20,6 +20,11 @@ def check_method(budget: Budget, method: Method, spaces: Iterable[Space]) -> Non
             raise UserError(reason)
     if budget.allocate == "uniform":
         return
+    if "value-head" in budget.kinds:
+        raise UserError(
+            f"--allocate {budget.allocate} gives heads numbers of their own, and every key head of "
+            "a model serves as many value heads: use --allocate uniform with --space value-head"
+        )
     if not hasattr(method, "scores"):
         able = ", ".join(name for name, other in METHODS.items() if hasattr(other, "scores"))
         raise UserError(

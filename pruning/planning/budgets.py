@@ -22,7 +22,7 @@ from pruning.planning.per_kind import (
 )
 from pruning.planning.rounding import default_multiple, departure, width
 from pruning.serving.contract import ENGINES
-from pruning.spaces import KINDS, NOUNS, Kind, Space
+from pruning.spaces import HEAD_KINDS, KINDS, NOUNS, Kind, Space
 
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
@@ -57,7 +57,7 @@ class Budget:
     )
     space: str | None = option(
         None,
-        "what to prune: key, value (channels), head, or square (default: key; with --for any)",
+        "what to prune: key, value, head, value-head, or square (default: key; with --for any)",
         metavar="KIND,KIND",
     )
     for_: tuple[str, ...] = option(
@@ -105,7 +105,7 @@ class Budget:
             UserError: `paper` and `multiple_of` contradict each other.
         """
         asked = self.asked_multiple
-        return 1 if kind == "head" else default_multiple(size) if asked is None else asked
+        return 1 if kind in HEAD_KINDS else default_multiple(size) if asked is None else asked
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -203,7 +203,7 @@ def _check_width(wanted: int, size: int, multiple_of: int, kind: Kind) -> None:
             f"--width {kind}={wanted} {what}: a model with {size} {NOUNS[kind]} can keep 1 to "
             f"{size - 1}"
         )
-    if kind != "head" and wanted % multiple_of:
+    if kind not in HEAD_KINDS and wanted % multiple_of:
         below = wanted // multiple_of * multiple_of
         near = f"{below} or {below + multiple_of}" if below else str(multiple_of)
         raise UserError(

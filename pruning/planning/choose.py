@@ -22,7 +22,7 @@ from pruning.planning.applicable import check_method
 from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
 from pruning.planning.gain import gain_notes
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
-from pruning.spaces import Axis, Kept, Kind, Space
+from pruning.spaces import OF_KEY_HEADS, Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
 
 SpaceStatistics = Mapping[str, Mapping[type[Statistic], Statistic]]
@@ -188,7 +188,7 @@ def _staying(spaces: list[Space], kept: Mapping[str, Kept]) -> dict[int, Tensor]
 
 
 def _taking_part(space: Space, staying: Mapping[int, Tensor]) -> Tensor:
-    if space.kind == "key" and space.layer in staying:
+    if space.kind in OF_KEY_HEADS and space.layer in staying:
         return staying[space.layer]
     return torch.arange(space.num_heads)
 

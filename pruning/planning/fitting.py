@@ -24,6 +24,7 @@ FORMS: dict[str, tuple[Kind, ...]] = {
     "key": ("key",),
     SQUARE: ("key", "value"),
     "head": ("head",),
+    "value-head": ("value-head",),
 }
 """What is tried where the budget names no space; of two that keep as much the earlier one wins."""
 
@@ -95,11 +96,14 @@ def fitted(
 def _chosen(budget: Budget, model: _Model, method: Method) -> Budget:
     """The form and widths that keep most of the state, of those that run and fit."""
     if budget.width is not None:
-        raise UserError("--width with --for needs a --space: key, value, head or square")
+        raise UserError("--width with --for needs a --space, such as key, head or square")
     limit = _state_limit(budget, model)
     found: list[tuple[int, Budget]] = []
     reasons: list[str] = []
     for form, kinds in FORMS.items():
+        if not set(kinds) <= model.sizes.keys():
+            reasons.append(f"{form}: the model has none to prune")
+            continue
         reason = next(filter(None, (why_not(method, kind, model.spaces) for kind in kinds)), None)
         if reason is not None:
             reasons.append(f"{form}: {method.name} does not choose there")

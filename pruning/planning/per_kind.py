@@ -48,7 +48,8 @@ def parse_per_kind(text: str, parse: Callable[[str], Any]) -> Any:
         name, _, value = part.strip().partition("=")
         if name not in KINDS:
             raise UserError(
-                f"{part!r} of {text!r} is for no kind of space: write key=…, value=… or head=…"
+                f"{part!r} of {text!r} is for no kind of space: write "
+                f"{'=…, '.join(KINDS[:-1])}=… or {KINDS[-1]}=…"
             )
         if name in found:
             raise UserError(f"{text!r} says {name} twice")

@@ -149,6 +149,8 @@ def spaces_of_kinds(adapter: Adapter, config: Config, kinds: Iterable[Kind]) -> 
     for kind in kinds:
         if kind not in available:
             reason = TIED_KINDS.get((adapter.model_type, kind))
+            if reason is None and kind == "value-head":
+                reason = "each of its key heads serves one value head"
             raise UserError(
                 f"no space of kind {kind!r} can be pruned in a {adapter.model_type} model"
                 f"{f', because {reason}' if reason else ''}: choose from "

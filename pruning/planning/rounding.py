@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from flame.errors import UserError
 from pruning.planning.per_kind import check_ratio
-from pruning.spaces import NOUNS, Kind
+from pruning.spaces import HEAD_KINDS, NOUNS, Kind
 
 LARGEST_MULTIPLE = 16
 """Widths of large heads are multiples of this unless asked otherwise: kernels work in tiles."""
@@ -68,10 +68,10 @@ def departure(kind: Kind, size: int, ratio: float, kept: int, multiple_of: int) 
     """
     wanted = wanted_width(size, ratio)
     missed = abs(kept - wanted)
-    if missed <= FAR * wanted or (kind != "head" and multiple_of == 1 and missed < 1):
+    if missed <= FAR * wanted or (kind not in HEAD_KINDS and multiple_of == 1 and missed < 1):
         return None
     whole = max(math.floor(wanted), 1)
-    if kind == "head":
+    if kind in HEAD_KINDS:
         near = sorted({max(whole, 1), min(whole + 1, size - 1)})
         exact = " or ".join(f"{float(1 - Fraction(n, size)):.4g} ({n})" for n in reversed(near))
         why = f"heads go whole, so give a ratio that is near one of {exact}"

@@ -50,9 +50,9 @@ class Statistic(ABC):
     """Base of all statistics: a subclass declares tensor fields, `source` and `update`.
 
     The annotation of a field says its dtype (float64 sums or int64 counts) and its shape: `H` heads
-    and `d` channels of the space, `hidden` numbers that enter the mixer, `out` that enter the
-    output projection, `block` of these for each channel, or a number. One field without dimensions
-    counts what was summed.
+    and `d` channels of the space, `Hd` channels of all its heads, `hidden` numbers that enter the
+    mixer, `out` that enter the output projection, `block` of these for each channel, or a number.
+    One field without dimensions counts what was summed.
     """
 
     source: ClassVar[Source]
@@ -68,10 +68,11 @@ class Statistic(ABC):
             hidden_size: numbers of a token that enter the mixer.
             device: where the sums are.
         """
-        sizes = {"H": space.num_heads, "d": space.head_dim, "hidden": hidden_size}
+        channels = space.num_heads * space.head_dim
+        sizes = {"H": space.num_heads, "d": space.head_dim, "Hd": channels, "hidden": hidden_size}
         if cls.source in (Source.OUTPUT, Source.OUTPUT_PAIR):
             size = output_axis(space).layout.size
-            sizes |= {"out": size, "block": size // space.head_dim}
+            sizes |= {"out": size, "block": size // channels}
         sums = {}
         for name, hint in get_type_hints(cls).items():
             if name in cls.__dataclass_fields__ and get_origin(hint) is not ClassVar:

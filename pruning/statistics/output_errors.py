@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from pruning.replay import Replay
-from pruning.spaces import Kind
+from pruning.spaces import HEAD_KINDS, Kind
 from pruning.statistics.interface import Source, Statistic
 
 TOKENS_AT_ONCE = 512
@@ -69,26 +69,26 @@ class ValueOutputErrors(Statistic):
 
 @dataclass
 class HeadOutputErrors(Statistic):
-    """The same of heads, each a channel of a head space: without one the output loses its part.
+    """The same of heads, groups of them or value heads: without one the output loses its part.
 
-    Heads add up, so the error of a set is exact. With grouped value heads a channel is a group.
+    Parts add up, so the error of a set is exact. All heads of a layer are in one matrix.
     """
 
     source: ClassVar[Source] = Source.REPLAY
-    kinds: ClassVar[tuple[Kind, ...]] = ("head",)
+    kinds: ClassVar[tuple[Kind, ...]] = HEAD_KINDS
 
-    gram: Float64[Tensor, "H d d"]
-    """A head space has one row of channels, so H is 1."""
+    gram: Float64[Tensor, "Hd Hd"]
     tokens: Int64[Tensor, ""]
     """Number of tokens summed."""
 
     def update(self, seen: Replay) -> None:
         """Add some tokens; nothing runs again."""
-        columns = seen.weight.double().unflatten(1, (seen.heads, -1)).transpose(0, 1)
+        heads = len(self.gram)
+        columns = seen.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)
         for outputs in seen.outputs.split(TOKENS_AT_ONCE):
-            of_heads = outputs.double().unflatten(1, (seen.heads, -1)).transpose(0, 1)
+            of_heads = outputs.double().unflatten(1, (heads, -1)).transpose(0, 1)
             parts = (of_heads @ columns.mT).flatten(1)
-            self.gram[0].addmm_(parts, parts.mT)
+            self.gram.addmm_(parts, parts.mT)
         self.tokens += seen.call.tokens
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pruning.spaces import Kind
+from pruning.spaces import HEAD_KINDS, Kind
 from pruning.statistics.interface import Source, Statistic
 from pruning.statistics.products import SumOfProducts
 
@@ -16,7 +16,7 @@ class OutputSquares(Statistic):
     """The squares of each number that enters the output projection, summed over tokens."""
 
     source: ClassVar[Source] = Source.OUTPUT
-    kinds: ClassVar[tuple[Kind, ...]] = ("value", "head")
+    kinds: ClassVar[tuple[Kind, ...]] = ("value", "head", "value-head")
 
     squares: Float64[Tensor, " out"]
     tokens: Int64[Tensor, ""]
@@ -30,19 +30,20 @@ class OutputSquares(Statistic):
 
 @dataclass
 class HeadOutputGram(SumOfProducts, Statistic):
-    """For each channel of a head space, the Gram matrix of its outputs: the sum of z zᵀ.
+    """For each head, group of heads or value head, the Gram matrix of its outputs: Σ z zᵀ.
 
-    z is what the channel's value heads, one or a group of them, hand to the output projection.
+    z is what it hands to the output projection.
     """
 
     source: ClassVar[Source] = Source.OUTPUT
-    kinds: ClassVar[tuple[Kind, ...]] = ("head",)
+    kinds: ClassVar[tuple[Kind, ...]] = HEAD_KINDS
 
-    gram: Float64[Tensor, "d block block"]
+    gram: Float64[Tensor, "H d block block"]
     tokens: Int64[Tensor, ""]
     """Number of tokens summed."""
 
     def update(self, seen: Float[Tensor, "n out"]) -> None:
         """Add some tokens; cost 2 tokens out block."""
-        self.add_products_(self.gram, seen.unflatten(-1, self.gram.shape[:2])[None])
+        of_heads = self.gram.flatten(0, 1)
+        self.add_products_(of_heads, seen.unflatten(-1, of_heads.shape[:2])[None])
         self.tokens += len(seen)

@@ -27,8 +27,11 @@ from tests.pruning.hybrids import CONFIGS, build, one_by_one, output_norms, relo
 from tests.pruning.masking import difference, mask
 from tests.pruning.models import write_hf
 
-KINDS = ("key", "value", "head", "key,value,head")
+KINDS = ("key", "value", "head", "value-head", "key,value,head,value-head")
 LENGTHS = (100, 12)
+
+GROUPED = {kinds: {"linear_num_value_heads": 9} for kinds in KINDS if "value-head" in kinds}
+"""Three value heads a key head, of which a ratio of 0.4 keeps one."""
 
 FLOAT32_NORMS = 2e-5
 """Transformers' norms compute in float32 whatever the model's dtype is."""
@@ -68,7 +71,7 @@ def logits(model: nn.Module, length: int) -> Tensor:
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_masked_is_sliced_is_reloaded(family: str, kinds: str, tmp_path: Path) -> None:
-    config = CONFIGS[family] | {"rms_norm_eps": 1e-4}
+    config = CONFIGS[family] | {"rms_norm_eps": 1e-4} | GROUPED.get(kinds, {})
     dense, plan = pruned(tmp_path, config, kinds)
     assert plan.undo_gain == (family != "olmo_hybrid")
     assert plan.config_after["model_type"] == family
@@ -101,8 +104,8 @@ def test_a_gradient_step_on_both_is_the_same(family: str, tmp_path: Path) -> Non
 
     Where the config cannot undo the gain, the norms of the reference have other names.
     """
-    config = CONFIGS[family] | {"rms_norm_eps": 1e-4}
-    dense, plan = pruned(tmp_path, config, "key,value,head")
+    config = CONFIGS[family] | {"rms_norm_eps": 1e-4} | GROUPED[KINDS[-1]]
+    dense, plan = pruned(tmp_path, config, KINDS[-1])
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     sliced = build(plan.config_after).double()
     sliced.load_state_dict(surviving(plan, before))

@@ -197,6 +197,11 @@ def test_options_that_make_no_sense_are_refused(
         (["--state-bytes", "3071"], "4 of 32 key channels, the fewest in multiples of 4, take"),
         (["--width", "1", "--space", "head", "--allocate", "layer"], "use --allocate model"),
         (
+            ["--width", "1", "--space", "value-head", "--allocate", "model"],
+            "every key head of a model serves as many value heads",
+        ),
+        (["--width", "2", "--space", "value-head"], "a model with 2 value heads a group can keep"),
+        (
             ["--ratio", "0.5", "--stats", "nowhere"],
             "l1 reads no statistics: leave --stats nowhere out",
         ),

@@ -10,6 +10,7 @@ from torch import nn
 from pruning.adapters import ADAPTERS
 from pruning.calibration.feeding import Feed
 from pruning.mixers import find_mixers
+from pruning.spaces import HEAD_KINDS
 from pruning.statistics import HeadOutputErrors, KeyOutputErrors, Statistic, ValueOutputErrors
 from pruning.statistics.row_sample import row_sample
 from tests.pruning import families, hybrids
@@ -26,6 +27,7 @@ KINDS: dict[str, type[Statistic]] = {
     "key": KeyOutputErrors,
     "value": ValueOutputErrors,
     "head": HeadOutputErrors,
+    "value-head": HeadOutputErrors,
 }
 
 
@@ -55,5 +57,12 @@ def test_errors_are_those_of_layers_with_zeros(name: str) -> None:
             expected = changes(model, space, space.num_heads - 1, *seen[0])
             gram = torch.einsum("itc,jtc->ij", expected, expected)
             # fla's layers make decays in float32.
-            assert difference(found.gram[-1], gram) < 1e-6
+            last = found.gram[-space.head_dim :, -space.head_dim :]
+            assert difference(last if space.kind in HEAD_KINDS else found.gram[-1], gram) < 1e-6
             assert int(found.tokens) == LENGTH
+            if space.kind in HEAD_KINDS:
+                # Without any head nothing is left, so all errors together are the output's square.
+                with torch.no_grad():
+                    out = mixer(*seen[0][0], **seen[0][1])
+                whole = (out[0] if isinstance(out, tuple) else out).square().sum()
+                assert difference(found.gram.sum(), whole) < 1e-6

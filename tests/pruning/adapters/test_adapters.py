@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flame.errors import UserError
-from pruning.adapters import ADAPTERS, PRUNED, TIED, TIED_KINDS, adapter_for
+from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
 from pruning.adapters.widths import expansion
-from pruning.spaces import KINDS, Kept, Kind, Space, positions, widths_of
+from pruning.spaces import HEAD_KINDS, KINDS, Kept, Kind, Space, positions, widths_of
 from pruning.transform.slices import slices_of_spaces
 from tests.pruning import hybrids
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
@@ -27,8 +27,9 @@ def of_kind(config: dict[str, Any], kind: str) -> list[Space]:
 
 
 def kinds_of(config: dict[str, Any]) -> list[Kind]:
-    """The kinds of spaces of a model; some families tie value channels to something else."""
-    return [kind for kind in KINDS if (config["model_type"], kind) not in TIED_KINDS]
+    """The kinds of spaces of a model: some families tie value channels, few group value heads."""
+    has = {space.kind for space in ADAPTERS[config["model_type"]].spaces(config)}
+    return [kind for kind in KINDS if kind in has]
 
 
 PAIRS = [(name, kind) for name, config in CONFIGS.items() for kind in kinds_of(config)]
@@ -37,7 +38,7 @@ SLIM = [name for name, config in CONFIGS.items() if f"slim_{config['model_type']
 
 def kept_of(kind: Kind) -> int:
     """How many to keep: fewer than any model has."""
-    return 1 if kind == "head" else 5
+    return 1 if kind in HEAD_KINDS else 5
 
 
 def shapes(config: dict[str, Any]) -> dict[str, list[int]]:
@@ -71,7 +72,7 @@ def shares_kernels(config: dict[str, Any], kind: Kind) -> bool:
     """Whether convolutions have no row for what is cut: a channel, or a head."""
     if config["model_type"] != "delta_net2":
         return False
-    own = {"channel": KINDS, "head": ("head",)}
+    own = {"channel": KINDS, "head": HEAD_KINDS}
     return kind not in own.get(config.get("conv_sharing", "layer"), ())
 
 
@@ -100,7 +101,9 @@ def test_resized_models_have_exactly_the_sliced_shapes(name: str, kind: Kind) ->
     resized = adapter.resize(config, widths(spaces, k))
     assert config == before
     assert shapes(resized) == expected
-    assert {space.head_dim for space in of_kind(resized, kind)} == {k}
+    left = {space.head_dim for space in of_kind(resized, kind)}
+    # One value head a key head is no group.
+    assert left == (set() if kind == "value-head" and k == 1 else {k})
     assert adapter.state_bytes(resized) < adapter.state_bytes(config)
 
 
@@ -139,18 +142,21 @@ def test_softmax_layers_have_no_space(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_axes_cover_every_tensor_of_the_mixer(name: str) -> None:
-    """q, k and KDA's decays for key channels; what belongs to values for those; all for heads."""
+    """q, k and KDA's decays for key channels; what belongs to values for those; all for heads; all
+    but q and k for value heads."""
     config = tiny_config(name)
     of_layer = {key.removeprefix(LAYER) for key in shapes(config) if key.startswith(LAYER)}
     keys = {key for key in of_layer if key[:2] in ("q_", "k_")}
     assert len(keys) == (4 if config.get("use_short_conv", True) else 2)
-    keys |= {"f_proj.1.weight", "dt_bias"} if "f_proj.1.weight" in of_layer else set()
+    decays = {"f_proj.1.weight", "dt_bias"} if "f_proj.1.weight" in of_layer else set()
+    keys |= decays
     per_head = {key for key in of_layer if key[:2] in ("a_", "b_") or "." not in key}
     narrow = {"f_proj.0.weight", "g_proj.0.weight"}
     expected = {
         "key": keys,
         "value": of_layer - keys - per_head,
         "head": of_layer - {"o_norm.weight"} - narrow,
+        "value-head": of_layer - {"o_norm.weight"} - narrow - keys | decays,
     }
     for kind in kinds_of(config):
         space = of_kind(config, kind)[0]
@@ -190,12 +196,24 @@ def test_widths_that_differ_are_refused_without_a_slim_class(name: str) -> None:
         adapter_for(config).resize(config, ragged)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, config in CONFIGS.items() if "value-head" in kinds_of(config)]
+)
+def test_key_heads_that_serve_unequal_numbers_of_value_heads_are_refused(name: str) -> None:
+    ragged = {
+        space.name: (1, *(space.head_dim,) * (space.num_heads - 1))
+        for space in of_kind(CONFIGS[name], "value-head")
+    }
+    with pytest.raises(ValueError, match="every key head must keep as many value heads"):
+        adapter_for(CONFIGS[name]).resize(CONFIGS[name], ragged)
+
+
 @pytest.mark.parametrize("name", SLIM)
 def test_widths_that_differ_make_the_slim_class(name: str) -> None:
     config = tiny_config(name, architectures=["Stock"])
     adapter = adapter_for(config)
     depth = range(config["num_hidden_layers"])
-    key, value, head = (of_kind(config, kind) for kind in KINDS)
+    key, value, head = (of_kind(config, kind) for kind in ("key", "value", "head"))
     linear = {space.layer for space in key}
     ragged = {space.name: (space.layer + 1, *(2,) * (space.num_heads - 1)) for space in key}
     slim = adapter.resize(config, ragged)
@@ -310,7 +328,7 @@ def test_sizes_of_several_kinds_round_trip_through_the_knobs(family: str) -> Non
         for k, v, h in itertools.product(
             range(1, sizes["key"], 7), range(1, sizes["value"], 5), (1, heads - 1, heads)
         ):
-            of = {"key": (k,) * h, "value": (v,), "head": (h,)}
+            of = {"key": (k,) * h, "value": (v,), "head": (h,), "value-head": (3,) * h}
             resized = adapter.resize(config, {space.name: of[space.kind] for space in spaces})
             assert sizes_of(resized) == (h, k, v)
             checked += 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flame.options import entries
-from pruning.layouts import Blocks, HeadMajor, SharedHeads
+from pruning.layouts import Blocks, GroupedBlocks, HeadMajor, SharedHeads
 from pruning.linalg import strong_rrqr
 from pruning.methods import METHODS
 from pruning.methods.drrqr import DeltaRuleRRQR
@@ -78,7 +78,18 @@ HEAD = Space(
         Axis("o_proj.weight", 1, Blocks(HEADS, VALUES)),
     ),
 )
-SPACES: dict[str, Space] = {space.kind: space for space in (SPACE, VALUE, HEAD)}
+VALUE_HEADS = Space(
+    "layers.3.value-head",
+    "value-head",
+    3,
+    HEADS,
+    2,
+    (
+        Axis("v_proj.weight", 0, GroupedBlocks(HEADS, 2, VALUES // 2)),
+        Axis("o_proj.weight", 1, GroupedBlocks(HEADS, 2, VALUES // 2)),
+    ),
+)
+SPACES: dict[str, Space] = {space.kind: space for space in (SPACE, VALUE, HEAD, VALUE_HEADS)}
 CASES = [(name, SPACES[kind]) for name, method in METHODS.items() for kind in method.kinds]
 OF_KEYS = [name for name, space in CASES if space is SPACE]
 

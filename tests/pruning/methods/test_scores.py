@@ -128,7 +128,7 @@ def seen(home: Path, family: str) -> Seen:
 
 
 def projections_of(space: Space) -> list[str]:
-    names = {"key": "qk", "value": "vgo", "head": "qkvgbao"}[space.kind]
+    names = {"key": "qk", "value": "vgo", "head": "qkvgbao", "value-head": "vgbao"}[space.kind]
     return [f"model.layers.{space.layer}.attn.{name}_proj.weight" for name in names]
 
 
@@ -139,7 +139,7 @@ def by_channel(space: Space, name: str, entries: Array) -> Array:
         return along.reshape(space.num_heads, space.head_dim)
     if space.kind == "value":
         return along.reshape(-1, space.head_dim).sum(0)[None]
-    return along.reshape(space.head_dim, -1).sum(1)[None]
+    return along.reshape(space.num_heads, space.head_dim, -1).sum(2)
 
 
 def by_row(space: Space, name: str, entries: Array) -> Array:
@@ -184,8 +184,10 @@ def output_energy(space: Space, found: Seen) -> Array:
     """Head by head, the mean square of what the output projection makes of its outputs alone."""
     z = np.concatenate(found.outputs[space.layer])
     weight = found.weights[f"model.layers.{space.layer}.attn.o_proj.weight"]
-    pairs = zip(np.split(z, space.head_dim, 1), np.split(weight, space.head_dim, 1), strict=True)
-    return np.stack([np.square(x @ w.T).sum(1).mean() for x, w in pairs])[None]
+    heads = space.num_heads * space.head_dim
+    pairs = zip(np.split(z, heads, 1), np.split(weight, heads, 1), strict=True)
+    energies = np.stack([np.square(x @ w.T).sum(1).mean() for x, w in pairs])
+    return energies.reshape(space.num_heads, -1)
 
 
 def activation_norm(space: Space, found: Seen) -> Array:

@@ -234,3 +234,13 @@ def test_a_plan_records_what_was_asked_for() -> None:
 def test_widths_beyond_the_kernels_are_pointed_out() -> None:
     assert kernel_warning(16) is None and kernel_warning(256) is None
     assert "not 8" in str(kernel_warning(8)) and "not 300" in str(kernel_warning(300))
+
+
+def test_value_heads_are_counted_within_a_group() -> None:
+    grouped = {**CONFIG, "num_v_heads": 12}
+    assert widths(grouped, ratio=0.5, space="value-head") == {"value-head": 1}
+    assert widths(grouped, ratio=0.3, space="head,value-head") == {"head": 2, "value-head": 2}
+    # A third of 1,179,648 bytes is one of three value heads in each group.
+    assert widths(grouped, state_bytes=393216, space="value-head") == {"value-head": 1}
+    with pytest.raises(UserError, match="because each of its key heads serves one value head"):
+        widths({**CONFIG, "num_v_heads": None}, ratio=0.5, space="value-head")

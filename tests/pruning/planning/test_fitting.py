@@ -33,7 +33,13 @@ def found(config: dict[str, Any] = DENSE, method: str = "l1", **budget: Any) -> 
         ({"ratio": 0.75, "for_": ("vllm-cpu",)}, "key,value", {"key": 64, "value": 64}),
         ({"ratio": 0.9, "for_": ("vllm-cpu",)}, "head", {"head": 1}),
         # As a number of bytes: 64 layers, of which 48 are linear, 48 heads, 128 x 128, float32.
-        ({"state_bytes": 48 * 48 * 2**16 // 3, "for_": ("vllm-cpu",)}, "head", {"head": 5}),
+        # A third is one value head of three in each of 16 groups; whole groups make 5 of 16.
+        ({"state_bytes": 48 * 48 * 2**16 // 3, "for_": ("vllm-cpu",)}, "value-head",
+         {"value-head": 1}),
+        ({"state_bytes": 48 * 48 * 2**16 // 3, "space": "head", "for_": ("vllm-cpu",)}, "head",
+         {"head": 5}),
+        ({"ratio": 0.5, "space": "value-head", "for_": ("sglang",)}, "value-head",
+         {"value-head": 1}),
         ({"ratio": 0.3, "space": "square", "for_": ("vllm-cpu",)}, "key,value",
          {"key": 64, "value": 64}),
         ({"ratio": 0.3, "space": "square"}, "key,value", {"key": 80, "value": 80}),

@@ -32,6 +32,7 @@ DENSE: dict[str, Any] = {
 KEY = DENSE | {"linear_key_head_dim": 64}
 SQUARE = KEY | {"linear_value_head_dim": 64}
 HEADS = DENSE | {"linear_num_key_heads": 8, "linear_num_value_heads": 24}
+VALUE_HEADS = DENSE | {"linear_num_value_heads": 16}
 
 
 def verdict(name: str, config: dict[str, Any]) -> Verdict:
@@ -39,10 +40,11 @@ def verdict(name: str, config: dict[str, Any]) -> Verdict:
     return found
 
 
-def test_whole_heads_keep_every_kernel() -> None:
+@pytest.mark.parametrize("fewer", [HEADS, VALUE_HEADS])
+def test_whole_heads_and_value_heads_keep_every_kernel(fewer: dict[str, Any]) -> None:
     for name in ("vllm-gpu", "vllm-cpu", "sglang"):
-        found = verdict(name, HEADS)
-        assert found.refusal is None and found.lost == ()
+        found = verdict(name, fewer)
+        assert found.refusal is None and found.lost == () and found.parallel == (1, 2, 4, 8)
         assert found.kernels == verdict(name, DENSE).kernels
 
 
