@@ -119,7 +119,7 @@ def set_last(value: int) -> Any:
         (lambda c: c["spaces"].pop("layers.0.key"), "spaces differ: layers.0.key"),
         (
             lambda c: c["spaces"].update({"layers.9.key": c["spaces"].pop("layers.0.key")}),
-            "no space 'layers.9.key': it has layers.0.key to layers.1.head",
+            "no space 'layers.9.key': it has layers.0.key to layers.1.value-head",
         ),
         (
             lambda c: [row.pop() for row in c["spaces"]["layers.0.key"]],
