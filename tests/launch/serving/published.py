@@ -110,6 +110,29 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float, float]] = {
         },
         49.1e9, 43.4, 7.9,
     ),
+    "GLM-5.3-Flash": (
+        {
+            "model_type": "glm5_next",
+            "text_config": {
+                "model_type": "glm5_next_text",
+                "vocab_size": 154880,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "moe_intermediate_size": 2048,
+                "num_hidden_layers": 45,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 64,
+                "n_routed_experts": 288,
+                "num_experts_per_tok": 8,
+                "kv_lora_rank": 512,
+                "qk_rope_head_dim": 0,
+                "linear_num_heads": 64,
+                "linear_head_dim": 128,
+            },
+            "vision_config": {},
+        },
+        313.8e9, 148, 11,  # parameters as its class has them, vision tower included
+    ),
 }  # fmt: skip
 """By name: the config, its parameters, megabytes of fp32 state and bf16 windows a sequence, and
 KiB of bf16 keys and values a token."""
