@@ -59,7 +59,7 @@ class Sizes:
         from pruning.calibration.stats_file import zeros
         from pruning.statistics import OutputEquations
 
-        kinds = (OutputEquations,) if names == ("repair",) else kinds_of(names)
+        kinds = (OutputEquations,) if names == ("repair",) else kinds_of(names, dict(self.config))
         found = zeros(self.spaces, kinds, int(self.config["hidden_size"]), "meta")
         every = [statistic for of_space in found.values() for statistic in of_space.values()]
         return sum(total.nbytes for one in every for total in one.state_dict().values())

@@ -18,7 +18,7 @@ from flame.process.peers import on_first
 from flame.stage import Stage
 from launch.evaluation.heldout_text import HeldoutText, heldout_text
 from launch.sweeping.announcer import Announcer
-from launch.sweeping.checks import calibration, check, settings
+from launch.sweeping.checks import calibration, check, needing, settings
 from launch.sweeping.command import read_options
 from launch.sweeping.measuring import Dense, in_memory
 from launch.sweeping.models import begin
@@ -103,13 +103,15 @@ def _calibrate(options: Options) -> None:
 
 def _how_to_calibrate(options: Options) -> dict[str, bool] | None:
     """Return the options to calibrate with in this folder; None if nothing is left to do."""
-    if not options.needing or options.stats is not None:
+    config = resolve(options.model).config
+    methods = tuple(needing(options, config))
+    if not methods or options.stats is not None:
         return None
     statistics = options.folder.statistics
     if not (statistics / META_FILE).is_file():
         return {}
     meta = read_meta(statistics)
-    wanted = {kind.__name__ for kind in kinds_of(options.needing)}
+    wanted = {kind.__name__ for kind in kinds_of(methods, config)}
     if meta.is_complete:
         return None if wanted <= set(meta.statistics) else {"overwrite": True}
     return {"resume": True} if wanted == set(meta.statistics) else {"overwrite": True}

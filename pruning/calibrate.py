@@ -19,6 +19,7 @@ from flame.process.output_checks import check_output
 from flame.process.peers import Peers, on_first
 from flame.stage import Stage
 from pruning.adapters import adapter_for
+from pruning.adapters.interface import Config
 from pruning.calibration.collect import Resumed, ResumePoints, collect
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
@@ -38,9 +39,10 @@ from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, OVERWRITE_HELP, DataOptions
 from pruning.planning.plan import Plan, check_fingerprint, check_plan
 from pruning.planning.plan_file import read_plan, with_loaded_tensors
+from pruning.repair.gates import refits
 from pruning.repair.repaired import choice_mark
 from pruning.spaces import Space
-from pruning.statistics import OutputEquations, Statistic
+from pruning.statistics import GateMoments, OutputEquations, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +65,14 @@ class Options:
     data: DataOptions = group(DataOptions, "calibration")
     given: GivenFiles = group(GivenFiles, GIVEN)
 
-    @property
-    def kinds(self) -> tuple[type[Statistic], ...]:
-        """The statistics to collect.
+    def kinds(self, config: Config) -> tuple[type[Statistic], ...]:
+        """The statistics to collect of a model.
 
         Raises:
             UserError: no method needs any, one is unknown, or methods are given beside a plan.
         """
         if self.plan is None:
-            return kinds_of(self.methods)
+            return kinds_of(self.methods, config)
         if self.methods != tuple(METHODS):
             raise UserError(
                 "--methods is for what methods choose by, --plan for what was chosen: give one"
@@ -87,8 +88,8 @@ class Options:
 
 def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, the output, the data or a resume cannot work."""
-    kinds = options.kinds
     reference = options.given.resolve(options.model)
+    kinds = options.kinds(reference.config)
     if not (options.resume or options.overwrite):
         offer_resume(options.stats)
     check_destination(reference, options.stats, options.overwrite or options.resume)
@@ -119,7 +120,9 @@ def run(options: Options) -> None:
         data = calibration_data(reference, options.data)
         with saying_how_to_go_on(options.stats):
             plan = Peers().agree(options.read_plan)
-            collected, meta = calibrate(reference, options.kinds, data, options, plan)
+            collected, meta = calibrate(
+                reference, options.kinds(reference.config), data, options, plan
+            )
 
         def save() -> None:
             save_statistics(options.stats, collected, meta, overwrite=True, locked=True)
@@ -194,12 +197,18 @@ def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
         )
 
 
-def kinds_of(methods: tuple[str, ...]) -> tuple[type[Statistic], ...]:
-    """Return the statistics that methods need; raise UserError if none or for an unknown name."""
+def kinds_of(methods: tuple[str, ...], config: Config) -> tuple[type[Statistic], ...]:
+    """Return the statistics that methods and a refit of the model's gates need.
+
+    Raises:
+        UserError: no statistics are needed, or a method is unknown.
+    """
     for name in methods:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     kinds = {kind.__name__: kind for name in methods for kind in METHODS[name].needs}
+    if refits(adapter_for(config).spaces(config)):
+        kinds[GateMoments.__name__] = GateMoments
     if not kinds:
         raise UserError(f"{', '.join(methods)} needs no statistics: there is nothing to calibrate")
     return tuple(kinds[name] for name in sorted(kinds))

@@ -16,6 +16,7 @@ from flame.process.output_checks import check_file_output
 from flame.process.peers import on_first
 from flame.stage import Stage
 from pruning.adapters import ADAPTERS, adapter_for
+from pruning.adapters.interface import Config
 from pruning.calibration.stats_file import check_kinds, check_model, load_statistics, read_meta
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, MethodOptions, seed_option
@@ -24,10 +25,11 @@ from pruning.planning.choose import check_budget, choose
 from pruning.planning.fitting import fitted
 from pruning.planning.plan import Plan, planned_spaces, spaces_of_kinds
 from pruning.planning.plan_file import plan_text, with_saved_tensors
+from pruning.repair.gates import needs_of, refits
 from pruning.repair.repaired import REPAIR_HELP, Repair, choice_mark, layers_of, repaired
 from pruning.serving.verdict import around, serving_lines
 from pruning.spaces import Space, widths_of
-from pruning.statistics import OutputEquations
+from pruning.statistics import OutputEquations, Statistic
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ def check(options: Options, world_size: int = 1) -> None:
     method = options.method
     budget = fitted(options.budget, reference.config, method, reference.outer)
     check_budget(budget, reference.config, method)
-    if hasattr(method, "new_tensors") or options.repair != "none":
+    spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, budget.kinds)
+    if hasattr(method, "new_tensors") or refits(spaces) or options.repair != "none":
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
-    check_stats(options.stats, options.method)
+    check_stats(options.stats, method, needed(method, budget, reference.config))
     _check_repair(options)
 
 
@@ -85,18 +88,30 @@ def run(options: Options) -> None:
         on_first(write)
 
 
-def check_stats(stats: Path | None, method: Method) -> None:
-    """Raise UserError if the method lacks statistics, or is given some that it does not read."""
-    if not method.needs:
+def needed(method: Method, budget: Budget, config: Config) -> tuple[type[Statistic], ...]:
+    """The statistics that a plan needs: the method's, and those of gates that are refitted."""
+    return needs_of(method, spaces_of_kinds(adapter_for(config), config, budget.kinds))
+
+
+def check_stats(stats: Path | None, method: Method, needs: tuple[type[Statistic], ...]) -> None:
+    """Raise UserError if a plan lacks statistics, or is given some that it does not read.
+
+    Args:
+        stats: the folder given, if one is.
+        method: what chooses, for messages.
+        needs: what the plan needs (`needed`).
+    """
+    if not needs:
         if stats is not None:
             raise UserError(f"{method.name} reads no statistics: leave --stats {stats} out")
         return
     if stats is None:
+        why = "chooses" if method.needs else "and the refit of the low-rank gates go"
         raise UserError(
-            f"{method.name} chooses by statistics: make them with slimstate calibrate, and give "
+            f"{method.name} {why} by statistics: make them with slimstate calibrate, and give "
             "--stats"
         )
-    check_kinds(stats, read_meta(stats), method.needs, method.name)
+    check_kinds(stats, read_meta(stats), needs, method.name)
 
 
 def _check_repair(options: Options) -> None:
@@ -144,12 +159,13 @@ def planned(reference: ModelReference, method: Method, budget: Budget, stats: Pa
         UserError: a weight that is read is not finite, or the statistics are another model's.
     """
     config, source = reference.config, reference.source()
-    if stats is None or not method.needs:
+    needs = needed(method, budget, config)
+    if stats is None or not needs:
         return choose(config, source, method, budget)
     meta = read_meta(stats)
     check_model(stats, meta, fingerprint(config, source))
     spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
-    statistics = load_statistics(stats, spaces, method.needs)
+    statistics = load_statistics(stats, spaces, needs)
     return choose(config, source, method, budget, statistics, meta.for_plan())
 
 

@@ -21,13 +21,14 @@ from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_g
 from flame.process.peers import Peers, on_first
 from flame.stage import Stage
 from pruning.adapters import adapter_for
+from pruning.adapters.interface import Config
 from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
 from pruning.methods import Method
 from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
-from pruning.plan import check_stats, planned, summary
+from pruning.plan import check_stats, needed, planned, summary
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
 from pruning.planning.fitting import fitted
@@ -70,10 +71,9 @@ class Options:
         """Whether the way of choosing is left to this program."""
         return not self.choice.method and not self.budget.paper
 
-    @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        """The statistics that the method chooses by and that no folder gives."""
-        return self.method.needs if self.stats is None else ()
+    def needs(self, budget: Budget, config: Config) -> tuple[type[Statistic], ...]:
+        """The statistics that the plan needs and that no folder gives."""
+        return needed(self.method, budget, config) if self.stats is None else ()
 
 
 def check(options: Options, world_size: int = 1) -> None:
@@ -82,14 +82,16 @@ def check(options: Options, world_size: int = 1) -> None:
     check_destination(reference, options.out, options.overwrite)
     budget = fitted(options.budget, reference.config, options.method, reference.outer)
     widths = check_budget(budget, reference.config, options.method)
-    if options.stats is not None or not options.method.needs:
-        check_stats(options.stats, options.method)
-    reads = bool(options.needs) or options.repairs
+    needs = options.needs(budget, reference.config)
+    if options.stats is not None:
+        wanted = needed(options.method, budget, reference.config)
+        check_stats(options.stats, options.method, wanted)
+    reads = bool(needs) or options.repairs
     if options.stats is not None and not reads:
         _check_no_data(options)
     _check_local(options)
     if reads:
-        check_gradients(options.needs, reference.config)
+        check_gradients(needs, reference.config)
         data = calibration_data(reference, options.data)
         check_data(data, vocabulary_size(reference.config), world_size)
         if options.is_default:
@@ -174,10 +176,11 @@ def _chosen(options: Options, reference: ModelReference) -> Plan:
     """The plan before any repair, on rank 0. Collective."""
     method = options.method
     budget = fitted(options.budget, reference.config, method, reference.outer)
-    if not options.needs:
+    needs = options.needs(budget, reference.config)
+    if not needs:
         return on_first(lambda: planned(reference, method, budget, options.stats))
     data = calibration_data(reference, options.data)
-    collected, meta = calibrate(reference, method.needs, data)
+    collected, meta = calibrate(reference, needs, data)
 
     def chosen() -> Plan:
         source = reference.source()

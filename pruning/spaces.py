@@ -26,7 +26,7 @@ from torch import Tensor
 from pruning.layouts import Layout
 
 Kind = Literal["key", "value", "head", "value-head"]
-Role = Literal["projection", "convolution", "vector", "norm", "gate"]
+Role = Literal["projection", "convolution", "vector", "norm", "gate", "inner"]
 
 KINDS: tuple[Kind, ...] = ("key", "value", "head", "value-head")
 NOUNS: dict[Kind, str] = {
@@ -60,7 +60,8 @@ class Axis:
     role: Role = "projection"
     """What the tensor is: methods that score weights look at projections only, which take the
     mixer's input or give its output. A gate's last projection, whose input is a narrow one of its
-    own, is not among them."""
+    own, is not among them. An inner axis is the narrow dimension between a gate's two projections,
+    whose channels are fitted anew and not chosen (`pruning.repair.gates`)."""
 
 
 @dataclass(frozen=True)

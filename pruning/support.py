@@ -107,6 +107,8 @@ def _support(adapter: Adapter, space: str) -> str:
     """Which of the methods that choose in such a space do so in this family."""
     able = _choosing_in(adapter, space)
     missing = [name for name in _choosing(space) if name not in able]
+    if _half(adapter, space):
+        return "in a square only"
     if not able:
         return "no"
     where = f" (`{adapter.value_heads_key}`)" if space == "value-head" else ""
@@ -121,9 +123,14 @@ def _choosing(space: str) -> list[str]:
 def _choosing_in(adapter: Adapter, space: str) -> list[str]:
     """The methods that choose in a space of this family; none if it has no such space."""
     spaces, kinds = _spaces(adapter), SPACES[space]
-    if not kinds_of(adapter).issuperset(kinds):
+    if _half(adapter, space) or not kinds_of(adapter).issuperset(kinds):
         return []
     return [n for n in _choosing(space) if all(n in methods_for(kind, spaces) for kind in kinds)]
+
+
+def _half(adapter: Adapter, space: str) -> bool:
+    """Whether this is one of two kinds of channels that the family prunes to one width."""
+    return bool(adapter.tied_width) and space in ("key", "value")
 
 
 def _prunable() -> dict[str, Adapter]:

@@ -108,7 +108,11 @@ def operator_for(adapter: Adapter) -> Callable[..., tuple[Tensor, Tensor | None]
 
 
 _GATED = Site("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
-_OPERATORS = {"chunk_gated_delta_product": _GATED, "torch_chunk_gated_delta_rule": _GATED}
+_OPERATORS = {
+    "chunk_gated_delta_product": _GATED,
+    "torch_chunk_gated_delta_rule": _GATED,
+    "chunk_kimi_delta_attention": Site("fla.ops.kda", "chunk_kda"),
+}
 """What runs the calls of an operator that takes several rows a token, once they are unrolled, and
 those of transformers' name for fla's operator."""
 

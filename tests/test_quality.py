@@ -25,6 +25,7 @@ OBJECTIVE = "flame.training.objective."
 MATHEMATICS = (
     "layouts", "spaces", "linalg", "state_rank", "replay", "statistics", "methods",
     "planning.budgets", "planning.per_kind", "planning.allocation", "repair.output_fit",
+    "repair.low_rank",
 )  # fmt: skip
 """Modules of pruning that import torch and nothing built on it."""
 

@@ -15,7 +15,7 @@ _OF_OTHERS = frozenset({
     "tie_word_embeddings", "use_bfloat16", "tf_legacy_loss", "finetuning_task", "prefix",
     "task_specific_params", "tokenizer_class", "attn_implementation", "use_cache", "model_type",
     "unsloth_version", "unsloth_fixed", "pad_token_id", "bos_token_id", "eos_token_id",
-    "sep_token_id", "decoder_start_token_id",
+    "sep_token_id", "decoder_start_token_id", "linear_attn_config",
 })  # fmt: skip
 """Keys that every config may have: those of transformers itself, of now and of earlier versions."""
 

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from flame.models.document_bounds import on_host
 
-HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "qwen3_next", "olmo_hybrid")
+KDA = ("kimi_linear",)
+"""Those of Kimi Delta Attention, which hand `cu_seqlens` on to the operator under that name."""
+
+HYBRIDS = (
+    *KDA,
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen4_exp_text",
+    "qwen3_next",
+    "olmo_hybrid",
+)
 """The families, by `model_type`, in which packed documents were found to equal separate ones."""
 
 
@@ -80,6 +90,8 @@ def _translated(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
             "max_length_q": longest,
             "max_length_k": longest,
         }
+        if module.config.model_type in KDA:  # type: ignore[union-attr]
+            kwargs["cu_seqlens"] = bounds
     return args, kwargs
 
 

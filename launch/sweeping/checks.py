@@ -22,11 +22,13 @@ from launch.sweeping.options import Options
 from launch.sweeping.points import Point
 from launch.sweeping.work import CONTINUED
 from pruning import calibrate, prune
+from pruning.adapters.interface import Config
 from pruning.calibration.data import calibration_data, check_data
 from pruning.calibration.stats_file import check_kinds, check_model, read_meta
-from pruning.methods import METHODS
+from pruning.plan import needed
 from pruning.planning.choose import check_budget
 from pruning.planning.fitting import fitted
+from pruning.statistics import Statistic
 
 SAVE_EVERY = 16
 """Calibration sequences between resume points."""
@@ -55,7 +57,7 @@ def _check_member(options: Options, world_size: int) -> None:
     check_text(text, vocabulary_size(reference.config), from_recipe=not options.text.data)
     if options.stats is not None:
         _check_statistics(options, reference)
-    elif options.needing:
+    elif needing(options, reference.config):
         calibrate.check(replace(calibration(options), overwrite=True), world_size)
     elif options.repairs:
         data = calibration_data(reference, options.data)
@@ -66,12 +68,24 @@ def _check_member(options: Options, world_size: int) -> None:
         train.check(train.STAGE.parse(options.recovery.words(options.model, out)), 1)
 
 
+def needing(options: Options, config: Config) -> dict[str, tuple[type[Statistic], ...]]:
+    """The statistics that each method needs at some of its points; only those that need any."""
+    found: dict[str, tuple[type[Statistic], ...]] = {}
+    for point in options.points:
+        pruning = prune.STAGE.parse([options.model, "", *options.budget_words, *point.words])
+        needs = needed(pruning.method, pruning.budget, config)
+        found[pruning.method.name] = tuple(
+            dict.fromkeys((*found.get(pruning.method.name, ()), *needs))
+        )
+    return {name: needs for name, needs in found.items() if needs}
+
+
 def calibration(options: Options) -> calibrate.Options:
     """Return the options of `slimstate calibrate` for the statistics of a sweep."""
     return calibrate.Options(
         model=options.model,
         stats=options.folder.statistics,
-        methods=options.needing,
+        methods=tuple(needing(options, resolve(options.model).config)),
         save_every=SAVE_EVERY,
         data=options.data,
     )
@@ -126,14 +140,15 @@ def _check_statistics(options: Options, reference: ModelReference) -> None:
             f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
             "out"
         )
-    if not options.needing:
+    needs = needing(options, reference.config)
+    if not needs:
         raise UserError(
             f"no method of the sweep reads statistics: leave --stats {options.stats} out"
         )
     meta = read_meta(options.stats)
     check_model(options.stats, meta, fingerprint(reference.config, reference.source()))
-    for name in options.needing:
-        check_kinds(options.stats, meta, METHODS[name].needs, name)
+    for name, kinds in needs.items():
+        check_kinds(options.stats, meta, kinds, name)
 
 
 def _mark(stats: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from launch.sweeping.folder import SweepFolder
 from launch.sweeping.models import Model
 from launch.sweeping.points import SYNTAX, Point, points
 from launch.sweeping.work import CONTINUED, DENSE, Recovery
-from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, DataOptions
 from pruning.planning.budgets import Budget
 from pruning.repair.repaired import REPAIR_HELP, Repair
@@ -116,12 +115,6 @@ class Options:
             )
             found[point.file_name] = ("before", "recovered") if recovers else ("before",)
         return found
-
-    @property
-    def needing(self) -> tuple[str, ...]:
-        """The methods that need statistics, each once."""
-        methods = dict.fromkeys(point.words[1] for point in self.points)
-        return tuple(name for name in methods if METHODS[name].needs)
 
     @property
     def repairs(self) -> bool:

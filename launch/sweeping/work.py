@@ -126,11 +126,13 @@ class Work:
 
     def pruning(self, point: Point, out: str) -> Any:
         """The options of `slimstate prune` that make a point's model in the folder `out`."""
+        from flame.checkpoint.reference import resolve
         from pruning import prune
+        from pruning.plan import needed
 
         words = [self.model, out, *self._pruning_words(point), "--to", "hf"]
         options = prune.STAGE.parse(words)
-        if options.method.needs:
+        if needed(options.method, options.budget, resolve(self.model).config):
             options = dataclasses.replace(options, stats=self.statistics)
         if not options.repairs:
             return options

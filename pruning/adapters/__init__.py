@@ -10,6 +10,7 @@ from pruning.adapters.gated_deltaproduct import GatedDeltaProduct
 from pruning.adapters.hybrids import HYBRIDS
 from pruning.adapters.interface import Adapter, Config
 from pruning.adapters.kda import Kda
+from pruning.adapters.kda_hybrids import KDA_HYBRIDS
 from pruning.adapters.ragged import SLIM_DELTA_NET, SLIM_GATED_DELTANET, Ragged
 from pruning.spaces import Kind
 
@@ -28,6 +29,7 @@ _DENSE: tuple[Adapter, ...] = (
     GatedDeltaProduct(),
     Kda(),
     *HYBRIDS,
+    *KDA_HYBRIDS,
 )
 
 ADAPTERS: dict[str, Adapter] = {
@@ -38,7 +40,6 @@ TIED: dict[str, str] = {
     "bailing_hybrid": "linear_head_dim is both its key and its value width, and linear_num_heads "
     "is shared with its latent attention",
     "glm5_next": "linear_head_dim is both its key and its value width",
-    "kimi_linear": "linear_head_dim is both its key and its value width",
     "lightning": "head_dim is both its key and its value width",
     "mesa_net": "head_dim is both its key and its value width",
     "rwkv7": "head_dim is both its key and its value width",

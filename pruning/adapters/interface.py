@@ -60,6 +60,14 @@ class Adapter(Protocol):
         ...
 
     @property
+    def tied_width(self) -> str:
+        """The config's key that is both the key and the value width; empty if they are two.
+
+        Both kinds of channels then go to one width together.
+        """
+        ...
+
+    @property
     def op_sites(self) -> tuple[Site, ...]:
         """Where the mixer looks up the delta-rule operators."""
         ...

@@ -51,6 +51,8 @@ class ProjectionFamily(ABC):
     """Whether `flame.models` has a class for widths that differ between heads or layers."""
     can_undo_gain: ClassVar[bool] = True
     value_heads_key: ClassVar[str | None] = None
+    tied_width: ClassVar[str] = ""
+    """The config's key that is both the key and the value width, if one is."""
     eps_key: ClassVar[str] = "norm_eps"
     """The config's key of the eps of all norms."""
 

@@ -20,6 +20,7 @@ class Ragged:
     mixer_class: tuple[str, str]
     can_undo_gain: ClassVar[bool] = False
     value_heads_key: ClassVar[None] = None
+    tied_width: ClassVar[str] = ""
 
     @property
     def model_type(self) -> str:

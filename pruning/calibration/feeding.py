@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from pruning.adapters import Adapter
 from pruning.op_call import OpCall
+from pruning.repair.gate_taps import tap_gate_inputs
 from pruning.repair.pruned_mixers import PrunedMixers
 from pruning.replay import Replay
 from pruning.replay_taps import tap_replays
 from pruning.spaces import Space
 from pruning.states.rollout import sampled_states
-from pruning.statistics import OutputPair, Source, Statistic
+from pruning.statistics import GateInput, OutputPair, Source, Statistic
 from pruning.statistics.products import AddProducts, SumOfProducts, add_products_
 from pruning.statistics.row_sample import RowSample
 from pruning.taps import operator_for, tap_mixer_inputs, tap_mixer_outputs, tap_ops
@@ -47,8 +48,9 @@ class Feed:
         self.sequence: int | None = None
         self.complaint: UserError | None = None
         self.calls: dict[int, OpCall] = {}
+        self.spaces = list(spaces)
         self.fed: dict[Source, dict[int, list[Statistic]]] = {}
-        for space in spaces:
+        for space in self.spaces:
             for statistic in collected[space.name].values():
                 if isinstance(statistic, SumOfProducts):
                     statistic.add_products_ = products
@@ -68,6 +70,8 @@ class Feed:
                 stack.enter_context(tap_mixer_inputs(model, self.adapter, self._on_input))
             if Source.OUTPUT in self.fed:
                 stack.enter_context(tap_mixer_outputs(model, self.adapter, self._on_output))
+            if Source.GATE_INPUT in self.fed:
+                stack.enter_context(tap_gate_inputs(model, self.spaces, self._on_gate))
             if self.pruned is not None:
                 stack.enter_context(self.pruned.attached(model, self.adapter, self._on_pair))
             yield
@@ -107,6 +111,11 @@ class Feed:
     def _on_output(self, layer: int, out: Tensor) -> None:
         if self._accepts(layer, {"the heads' output": out}, "before the output projection"):
             self._give(Source.OUTPUT, layer, out)
+
+    def _on_gate(self, layer: int, seen: GateInput) -> None:
+        given = {"a gate's inner channels": seen.inner}
+        if self._accepts(layer, given, "between its two projections"):
+            self._give(Source.GATE_INPUT, layer, seen)
 
     def _on_replay(self, layer: int, replay: Replay) -> None:
         self._give(Source.REPLAY, layer, replay)

@@ -22,6 +22,8 @@ from pruning.planning.applicable import check_method
 from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
 from pruning.planning.gain import gain_notes
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
+from pruning.planning.tied import check_one_width, check_tied
+from pruning.repair.gates import needs_of, refit_note, refitted_gates
 from pruning.spaces import OF_KEY_HEADS, Axis, Kept, Kind, Space
 from pruning.statistics import Statistic
 
@@ -38,7 +40,9 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
     """
     adapter = adapter_for(config)
     spaces = spaces_of_kinds(adapter, config, budget.kinds)
+    check_tied(budget, adapter)
     widths = uniform_widths(budget, adapter, config, spaces)
+    check_one_width(adapter, widths)
     for line in departures(budget, spaces, widths) if budget.strict_ratio else ():
         raise UserError(f"--strict-ratio: {line}")
     if budget.pad and budget.allocate == "uniform":
@@ -98,6 +102,8 @@ def choose(
         for space in progress(part, f"choose ({method.name})", len(part)):
             kept[space.name], new = chooser.choose(space, widths[space.name])
             new_tensors |= new
+    refitted = refitted_gates(spaces, kept, source, statistics or {})
+    new_tensors |= refitted
     undo_gain = adapter.can_undo_gain and not budget.paper
     return Plan(
         method=method.name,
@@ -107,7 +113,7 @@ def choose(
         config_before=config,
         config_after=pruned_config(config, kept, budget.pad, undo_gain),
         kept=kept,
-        calibration=calibration if method.needs else None,
+        calibration=calibration if needs_of(method, spaces) else None,
         versions=versions(("slimstate", "torch")),
         pad=budget.pad,
         undo_gain=undo_gain,
@@ -115,6 +121,7 @@ def choose(
             *([budget.fitted] if budget.fitted else []),
             *departures(budget, spaces, uniform),
             *_notes(method, config, budget.kinds),
+            *refit_note(refitted),
             *([] if undo_gain else gain_notes(spaces, kept, budget, config)),
         ),
         new_tensors=new_tensors,

@@ -17,6 +17,7 @@ from pruning.planning.applicable import why_not
 from pruning.planning.budgets import SQUARE, Budget, uniform_widths
 from pruning.planning.plan import spaces_of_kinds
 from pruning.planning.rounding import FAR
+from pruning.planning.tied import check_tied
 from pruning.serving.verdict import around, check_family, check_served, verdicts
 from pruning.spaces import NOUNS, Kind, Space
 
@@ -80,6 +81,7 @@ def fitted(
             "give: use --allocate uniform"
         )
     adapter = adapter_for(config)
+    check_tied(budget, adapter)
     check_family(around(config, outer), budget.for_)
     model = _Model(adapter, config, tuple(adapter.spaces(config)), outer)
     if budget.space is None:
@@ -103,6 +105,9 @@ def _chosen(budget: Budget, model: _Model, method: Method) -> Budget:
     for form, kinds in FORMS.items():
         if not set(kinds) <= model.sizes.keys():
             reasons.append(f"{form}: the model has none to prune")
+            continue
+        if model.adapter.tied_width and form == "key":
+            reasons.append(f"key: {model.adapter.tied_width} is the value width too")
             continue
         reason = next(filter(None, (why_not(method, kind, model.spaces) for kind in kinds)), None)
         if reason is not None:

@@ -14,6 +14,7 @@ from pruning.adapters import TIED_KINDS, Adapter, adapter_for
 from pruning.adapters.interface import Config
 from pruning.planning.new_tensors import NewTensors
 from pruning.planning.padding import check_padding, padded
+from pruning.repair.gates import refits
 from pruning.spaces import Kept, Kind, Space, check_kept, widths_of
 
 
@@ -85,8 +86,11 @@ def check_plan(plan: Plan, config: Config, name: str = "the plan") -> None:
             "from, or make a new plan"
         )
     try:
-        for space in planned_spaces(plan, config):
+        spaces = planned_spaces(plan, config)
+        for space in spaces:
             check_kept(space, plan.kept[space.name])
+        if refits(spaces) and not (plan.tensors_file or plan.new_tensors):
+            raise ValueError("it has no new tensors for the low-rank gates, which become narrower")
         resized = pruned_config(plan.config_before, plan.kept, plan.pad, plan.undo_gain)
     except ValueError as error:
         raise UserError(f"{name} does not fit the model: {first_line(error)}") from error

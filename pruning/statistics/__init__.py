@@ -1,5 +1,6 @@
 """Statistics: sums over calibration data, one file for each family of them."""
 
+from pruning.statistics.gate_moments import GateInput, GateMoments
 from pruning.statistics.gradients import GradientShare, Shard, WeightGradientProducts
 from pruning.statistics.grams import NormalisedGrams, QueryKeyGram, QueryKeySample
 from pruning.statistics.interface import Source, Statistic
@@ -14,6 +15,8 @@ from pruning.statistics.outputs import HeadOutputGram, OutputSquares
 from pruning.statistics.states import StateSpectra
 
 __all__ = [
+    "GateInput",
+    "GateMoments",
     "GradientShare",
     "HeadOutputErrors",
     "HeadOutputGram",

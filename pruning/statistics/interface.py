@@ -38,6 +38,8 @@ class Source(Enum):
     """An `OutputPair`: the same of a dense layer and of its pruned form, for the same inputs."""
     REPLAY = "replay"
     """A `Replay`: the layer's pass over some tokens, which can be repeated without channels."""
+    GATE_INPUT = "gate input"
+    """What enters the second projection of a low-rank gate, a `GateInput`."""
     STATE = "state"
     """Recurrent states, key dimension first: [n, value heads, d_k, d_v]."""
     WEIGHT_GRADIENT = "weight gradient"

@@ -21,7 +21,7 @@ from flame.options import words
 from launch import sweep
 from launch.drawing.sweep_chart import log_ticks
 from launch.evaluation.heldout_text import heldout_text
-from launch.sweeping.checks import check_points
+from launch.sweeping.checks import check_points, needing
 from launch.sweeping.folder import SweepFolder
 from launch.sweeping.measuring import Dense, in_memory
 from launch.sweeping.page import page, write_files
@@ -30,8 +30,10 @@ from launch.sweeping.progress import telling
 from launch.sweeping.tables import collect_rows, rows_table, sweep_of, without_documents
 from launch.sweeping.work import Work
 from pruning.methods import METHODS
+from pruning.statistics import GateMoments
 from tests.distributed import run_distributed
 from tests.launch.reporting.test_page import Nesting
+from tests.pruning.kda_hybrids import CONFIGS as KDA_HYBRIDS
 from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
 
 RECIPE = """
@@ -131,6 +133,19 @@ def test_repaired_points_read_the_sweep_s_data_and_keep_their_seeds(root: Path) 
     assert [made.data.sequences for made in found.values()] == [3, 3, 3, 3, 16]
     given = [made.stats for made in found.values()]
     assert given == [None, None, None, Path("stats"), Path("stats")]
+
+
+def test_points_with_refitted_gates_read_the_sweep_s_statistics(root: Path, tmp_path: Path) -> None:
+    config = KDA_HYBRIDS["kimi_linear"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    arguments = ["--methods", "l1@square=0.5,l1@head=0.3,random@head=0.3", "--repair", "none"]
+    options = sweep.STAGE.parse([str(tmp_path), "out", *arguments])
+    assert needing(options, config) == {"l1": (GateMoments,)}
+    text, dense = in_memory(heldout_text(resolve(str(root / "dense")), options.text)), Dense("", "")
+    work = Work(options.folder, options.model, text, dense, Path("stats"), data=options.data)
+    found = [work.pruning(point, "out").stats for point in options.points]
+    assert found == [Path("stats"), None, None]
 
 
 def test_every_registered_method_is_a_word() -> None:

@@ -39,7 +39,7 @@ def test_one_calibration_serves_all_methods(name: str, tmp_path: Path) -> None:
     options = DataOptions(data=text, tokenizer=tokenizer, sequences=3, seq_len=160)
     data, adapter = calibration_data(reference, options), adapter_for(config)
     with process_group():
-        kinds = calibrate.kinds_of(tuple(METHODS))
+        kinds = calibrate.kinds_of(tuple(METHODS), config)
         collected, meta = calibrate.calibrate(reference, kinds, data)
     assert meta.tokens == 3 * 160
     sums = [t for of in collected.values() for s in of.values() for t in s.state_dict().values()]

@@ -12,14 +12,18 @@ from pruning import prune
 from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
 from pruning.methods import METHODS
 from pruning.planning.plan import planned_spaces
-from pruning.planning.plan_file import read_plan
+from pruning.planning.plan_file import read_plan, with_loaded_tensors
+from pruning.repair.gates import needs_of
 from pruning.support import SPACES, Cell, cells, kinds_of, page
-from tests.pruning import hybrids
+from tests.pruning import hybrids, kda_hybrids
 from tests.pruning.families import CONFIGS, build
+from tests.pruning.kda_hybrids import replace_gates_
 from tests.pruning.masking import difference, mask
 from tests.pruning.models import write_hf, write_text
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+
+OF_TRANSFORMERS = hybrids.CONFIGS | kda_hybrids.CONFIGS
 
 EPS = 1e-12
 """Of all norms: so far below what they read that no scaling of it is seen."""
@@ -30,7 +34,7 @@ def tiny(family: str, space: str) -> dict[str, Any]:
 
     For value heads, three of them to a key head.
     """
-    known = [*CONFIGS.values(), *hybrids.CONFIGS.values()]
+    known = [*CONFIGS.values(), *OF_TRANSFORMERS.values()]
     config = next(config for config in known if config["model_type"] == family)
     eps = {key: EPS for key in ("norm_eps", "rms_norm_eps")}
     grouped = {}
@@ -41,7 +45,7 @@ def tiny(family: str, space: str) -> dict[str, Any]:
 
 
 def model_of(config: dict[str, Any]) -> nn.Module:
-    of_transformers = config["model_type"] in hybrids.CONFIGS
+    of_transformers = config["model_type"] in OF_TRANSFORMERS
     return (hybrids.build if of_transformers else build)(config).double()
 
 
@@ -72,21 +76,21 @@ def test_every_cell_prunes_a_model_that_its_class_loads(
     """What the stock class computes is the dense model with zeros for what is gone."""
     from transformers import AutoModelForCausalLM
 
-    config = tiny(family, space)
+    config, adapter = tiny(family, space), ADAPTERS[family]
     dense = model_of(config)
     tensors = {name: tensor.clone().contiguous() for name, tensor in dense.state_dict().items()}
     words = [str(write_hf(tmp_path / "dense", config, tensors)), str(tmp_path / "out")]
     words += ["--to", "hf", "--space", space, "--method", method, "--ratio", "0.5"]
-    if METHODS[method].needs:
+    pruned = [each for each in adapter.spaces(config) if each.kind in SPACES[space]]
+    if needs_of(METHODS[method], pruned):
         words += ["--data", str(home / "text.jsonl"), "--tokenizer", str(home / "tokenizer")]
         words += ["--sequences", "2", "--seq-len", "64"]
     options = prune.STAGE.parse([*words, "--multiple-of", "1"])
     prune.check(options)
     prune.run(options)
-    plan = read_plan(tmp_path / "out" / "plan.json")
+    plan = with_loaded_tensors(read_plan(tmp_path / "out" / "plan.json"), tmp_path / "out")
     spaces = planned_spaces(plan, plan.config_before)
     assert {each.kind for each in spaces} <= {*SPACES[space]}
-    adapter = ADAPTERS[family]
     assert adapter.state_bytes(plan.config_after) <= 0.6 * adapter.state_bytes(config)
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float64, output_loading_info=True
@@ -100,6 +104,7 @@ def test_every_cell_prunes_a_model_that_its_class_loads(
             assert found.isfinite().all() and key.keys() == tensors.keys()
             return
         mask(dense, spaces, plan.kept, kept_norms=not plan.undo_gain)
+        replace_gates_(dense, plan)
         assert difference(found, dense(ids, use_cache=False).logits) < 1e-4
 
 
@@ -110,6 +115,7 @@ def test_every_family_space_and_method_is_in_the_table() -> None:
     assert [row.split("`")[1] for row in rows] == [*families, *METHODS]
     assert all(f"`{name}` (" in text for name in TIED)
     assert "| `kda` | yes, but for `pca` | no | yes | yes (`num_v_heads`) | no |" in text
+    assert "| `kimi_linear` | in a square only | in a square only | yes | no | yes |" in text
     assert "value channels of `kda` (its value width is also" in text
     yes = sum(cell.strip().startswith("yes") for row in rows for cell in row.split("|")[2:7])
     groups = {cell[:2] for cell in cells()} | {(cell.method, cell.space) for cell in cells()}

@@ -363,10 +363,10 @@ def test_only_the_second_ctrl_c_reaches_the_outer_wakeup(
 def test_a_hybrid_that_mixes_packed_documents_is_one_line(assets: Path, tmp_path: Path) -> None:
     from flame.training.job_checks import check_job
 
-    config = {"model_type": "kimi_linear", "vocab_size": 300, "hidden_size": 32}
+    config = {"model_type": "bailing_hybrid", "vocab_size": 300, "hidden_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = {"model__config": str(tmp_path / "config.json"), "data__varlen": True}
     job = make_job(assets, tmp_path / "run", **options)
-    with pytest.raises(UserError, match="data.varlen .* 'kimi_linear'"):
+    with pytest.raises(UserError, match="data.varlen .* 'bailing_hybrid'"):
         check_job(job, 1)
     assert not (tmp_path / "run").exists()

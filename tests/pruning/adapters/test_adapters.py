@@ -15,7 +15,7 @@ from pruning.adapters import ADAPTERS, PRUNED, TIED, adapter_for
 from pruning.adapters.widths import expansion
 from pruning.spaces import HEAD_KINDS, KINDS, Kept, Kind, Space, positions, widths_of
 from pruning.transform.slices import slices_of_spaces
-from tests.pruning import hybrids
+from tests.pruning import hybrids, kda_hybrids
 from tests.pruning.families import CONFIGS, build, tiny_config, tokens
 
 LAYER = "model.layers.0.attn."
@@ -77,7 +77,8 @@ def shares_kernels(config: dict[str, Any], kind: Kind) -> bool:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    tiny = {config["model_type"] for config in CONFIGS.values()} | set(hybrids.CONFIGS)
+    tiny = {config["model_type"] for config in CONFIGS.values()}
+    tiny |= hybrids.CONFIGS.keys() | kda_hybrids.CONFIGS.keys()
     assert tiny == set(ADAPTERS) - set(PRUNED)
 
 
@@ -273,12 +274,13 @@ def test_absent_keys_have_the_stock_defaults(name: str) -> None:
     bare = {"model_type": name}
     assert adapter_for(bare).spaces(bare) == adapter_for(stock).spaces(stock)
     assert adapter_for(bare).state_bytes(bare) == adapter_for(stock).state_bytes(stock)
-    keys = [space for space in adapter_for(bare).spaces(bare) if space.kind == "key"]
-    half = widths(keys, keys[0].head_dim // 2)
+    kinds = ("key", "value") if adapter_for(bare).tied_width else ("key",)
+    spaces = [space for space in adapter_for(bare).spaces(bare) if space.kind in kinds]
+    half = widths(spaces, spaces[0].head_dim // 2)
     for config in (bare, stock):
         found = adapter_for(config).resize(config, half, undo_gain=True)
         eps = "norm_eps" if "norm_eps" in stock else "rms_norm_eps"
-        assert found[eps] == 2 * stock[eps]
+        assert found[eps] == 2 ** len(kinds) * stock[eps]
 
 
 @pytest.mark.parametrize("eps", ["1e-6", -1e-6, float("nan"), float("inf"), None, True])

@@ -236,7 +236,8 @@ def calibration_memory(home: Path, sequences: int) -> tuple[int, int, int]:
     data = dataclasses.replace(data, config=dataclasses.replace(data.config, repeat=True))
     collect.run_batch = watched
     try:
-        collected, meta = collect.collect(reference, calibrate.kinds_of(("drrqr",)), data, "")
+        kinds = calibrate.kinds_of(("drrqr",), reference.config)
+        collected, meta = collect.collect(reference, kinds, data, "")
     finally:
         collect.run_batch = run
     assert meta.tokens == 128 * sequences == 128 * len(resident)

@@ -62,8 +62,9 @@ def data_of(home: Path, family: str) -> CalibrationData:
 
 
 def calibrate_here(home: Path, family: str) -> Collected:
-    kinds = calibrate.kinds_of(tuple(METHODS))
-    collected, meta = calibrate.calibrate(resolve(home / family), kinds, data_of(home, family))
+    reference = resolve(home / family)
+    kinds = calibrate.kinds_of(tuple(METHODS), reference.config)
+    collected, meta = calibrate.calibrate(reference, kinds, data_of(home, family))
     assert meta.tokens == SEQUENCES * SEQ_LEN
     return collected
 

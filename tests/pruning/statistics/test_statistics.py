@@ -16,6 +16,7 @@ from pruning.op_call import OpCall
 from pruning.replay import Replay
 from pruning.spaces import Axis, Space
 from pruning.statistics import (
+    GateInput,
     GradientShare,
     OutputPair,
     QueryKeyGram,
@@ -65,6 +66,11 @@ def outputs(seed: int) -> Tensor:
     return torch.randn(40 + seed, OUT, generator=torch.Generator().manual_seed(seed))
 
 
+def gate_inner(seed: int) -> Tensor:
+    size = (40 + seed, VALUES.head_dim)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
 def states(seed: int) -> Tensor:
     return torch.randn(1 + seed, 6, 5, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -87,6 +93,7 @@ SEEN: dict[Source, Callable[[int], Any]] = {
     Source.MIXER_INPUT: hidden,
     Source.OUTPUT: outputs,
     Source.OUTPUT_PAIR: lambda seed: OutputPair(outputs(seed), outputs(seed + 100)[: 40 + seed]),
+    Source.GATE_INPUT: lambda seed: GateInput(seed % 2, gate_inner(seed)),
     Source.REPLAY: replay,
     Source.STATE: states,
     Source.WEIGHT_GRADIENT: share,
