@@ -18,9 +18,10 @@ SEQUENCES = 16
 """Calibration sequences, as in arXiv 2602.04852."""
 SEQ_LEN = 2048
 """Tokens of a sequence where no recipe says otherwise."""
-REPLAY_TOKENS = 2048
+REPLAY_TOKENS = 8192
 """Tokens on which layers are repeated without single channels where no option says otherwise. All
-32,768 of a calibration cost several forward passes of the model, and more with wide heads."""
+32,768 of a calibration cost several forward passes of the model, and more with wide heads; on 2,048
+a choice of a quarter of the channels is worse by far (docs/results.md)."""
 BEST = "output-error"
 """The method that chooses where none is named: docs/results.md compares it with the others."""
 PUBLISHED = "drrqr"

@@ -13,12 +13,12 @@ from tests.pruning.models import GATED_DELTANET
 @pytest.mark.parametrize(
     ("sequences", "seq_len", "fraction", "tokens"),
     [
-        (16, 2048, None, 2048),
-        (16, 512, None, 2048),
-        (128, 2048, None, 2048),
-        (7, 1000, None, 3000),
+        (16, 2048, None, 8192),
+        (64, 512, None, 8192),
+        (128, 2048, None, 8192),
+        (16, 1000, None, 9000),
         (3, 64, None, 192),
-        (1, 4096, None, 4096),
+        (1, 16384, None, 16384),
         (16, 2048, 1.0, 32768),
         (16, 2048, 0.5, 16384),
     ],
