@@ -55,7 +55,9 @@ class Options:
     )
     overrides: tuple[str, ...] = overrides("override a key of the recipe")
     choice: MethodOptions = group(MethodOptions, "method")
-    budget: Budget = group(Budget, f"{BUDGET}, of the last phase", without=("allocate", "pad"))
+    budget: Budget = group(
+        Budget, f"{BUDGET}, of the last phase", without=("allocate", "floor", "pad")
+    )
     data: DataOptions = group(DataOptions, "calibration")
 
     @property

@@ -60,6 +60,11 @@ def check(options: Options, world_size: int = 1) -> None:
     method = options.method
     budget = fitted(options.budget, reference.config, method, reference.outer)
     check_budget(budget, reference.config, method)
+    if budget.allocate == "auto":
+        raise UserError(
+            "--allocate auto runs the model on held-out text, and plan reads none: use slimstate "
+            "prune, which leaves the plan in its output"
+        )
     spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, budget.kinds)
     if hasattr(method, "new_tensors") or refits(spaces) or options.repair != "none":
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)
@@ -149,8 +154,16 @@ def _repaired(plan: Plan, options: Options, stats: Path) -> Plan:
     return repaired(plan, source, sums, meta.for_plan())
 
 
-def planned(reference: ModelReference, method: Method, budget: Budget, stats: Path | None) -> Plan:
+def planned(
+    reference: ModelReference,
+    method: Method,
+    budget: Budget,
+    stats: Path | None,
+    damage: dict[str, float] | None = None,
+) -> Plan:
     """Return the plan of `method` from saved statistics. Runs on one process.
+
+    `damage` is as in `pruning.planning.choose.choose`.
 
     It reads the tensors that the spaces index, and samples of the others; `apply` reads them all,
     and refuses those that are not finite.
@@ -161,12 +174,12 @@ def planned(reference: ModelReference, method: Method, budget: Budget, stats: Pa
     config, source = reference.config, reference.source()
     needs = needed(method, budget, config)
     if stats is None or not needs:
-        return choose(config, source, method, budget)
+        return choose(config, source, method, budget, damage=damage)
     meta = read_meta(stats)
     check_model(stats, meta, fingerprint(config, source))
     spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
     statistics = load_statistics(stats, spaces, needs)
-    return choose(config, source, method, budget, statistics, meta.for_plan())
+    return choose(config, source, method, budget, statistics, meta.for_plan(), damage)
 
 
 def summary(plan: Plan) -> str:

@@ -26,8 +26,17 @@ from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
+from pruning.damage.auto import auto_plan
+from pruning.damage.meter import check_measurement, measured_data
 from pruning.methods import Method
-from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, DataOptions, MethodOptions
+from pruning.options import (
+    BUDGET,
+    MODEL_HELP,
+    OVERWRITE_HELP,
+    SEQUENCES,
+    DataOptions,
+    MethodOptions,
+)
 from pruning.plan import check_stats, needed, planned, summary
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose, ratio_notes
@@ -48,6 +57,12 @@ class Options:
     stats: Path | None = option(None, "use the statistics of slimstate calibrate")
     repair: Repair | None = option(
         None, f"{REPAIR_HELP} (default: output where neither --method nor --paper is given)"
+    )
+    heldout_sequences: int = option(
+        SEQUENCES,
+        "sequences after those calibrated on, on which --allocate auto measures",
+        least=1,
+        metavar="N",
     )
     overwrite: bool = option(False, OVERWRITE_HELP)
     choice: MethodOptions = group(MethodOptions, "method")
@@ -71,6 +86,11 @@ class Options:
         """Whether the way of choosing is left to this program."""
         return not self.choice.method and not self.budget.paper
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether shares of channels are chosen by what they do to the model's predictions."""
+        return self.budget.allocate == "auto"
+
     def needs(self, budget: Budget, config: Config) -> tuple[type[Statistic], ...]:
         """The statistics that the plan needs and that no folder gives."""
         return needed(self.method, budget, config) if self.stats is None else ()
@@ -86,13 +106,16 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.stats is not None:
         wanted = needed(options.method, budget, reference.config)
         check_stats(options.stats, options.method, wanted)
-    reads = bool(needs) or options.repairs
+    reads = bool(needs) or options.repairs or options.is_measured
     if options.stats is not None and not reads:
         _check_no_data(options)
     _check_local(options)
     if reads:
         check_gradients(needs, reference.config)
         data = calibration_data(reference, options.data)
+        if options.is_measured:
+            check_measurement(options.stats, data)
+            data = measured_data(data, options.heldout_sequences)
         check_data(data, vocabulary_size(reference.config), world_size)
         if options.is_default:
             print(f"note: {_said(options, reference, data)}", flush=True)
@@ -177,16 +200,21 @@ def _chosen(options: Options, reference: ModelReference) -> Plan:
     method = options.method
     budget = fitted(options.budget, reference.config, method, reference.outer)
     needs = options.needs(budget, reference.config)
-    if not needs:
-        return on_first(lambda: planned(reference, method, budget, options.stats))
-    data = calibration_data(reference, options.data)
-    collected, meta = calibrate(reference, needs, data)
+    sums = None
+    if needs:
+        sums = calibrate(reference, needs, calibration_data(reference, options.data))
 
-    def chosen() -> Plan:
-        source = reference.source()
-        return choose(reference.config, source, method, budget, collected, meta.for_plan())
+    def chosen(budget: Budget, damage: dict[str, float] | None = None) -> Plan:
+        if sums is None:
+            return planned(reference, method, budget, options.stats, damage)
+        collected, meta = sums
+        source, record = reference.source(), meta.for_plan()
+        return choose(reference.config, source, method, budget, collected, record, damage)
 
-    return on_first(chosen)
+    if options.is_measured:
+        data = calibration_data(reference, options.data)
+        return auto_plan(reference, data, options.heldout_sequences, budget, chosen)
+    return on_first(lambda: chosen(budget))
 
 
 STAGE = Stage("prune", "Calibrate, plan and apply in one.", Options, run, check)

@@ -131,7 +131,16 @@ def _name(folder: Path, taken: Mapping[str, RunFolder]) -> str:
     return name
 
 
-BUDGET_OPTIONS = ("ratio", "width", "state_bytes", "space", "multiple_of", "allocate", "for")
+BUDGET_OPTIONS = (
+    "ratio",
+    "width",
+    "state_bytes",
+    "space",
+    "multiple_of",
+    "allocate",
+    "floor",
+    "for",
+)
 
 
 def _pruning_words(run: RunFolder, runs: Mapping[str, RunFolder]) -> list[str]:

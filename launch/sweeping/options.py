@@ -72,6 +72,11 @@ class Options:
             named = "--dense-continued" if self.dense_continued else "--recover-ratios"
             given = self.overrides[0] if self.overrides else named
             raise UserError(f"{given} is for a recovery: give --recover RECIPE.toml")
+        if self.budget.allocate == "auto":
+            raise UserError(
+                "--allocate auto measures each point on more text than a sweep's statistics are "
+                "of: sweep uniform, layer and model, or use slimstate prune"
+            )
         _known("--reference", self.reference, dict.fromkeys(p.method for p in self.points))
         _known("--recover-ratios", self.recover_ratios, dict.fromkeys(p.ratio for p in self.points))
         for name in map(option_name, self.overrides):

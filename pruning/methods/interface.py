@@ -23,7 +23,8 @@ class Method(Protocol):
     method may also have
 
     - `scores(space, weights, statistics) -> Float64[Tensor, "H d"]`, larger for channels that
-      matter more and comparable between the spaces of a model; shared budgets need it;
+      matter more and comparable between the spaces of a model; shared budgets need it. They rank
+      what `select` keeps, unless it chooses sets (output-error);
     - `new_tensors(space, widths, weights, statistics) -> dict[str, Tensor]`: tensors of the pruned
       size (`widths`, a tuple, channels of each head) that take the place of sliced ones, where the
       method mixes channels and `select` returns the first k of the mixed ones;

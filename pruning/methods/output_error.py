@@ -39,10 +39,31 @@ class OutputError:
     ) -> Int64[Tensor, "H k"]:
         """The k channels of each head that stay, in increasing order."""
         check_count(k, space.head_dim, f"{space.noun} of {space.name}")
+        parts = self._grams(space, statistics)
+        return torch.cat([least_error(part, k, space.head_dim) for part in parts])
+
+    def scores(
+        self, space: Space, weights: Weights, statistics: Statistics
+    ) -> Float64[Tensor, "H d"]:
+        """What each channel adds to the squared error of the set that has gone, when it goes.
+
+        One after another until none is left, and each at least what the one before it added, so
+        that the scores of a set that goes first add up to its error, or more where a later channel
+        takes back what an earlier one did.
+        """
+        found = []
+        for gram in map(_symmetric, self._grams(space, statistics)):
+            order, added = _elimination(gram, 0, space.head_dim)
+            scores = torch.zeros(len(gram), dtype=torch.float64)
+            scores[order] = added.clamp_min(0).cummax(0).values
+            found.append(scores.view(-1, space.head_dim))
+        return torch.cat(found)
+
+    def _grams(self, space: Space, statistics: Statistics) -> Float64[Tensor, "parts n n"]:
+        """Those of heads that are judged apart from each other; whole heads are not."""
         kind = next(kind for kind in self.needs if space.kind in kind.kinds)
-        gram = summed(statistics, kind, space, self).gram.cpu()  # type: ignore[attr-defined]
-        together = gram[None] if space.kind in HEAD_KINDS else gram
-        return torch.cat([least_error(part, k, space.head_dim) for part in together])
+        gram: Tensor = summed(statistics, kind, space, self).gram.cpu()  # type: ignore[attr-defined]
+        return gram[None] if space.kind in HEAD_KINDS else gram
 
 
 def least_error(gram: Float64[Tensor, "n n"], k: int, width: int) -> Int64[Tensor, "heads k"]:
@@ -58,25 +79,36 @@ def least_error(gram: Float64[Tensor, "n n"], k: int, width: int) -> Int64[Tenso
     Raises:
         ValueError: a number is not finite.
     """
-    if not bool(gram.isfinite().all()):
-        raise ValueError("the output errors hold a NaN or an infinity")
-    gram = (gram + gram.mT) / 2
-    kept = _exchanged(gram, _eliminated(gram, k, width), width)
+    gram = _symmetric(gram)
+    kept = torch.ones(len(gram), dtype=torch.bool)
+    kept[_elimination(gram, k, width)[0]] = False
+    kept = _exchanged(gram, kept, width)
     return torch.stack([of_head.nonzero().squeeze(-1) for of_head in kept.view(-1, width)])
 
 
-def _eliminated(gram: Float64[Tensor, "n n"], k: int, width: int) -> Bool[Tensor, " n"]:
-    """Which channels stay after all heads have lost width − k, one channel after another."""
+def _symmetric(gram: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    if not bool(gram.isfinite().all()):
+        raise ValueError("the output errors hold a NaN or an infinity")
+    return (gram + gram.mT) / 2
+
+
+def _elimination(
+    gram: Float64[Tensor, "n n"], k: int, width: int
+) -> tuple[Int64[Tensor, " gone"], Float64[Tensor, " gone"]]:
+    """The channels that go, one after another until each head has k, and what each adds."""
     kept = torch.ones(len(gram), dtype=torch.bool)
+    order, adds = [], []
     tolerance = _tolerance(gram)
     with_dropped = torch.zeros_like(gram[0])
     for _ in range(len(gram) // width * (width - k)):
         can_go = kept & (kept.view(-1, width).sum(1) > k).repeat_interleave(width)
         added = (2 * with_dropped + gram.diagonal()).masked_fill(~can_go, torch.inf)
         channel = int((added <= added.min() + tolerance).nonzero()[-1])
+        order.append(channel)
+        adds.append(added[channel])
         kept[channel] = False
         with_dropped += gram[channel]
-    return kept
+    return torch.tensor(order, dtype=torch.int64), torch.tensor(adds, dtype=torch.float64)
 
 
 def _exchanged(

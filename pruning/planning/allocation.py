@@ -18,18 +18,23 @@ from torch import Tensor
 
 from pruning.spaces import Space
 
+Scores = Mapping[str, Float64[Tensor, "H d"]]
+"""Scores of spaces that share one total, by name; larger for what matters more."""
+
 
 def shared_widths(
-    scores: Mapping[str, Float64[Tensor, "H d"]], total: int, multiple: int
+    scores: Scores, total: int, multiple: int, floor: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """Kept channels of each head of each space, `total` of them together.
 
     Ties go to the earlier space, head and step.
 
     Args:
-        scores: of the spaces that share one total, by name; larger for what matters more.
+        scores: of the spaces that share one total.
         total: channels of all heads together, a multiple of `multiple`.
         multiple: all widths are multiples of this.
+        floor: channels that every head keeps at least, rounded up to a multiple; `total` is
+            enough for it.
 
     Raises:
         ValueError: a score is NaN or infinite.
@@ -38,9 +43,31 @@ def shared_widths(
         if not bool(of_space.isfinite().all()):
             raise ValueError(f"{name}: the scores hold a NaN or an infinity")
     steps = [_steps(row, multiple) for of_space in scores.values() for row in of_space.cpu()]
-    counts = _counts(steps, total // multiple)
+    counts = _counts(steps, total // multiple, max(-(-floor // multiple), 1))
     widths = iter(count * multiple for count in counts)
     return {name: tuple(next(widths) for _ in of_space) for name, of_space in scores.items()}
+
+
+def in_units_of_loss(
+    scores: Scores, width: int, damage: Mapping[str, float]
+) -> dict[str, Float64[Tensor, "H d"]]:
+    """The scores, each space's times one factor: what its dropped channels cost is then `damage`.
+
+    So scores whose units differ between spaces, or whose errors the rest of the model takes
+    differently, can share one total.
+
+    Args:
+        scores: at least 0.
+        width: channels that every head keeps where the damage was measured; the others are those
+            with the smallest scores, or nearly, where a method chooses sets.
+        damage: measured for each space with only its own channels dropped.
+    """
+    found = {}
+    for name, of_space in scores.items():
+        ordered = of_space.sort(descending=True).values
+        dropped = float(ordered[:, width:].sum())
+        found[name] = of_space * (damage[name] / dropped if dropped > 0 else 0.0)
+    return found
 
 
 def groups(spaces: Sequence[Space], allocate: str) -> list[list[Space]]:
@@ -58,9 +85,9 @@ def _steps(row: Float64[Tensor, " d"], multiple: int) -> Float64[Tensor, " n"]:
     return row.sort(descending=True).values[:whole].view(-1, multiple).sum(1)
 
 
-def _counts(steps: Sequence[Tensor], total: int) -> list[int]:
-    """Steps of each head: its first one, and the best of all others."""
-    heads = torch.cat([torch.full((len(row) - 1,), head) for head, row in enumerate(steps)])
-    worth = torch.cat([row[1:] for row in steps])
-    best = worth.sort(descending=True, stable=True).indices[: total - len(steps)]
-    return (1 + torch.bincount(heads[best], minlength=len(steps))).tolist()
+def _counts(steps: Sequence[Tensor], total: int, first: int) -> list[int]:
+    """Steps of each head: its first ones, and the best of all others."""
+    heads = torch.cat([torch.full((len(row) - first,), head) for head, row in enumerate(steps)])
+    worth = torch.cat([row[first:] for row in steps])
+    best = worth.sort(descending=True, stable=True).indices[: total - first * len(steps)]
+    return (first + torch.bincount(heads[best], minlength=len(steps))).tolist()

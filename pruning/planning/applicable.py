@@ -1,11 +1,11 @@
 """Which methods can choose in which spaces; asked before any work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flame.errors import UserError
 from pruning.methods import METHODS, Method
 from pruning.planning.budgets import Budget
-from pruning.spaces import Kind, Space
+from pruning.spaces import NOUNS, Kind, Space
 
 MIXABLE = ("projection", "convolution")
 """Roles of tensors whose channels a projection can mix: the others act on each by itself."""
@@ -31,6 +31,8 @@ def check_method(budget: Budget, method: Method, spaces: Iterable[Space]) -> Non
             f"--allocate {budget.allocate} shares channels by scores, which {method.name} has "
             f"none of: use --allocate uniform, or one of {able}"
         )
+    if budget.allocate == "auto":
+        _check_measurable(budget, method)
     if budget.pad and hasattr(method, "new_tensors"):
         raise UserError(
             f"--pad keeps channels where they are, and {method.name} mixes them: leave it out"
@@ -40,6 +42,37 @@ def check_method(budget: Budget, method: Method, spaces: Iterable[Space]) -> Non
         raise UserError(
             f"--allocate layer shares channels between the heads of a layer, which have one "
             f"selection of kind {single[0]!r}: use --allocate model"
+        )
+
+
+def check_floor(budget: Budget, widths: Mapping[Kind, int]) -> None:
+    """Raise UserError if `budget` has a floor that nothing can fall to, or that is out of reach."""
+    if budget.floor is None:
+        return
+    if budget.allocate == "uniform":
+        raise UserError(
+            "--floor is for heads of different widths, which --allocate layer, model or auto "
+            "makes: leave it out, or say --allocate"
+        )
+    for kind, width in widths.items():
+        if kind != "head" and budget.floor > width:
+            raise UserError(
+                f"--floor {budget.floor} is more than the {width} {NOUNS[kind]} a head that the "
+                f"budget leaves: give at most {width}"
+            )
+
+
+def _check_measurable(budget: Budget, method: Method) -> None:
+    """Raise UserError if zeros in a dense model do not show what the pruned one will do."""
+    if budget.paper:
+        raise UserError(
+            "--allocate auto measures models whose gain is undone, and --paper leaves it: leave "
+            "one out"
+        )
+    if hasattr(method, "new_tensors"):
+        raise UserError(
+            f"--allocate auto measures dense models with zeros in channels, and {method.name} "
+            "mixes channels: use --allocate model"
         )
 
 

@@ -20,13 +20,13 @@ from pruning.planning.per_kind import (
     parse_ratio,
     parse_width,
 )
-from pruning.planning.rounding import default_multiple, departure, width
+from pruning.planning.rounding import check_width, default_multiple, departure, width
 from pruning.serving.contract import ENGINES
 from pruning.spaces import HEAD_KINDS, KINDS, NOUNS, Kind, Space
 
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
-Allocate = Literal["uniform", "layer", "model"]
+Allocate = Literal["uniform", "layer", "model", "auto"]
 
 SQUARE = "square"  # key and value channels of one width
 
@@ -68,7 +68,14 @@ class Budget:
     )
     allocate: Allocate = option(
         "uniform",
-        "share the channels by the method's scores between the heads of a layer or of the model",
+        "share the channels by the method's scores between the heads of a layer or of the model; "
+        "auto measures these, uniform widths, and shares in one unit, and takes the least harmful",
+    )
+    floor: int | None = option(
+        None,
+        "channels that --allocate leaves every head at least (default: one multiple)",
+        least=1,
+        metavar="N",
     )
     pad: bool = option(False, PAD_HELP)
     multiple_of: int | None = option(
@@ -130,6 +137,7 @@ class Budget:
             "space": ",".join(self.kinds),
             "multiple_of": self.asked_multiple,
             "allocate": self.allocate if self.allocate != "uniform" else None,
+            "floor": self.floor,
             "for": ",".join(self.for_) or None,
         }
         return {name: value for name, value in found.items() if value is not None}
@@ -161,7 +169,7 @@ def uniform_widths(
     if budget.width is not None:
         wanted = for_kinds(budget.width, sizes, "--width")
         for kind, size in sizes.items():
-            _check_width(wanted[kind], size, budget.multiple(kind, size), kind)
+            check_width(wanted[kind], size, budget.multiple(kind, size), kind)
         return wanted
     return _widths_of_bytes(budget, adapter, config, list(spaces))
 
@@ -194,22 +202,6 @@ def kept_heads(budget: Budget, heads: int) -> int:
     """How many of `heads` heads, those of all layers, the ratio of `budget` leaves."""
     ratio = for_kinds(budget.ratio, dict.fromkeys(budget.kinds, heads), "--ratio")["head"]
     return width(heads, ratio, 1, NOUNS["head"])
-
-
-def _check_width(wanted: int, size: int, multiple_of: int, kind: Kind) -> None:
-    if not 1 <= wanted < size:
-        what = "is no reduction" if wanted == size else "is out of range"
-        raise UserError(
-            f"--width {kind}={wanted} {what}: a model with {size} {NOUNS[kind]} can keep 1 to "
-            f"{size - 1}"
-        )
-    if kind not in HEAD_KINDS and wanted % multiple_of:
-        below = wanted // multiple_of * multiple_of
-        near = f"{below} or {below + multiple_of}" if below else str(multiple_of)
-        raise UserError(
-            f"--width {kind}={wanted} is not a multiple of {multiple_of}: take {near}, or "
-            "--multiple-of 1"
-        )
 
 
 def _widths_of_bytes(

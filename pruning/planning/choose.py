@@ -17,8 +17,8 @@ from flame.versions import versions
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.methods import Method
-from pruning.planning.allocation import groups, shared_widths
-from pruning.planning.applicable import check_method
+from pruning.planning.allocation import groups, in_units_of_loss, shared_widths
+from pruning.planning.applicable import check_floor, check_method
 from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
 from pruning.planning.gain import gain_notes
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
@@ -47,9 +47,10 @@ def check_budget(budget: Budget, config: Config, method: Method | None = None) -
         raise UserError(f"--strict-ratio: {line}")
     if budget.pad and budget.allocate == "uniform":
         raise UserError(
-            "--pad is for heads of different widths, which --allocate layer or model makes: leave "
-            "it out, or say --allocate"
+            "--pad is for heads of different widths, which --allocate layer, model or auto makes: "
+            "leave it out, or say --allocate"
         )
+    check_floor(budget, widths)
     if method is not None:
         check_method(budget, method, spaces)
     if budget.allocate != "uniform" and not budget.pad:
@@ -71,6 +72,7 @@ def choose(
     budget: Budget,
     statistics: SpaceStatistics | None = None,
     calibration: dict[str, Any] | None = None,
+    damage: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan of `method` within `budget`. One process does it alone.
 
@@ -84,6 +86,8 @@ def choose(
         budget: how many channels.
         statistics: what the method needs, for every space; None if it needs nothing.
         calibration: what the plan records of the data behind the statistics.
+        damage: of each space pruned alone to the uniform widths, by its name, in one unit that the
+            scores are to have where they share channels; None for the method's own.
 
     Raises:
         UserError: the budget or method does not fit the model, a tensor that the method sees has
@@ -92,7 +96,7 @@ def choose(
     uniform = check_budget(budget, config, method)
     adapter = adapter_for(config)
     spaces = spaces_of_kinds(adapter, config, budget.kinds)
-    chooser = _Chooser(source, method, statistics or {})
+    chooser = _Chooser(source, method, statistics or {}, damage)
     kept: dict[str, Kept] = {}
     new_tensors: dict[str, Tensor] = {}
     # Heads first: channels are then shared out among those that stay.
@@ -135,6 +139,7 @@ class _Chooser:
     source: TensorSource
     method: Method
     statistics: SpaceStatistics
+    damage: Mapping[str, float] | None
 
     def widths(
         self,
@@ -157,10 +162,13 @@ class _Chooser:
             multiple = budget.multiple(kind, group[0].head_dim)
             taking_part = {space.name: _taking_part(space, staying) for space in group}
             scores = {space.name: self._scores(space)[taking_part[space.name]] for space in group}
+            if self.damage is not None:
+                scores = in_units_of_loss(scores, uniform[kind], self.damage)
             total = sum(map(len, scores.values())) * uniform[kind]
             if kind == "head" and budget.ratio is not None:
                 total = kept_heads(budget, sum(space.head_dim for space in group))
-            shares = shared_widths(scores, max(total, len(group)), multiple)
+            least = 1 if kind == "head" else budget.floor or 1
+            shares = shared_widths(scores, max(total, len(group)), multiple, least)
             for space in group:
                 widths = torch.full((space.num_heads,), uniform[kind])
                 widths[taking_part[space.name]] = torch.tensor(shares[space.name])

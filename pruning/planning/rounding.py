@@ -60,6 +60,23 @@ def width(
     return kept
 
 
+def check_width(wanted: int, size: int, multiple_of: int, kind: Kind) -> None:
+    """Raise UserError unless `wanted` of `size` is a reduction and a multiple of `multiple_of`."""
+    if not 1 <= wanted < size:
+        what = "is no reduction" if wanted == size else "is out of range"
+        raise UserError(
+            f"--width {kind}={wanted} {what}: a model with {size} {NOUNS[kind]} can keep 1 to "
+            f"{size - 1}"
+        )
+    if kind not in HEAD_KINDS and wanted % multiple_of:
+        below = wanted // multiple_of * multiple_of
+        near = f"{below} or {below + multiple_of}" if below else str(multiple_of)
+        raise UserError(
+            f"--width {kind}={wanted} is not a multiple of {multiple_of}: take {near}, or "
+            "--multiple-of 1"
+        )
+
+
 def departure(kind: Kind, size: int, ratio: float, kept: int, multiple_of: int) -> str | None:
     """Say in one line that `kept` of `size` is far from what `ratio` asks for, with the way out.
 

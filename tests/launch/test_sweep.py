@@ -199,6 +199,10 @@ def test_options_of_the_stages_go_on_to_them(root: Path) -> None:
             "--methods drrqr@head --ratios 0.5",
             "drrqr@head=0.5: drrqr does not choose",
         ),
+        (
+            "--methods l1 --ratios 0.5 --allocate auto",
+            "sweep uniform, layer and model, or use slimstate prune",
+        ),
         ("--methods l1 --ratios 0.5 --recover nowhere.toml", "nowhere.toml"),
         ("--methods l1 --ratios 0.5 --heldout nowhere.txt", "nowhere.txt"),
     ],

@@ -171,7 +171,11 @@ def refused(home: Path, out: Path, *flags: object, model: str = "model") -> str:
             ["--method", "jrnp"],
             "jrnp does not choose among spaces of kind 'key', only head: for key",
         ),
-        (["--pad"], "--pad is for heads of different widths, which --allocate layer or model"),
+        (["--pad"], "--pad is for heads of different widths, which --allocate layer, model"),
+        (
+            ["--floor", "8"],
+            "--floor is for heads of different widths, which --allocate layer, model",
+        ),
         (["--to", "gguf"], "--to: unknown 'gguf': choose from hf, dcp"),
         (["--sequences", "100000"], "100000"),
         (["--unknown"], "unrecognized arguments: --unknown"),

@@ -241,7 +241,10 @@ def test_scores_rank_the_selection(name: str, space: Space) -> None:
     scores = method.scores(space, given, sums)
     assert scores.shape == (space.num_heads, space.head_dim) and scores.dtype == torch.float64
     assert float(scores.min()) >= 0
-    assert torch.equal(top_channels(space, 2, scores), method.select(space, 2, given, sums))
+    if name != "output-error":
+        # It chooses sets, by exchanges that no score of single channels can follow:
+        # test_output_error.py says how its scores and sets relate.
+        assert torch.equal(top_channels(space, 2, scores), method.select(space, 2, given, sums))
 
 
 def test_scores_that_only_compare_within_a_head_are_relative_to_its_mean() -> None:

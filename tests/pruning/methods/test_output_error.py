@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.methods.output_error import least_error
+from pruning.methods.interface import top_channels
+from pruning.methods.output_error import OutputError, least_error
+from pruning.spaces import Space
+from pruning.statistics import KeyOutputErrors
 
 
 def gram_of(seed: int, channels: int = 9, rows: int = 12) -> Tensor:
@@ -16,7 +19,7 @@ def gram_of(seed: int, channels: int = 9, rows: int = 12) -> Tensor:
 
 def error(gram: Tensor, kept: Tensor) -> float:
     dropped = torch.ones(len(gram)).double()
-    dropped[kept] = 0
+    dropped[kept.long()] = 0
     return float(dropped @ gram @ dropped)
 
 
@@ -54,6 +57,45 @@ def test_heads_of_a_layer_are_chosen_together(k: int) -> None:
         blocks = torch.stack([part[:, 3 * g : 3 * g + 3] for g, part in enumerate(gram.split(3))])
         apart += not torch.equal(kept, torch.cat([least_error(b, k, 3) for b in blocks]))
     assert found_best >= 12 and apart >= 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_a_set_that_goes_first_are_at_least_its_error(seed: int) -> None:
+    gram = gram_of(seed)
+    space = Space("layers.0.key", "key", 0, 1, 9, ())
+    statistic = KeyOutputErrors(gram[None], torch.tensor(1))
+    [scores] = OutputError().scores(space, {}, {KeyOutputErrors: statistic})
+    gone: list[int] = []
+    for _ in range(9):
+        rest = [channel for channel in range(9) if channel not in gone]
+        after = {c: error(gram, torch.tensor([k for k in rest if k != c])) for c in rest}
+        gone.append(min(after, key=after.__getitem__))
+        assert float(scores[gone].sum()) >= after[gone[-1]] - 1e-9
+    assert scores[gone].tolist() == sorted(scores.tolist())
+    independent = torch.diag(torch.tensor([3.0, 1, 2])).double()
+    statistic = KeyOutputErrors(independent[None], torch.tensor(1))
+    three = Space("layers.0.key", "key", 0, 1, 3, ())
+    found = OutputError().scores(three, {}, {KeyOutputErrors: statistic})
+    assert found.tolist() == [[3.0, 1.0, 2.0]]
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_what_is_selected_errs_no_more_than_the_largest_scores(k: int) -> None:
+    space = Space("layers.0.key", "key", 0, 2, 9, ())
+    better = 0
+    for seed in range(20):
+        grams = torch.stack([gram_of(seed), gram_of(seed + 20)])
+        given = {KeyOutputErrors: KeyOutputErrors(grams, torch.tensor(1))}
+        ranked = top_channels(space, k, OutputError().scores(space, {}, given))
+        selected = OutputError().select(space, k, {}, given)
+        for gram, rank, select in zip(grams, ranked, selected, strict=True):
+            assert error(gram, select) <= error(gram, rank) + 1e-9
+            better += error(gram, select) < error(gram, rank) - 1e-9
+    assert better > 0
+    apart = torch.diag_embed(torch.rand(2, 9, generator=torch.Generator().manual_seed(k)).double())
+    given = {KeyOutputErrors: KeyOutputErrors(apart, torch.tensor(1))}
+    ranked = top_channels(space, k, OutputError().scores(space, {}, given))
+    assert torch.equal(ranked, OutputError().select(space, k, {}, given))
 
 
 def test_channels_whose_changes_cancel_go_together() -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pruning.planning.allocation import groups, shared_widths
+from pruning.planning.allocation import groups, in_units_of_loss, shared_widths
 from pruning.spaces import Space
 
 
@@ -57,6 +57,8 @@ def test_every_head_keeps_one_step_and_none_more_than_it_has() -> None:
     assert shared_widths(given, 6, 1) == {"layers.0.key": (4, 1, 1)}
     assert shared_widths(given, 6, 2) == {"layers.0.key": (2, 2, 2)}
     assert shared_widths(given, 12, 2) == {"layers.0.key": (6, 4, 2)}
+    assert shared_widths(given, 6, 1, floor=2) == {"layers.0.key": (2, 2, 2)}
+    assert shared_widths(given, 14, 2, floor=3) == {"layers.0.key": (6, 4, 4)}
     # 6 is no multiple of 4, so 4 is the most.
     assert shared_widths(given, 12, 4) == {"layers.0.key": (4, 4, 4)}
 
@@ -71,6 +73,18 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     given["layers.1.key"][1, 2] = float("nan")
     with pytest.raises(ValueError, match="layers.1.key: the scores hold a NaN"):
         shared_widths(given, 8, 1)
+
+
+def test_scores_in_units_of_loss_make_what_was_dropped_cost_what_was_measured() -> None:
+    given = scores(heads=2, dim=6)
+    damage = {"layers.0.key": 0.5, "layers.1.key": 0.25}
+    found = in_units_of_loss(given, 4, damage)
+    for name, of_space in found.items():
+        assert torch.allclose(of_space / given[name], of_space[0, 0] / given[name][0, 0])
+        lowest = of_space.sort().values[:, :2]
+        assert float(lowest.sum()) == pytest.approx(damage[name], rel=1e-12)
+    nothing = {"layers.0.key": torch.zeros(1, 4).double()}
+    assert in_units_of_loss(nothing, 2, damage)["layers.0.key"].tolist() == [[0.0] * 4]
 
 
 def test_layers_and_kinds_do_not_share_unless_asked() -> None:
