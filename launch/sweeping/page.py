@@ -13,7 +13,6 @@ from launch.sweeping import tables
 from launch.sweeping.comparison.tables import NOTE, grids
 from launch.sweeping.folder import PAGE_FILE
 from launch.sweeping.tables import Row, Sweep, percent, rows_table, sweep_of, with_spread
-from pruning.spaces import KINDS, NOUNS
 
 RESULTS = "results"
 CONTROL = "random"
@@ -93,6 +92,9 @@ def verdict(sweep: Sweep) -> str:
 
 def channels(space: str) -> str:
     """Return `key+head` as `key channels and heads`."""
+    # Here, since it needs torch, which reading a page does not.
+    from pruning.spaces import KINDS, NOUNS
+
     return " and ".join(NOUNS[kind] for kind in KINDS if kind in space.split("+"))
 
 

@@ -305,7 +305,7 @@ PLAN_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "unknown space": (
         lambda plan: plan["spaces"].update({"layers.9.key": plan["spaces"].pop("layers.1.key")}),
-        r"no space 'layers\.9\.key': it has layers\.0\.key to layers\.1\.head",
+        r"no space 'layers\.9\.key': it has layers\.0\.key to layers\.1\.value-head",
     ),
     "newer version": (
         lambda plan: plan.update(format=2),

@@ -91,6 +91,16 @@ def output_norms(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith(names)]
 
 
+def shrink_output_eps(dense: nn.Module, spaces: Any, kept: Any) -> None:
+    """Give a masked model the output norms of a pruned one whose class has no knob for their eps.
+
+    The pruned outputs are larger, which is a smaller eps under the masked ones.
+    """
+    shrunk = {space.kind: len(kept[space.name][0]) / space.head_dim for space in spaces}
+    for norm in output_norms(dense):
+        getattr(norm, "inner", norm).variance_epsilon *= shrunk.get("key", 1.0)
+
+
 def set_eps(model: nn.Module, eps: float) -> None:
     """Give the norms of a model this eps, but for those of the linear layers' outputs."""
     outputs = output_norms(model)

@@ -23,7 +23,7 @@ from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
 from tests.memory_source import MemorySource
 from tests.pruning.families import tokens
-from tests.pruning.hybrids import CONFIGS, build, one_by_one, output_norms, reloaded, set_eps
+from tests.pruning.hybrids import CONFIGS, build, one_by_one, reloaded, set_eps, shrink_output_eps
 from tests.pruning.masking import difference, mask
 from tests.pruning.models import write_hf
 
@@ -56,10 +56,7 @@ def masked(dense: nn.Module, plan: Plan) -> nn.Module:
     if plan.undo_gain:
         set_eps(dense, plan.config_after["rms_norm_eps"])
         return dense
-    # Without a knob the pruned outputs are larger, which is a smaller eps under the masked ones.
-    shrunk = {space.kind: len(plan.kept[space.name][0]) / space.head_dim for space in spaces}
-    for norm in output_norms(dense):
-        getattr(norm, "inner", norm).variance_epsilon *= shrunk.get("key", 1.0)
+    shrink_output_eps(dense, spaces, plan.kept)
     return dense
 
 
