@@ -155,7 +155,11 @@ def test_a_masked_model_is_whole_again_after_an_error(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("gated_deltanet", "output-error"), ("delta_net", "taylor")]
+    ("name", "method"),
+    [
+        pytest.param("gated_deltanet", "output-error", marks=pytest.mark.slow),
+        ("delta_net", "taylor"),
+    ],
 )
 def test_the_plan_is_the_same_at_every_world_size_and_the_least_harmful(
     name: str, method: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -25,6 +25,8 @@ from tests.pruning.repair.test_repair import (
     stage,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG = CONFIGS["kimi_linear"]
 SQUARE = ("--method", "l1", "--space", "square", "--ratio", "0.5", "--multiple-of", "1")
 GATES = {n for s in ADAPTERS["kimi_linear"].spaces(CONFIG) for pair in gates_of(s) for n in pair}
