@@ -71,6 +71,17 @@ def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
     return one_by_one(model.eval())
 
 
+def alone_and_packed(config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """The stock model, and this project's, which keeps packed documents apart; float64."""
+    from flame.model import meta_model, restore_after_to_empty
+
+    alone, packed = build(config), meta_model(config)
+    packed.to_empty(device="cpu")
+    packed.load_state_dict(alone.state_dict())
+    restore_after_to_empty(packed)
+    return alone.double(), one_by_one(packed.eval()).double()
+
+
 def reloaded(folder: Any) -> nn.Module:
     """The model of a folder as a user loads it, in float64."""
     from transformers import AutoModelForCausalLM

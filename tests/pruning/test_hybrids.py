@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import flame.register  # noqa: F401
 from flame.errors import UserError
-from flame.model import meta_model, restore_after_to_empty
 from pruning import prune
 from pruning.adapters import ADAPTERS, adapter_for
 from pruning.mixers import find_mixers
@@ -23,7 +22,14 @@ from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
 from tests.memory_source import MemorySource
 from tests.pruning.families import tokens
-from tests.pruning.hybrids import CONFIGS, build, one_by_one, reloaded, set_eps, shrink_output_eps
+from tests.pruning.hybrids import (
+    CONFIGS,
+    alone_and_packed,
+    build,
+    reloaded,
+    set_eps,
+    shrink_output_eps,
+)
 from tests.pruning.masking import difference, mask
 from tests.pruning.models import write_hf
 
@@ -176,12 +182,7 @@ def _queries_keys_values(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("family", CONFIGS)
 def test_packed_documents_are_separate(family: str) -> None:
     """Forward and gradients: convolutions, delta rule and softmax attention stop at boundaries."""
-    alone = build(CONFIGS[family])
-    packed = meta_model(CONFIGS[family])
-    packed.to_empty(device="cpu")
-    packed.load_state_dict(alone.state_dict())
-    restore_after_to_empty(packed)
-    alone, packed = alone.double(), one_by_one(packed.eval()).double()
+    alone, packed = alone_and_packed(CONFIGS[family])
     ids, bounds = tokens(1, 150), torch.tensor([0, 3, 70, 150])
     found = packed(input_ids=ids, cu_seqlens=bounds, use_cache=False).logits
     parts = [ids[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

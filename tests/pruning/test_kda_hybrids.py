@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flame.register  # noqa: F401
 from flame.errors import UserError
-from flame.model import meta_model, restore_after_to_empty
+from flame.model import meta_model
 from pruning import prune
 from pruning.adapters import ADAPTERS
 from pruning.planning.plan import Plan, planned_spaces
@@ -21,7 +21,7 @@ from pruning.transform.sliced_source import InMemory, SlicedSource
 from pruning.transform.slices import slices_of
 from tests.memory_source import MemorySource
 from tests.pruning.families import tokens
-from tests.pruning.hybrids import build, one_by_one, reloaded
+from tests.pruning.hybrids import alone_and_packed, build, reloaded
 from tests.pruning.kda_hybrids import CONFIGS, nested, replace_gates_
 from tests.pruning.masking import difference, mask
 from tests.pruning.models import write_hf, write_text
@@ -114,12 +114,7 @@ def test_a_gradient_step_on_both_is_the_same(tmp_path: Path) -> None:
 
 def test_packed_documents_are_separate() -> None:
     """Forward and gradients: convolutions, delta rule and latent attention stop at boundaries."""
-    config = CONFIGS["kimi_linear"]
-    alone, packed = build(config), meta_model(config)
-    packed.to_empty(device="cpu")
-    packed.load_state_dict(alone.state_dict())
-    restore_after_to_empty(packed)
-    alone, packed = alone.double(), one_by_one(packed.eval()).double()
+    alone, packed = alone_and_packed(CONFIGS["kimi_linear"])
     ids, bounds = tokens(1, 150), torch.tensor([0, 3, 70, 150])
     found = packed(input_ids=ids, cu_seqlens=bounds, use_cache=False).logits
     parts = [ids[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

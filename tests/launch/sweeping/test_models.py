@@ -13,21 +13,8 @@ from launch import sweep
 from launch.evaluation.heldout_text import spread_evenly
 from launch.sweeping.comparison.figures import ALL
 from tests.distributed import run_distributed
+from tests.launch.test_sweep import RECIPE
 from tests.pruning.models import GATED_DELTANET, weights, write_run, write_text
-
-RECIPE = """
-[data]
-dataset = "{root}/text.jsonl"
-heldout = "{root}/text.jsonl"
-tokenizer = "{root}/tokenizer"
-virtual_shards = 4
-
-[training]
-seq_len = 32
-local_batch_size = 1
-global_batch_size = 4
-steps = 2
-"""
 
 SWEEP = """
 out = "{root}/sweep"
@@ -52,7 +39,7 @@ group = "toy"
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweeps")
     write_text(root)
-    recipe = RECIPE.format(root=root)
+    recipe = RECIPE.format(root=root, steps=2)
     for seed, name in enumerate(("zero", "one")):
         write_run(root / name, GATED_DELTANET, weights(GATED_DELTANET, seed), recipe=recipe)
     (root / "recover.toml").write_text(recipe)
