@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import flame.register  # noqa: F401
 from flame.models.document_bounds import INDICES, remember
@@ -63,11 +64,15 @@ def test_every_function_of_fla_is_reached() -> None:
         assert any(getattr(value, "__name__", "") == "indices" for value in called), name
 
 
-def test_hybrids_get_positions_and_lengths_without_waiting() -> None:
+@pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear"])
+def test_hybrids_get_positions_and_lengths_without_waiting(family: str) -> None:
+    model = torch.nn.Module()
+    model.config = AutoConfig.for_model(family)
     bounds, device = moved()
     with device:
-        _, found = _translated(torch.nn.Module(), (), {"cu_seqlens": bounds})
+        _, found = _translated(model, (), {"cu_seqlens": bounds})
     assert device.events == []
+    assert ("cu_seqlens" in found) == (family == "kimi_linear")
     assert found["max_length_q"] == 171
     lengths = torch.tensor(BOUNDS).diff().tolist()
     assert found["position_ids"][0].tolist() == [n for length in lengths for n in range(length)]
