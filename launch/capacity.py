@@ -14,10 +14,10 @@ from flame.options.shared import StoredAs
 from flame.process.atomic_output import replacing_file
 from flame.process.output_checks import check_file_output
 from flame.stage import Stage
-from launch.drawing.table import Column, Table
 from launch.reporting.envelope import command_line, enveloped, write_result
 from launch.reporting.sentences import bytes_text
 from launch.serving.capacity import BYTES, Capacity, Server, contexts
+from launch.serving.tables import capacity_table
 
 if TYPE_CHECKING:
     from launch.serving.footprint import Footprint
@@ -86,13 +86,14 @@ def run(options: Options) -> None:
     models = {reference: footprint(config_of(reference)) for reference in options.references}
     found = {name: Capacity(model, options.server) for name, model in models.items()}
     rows = list(_rows(found, options))
-    print(_table(rows, options).text())
-    print("\n".join(["", *_notes(models, options)]))
+    notes = list(_notes(models, options))
+    print(capacity_table(rows, options.references).text())
+    print("\n".join(["", *notes]))
     if options.plot is not None:
         with replacing_file(options.plot, options.overwrite) as temporary:
             temporary.write_text(_plot(found, options))
     if options.json is not None:
-        content = {"models": list(models), "measures": rows}
+        content = {"models": list(models), "measures": rows, "notes": notes}
         result = enveloped("capacity", command_line("capacity", options), content)
         write_result(options.json, result, options.overwrite)
 
@@ -124,24 +125,6 @@ def _rows(found: Mapping[str, Capacity], options: Options) -> Iterator[dict[str,
             batch_size=size,
             context=context,
         )
-
-
-def _table(rows: list[dict[str, Any]], options: Options) -> Table:
-    columns = [Column("label", "measure", align="left"), *map(Column, options.references)]
-    if options.against:
-        columns.append(Column("ratio", "ratio", ".3f"))
-    return Table(columns, [_cells(row, options) for row in rows])
-
-
-def _cells(row: dict[str, Any], options: Options) -> dict[str, Any]:
-    values = row["values"]
-    written = {
-        name: bytes_text(value) if row["unit"] == "bytes" else f"{value:,}"
-        for name, value in values.items()
-    }
-    against = values.get(options.against)
-    ratio = values[options.model] / against if against else None
-    return {"label": row["label"], **written, "ratio": ratio}
 
 
 def _notes(models: "Mapping[str, Footprint]", options: Options) -> Iterator[str]:

@@ -9,9 +9,9 @@ from flame.errors import UserError
 from flame.options import argument, option
 from flame.process.output_checks import check_file_output
 from flame.stage import Stage
-from launch.drawing.table import Column, Table
 from launch.reporting.envelope import command_line, enveloped, write_result
 from launch.serving.configs import served_configs
+from launch.serving.tables import kernels_table
 from pruning.adapters.interface import Config
 from pruning.serving.contract import ENGINES
 from pruning.serving.verdict import (
@@ -20,16 +20,6 @@ from pruning.serving.verdict import (
     check_served,
     serving_lines,
     verdicts,
-)
-
-COLUMNS = (
-    Column("engine", "engine", align="left"),
-    Column("class", "loads as", align="left"),
-    Column("kernel", "kernel", align="left"),
-    Column("for", "for", align="left"),
-    Column("where", "on", align="left"),
-    Column("flag", "asked for by", align="left"),
-    Column("evidence", "known by", align="left"),
 )
 
 
@@ -67,10 +57,12 @@ def run(options: Options) -> None:
     found = verdicts(config, options.for_ or ENGINES, dense)
     rows = [row for verdict in found for row in _rows(verdict)]
     if rows:
-        print(f"{Table(COLUMNS, rows).text()}\n")
-    print("\n".join(_lines(config, found)))
+        print(f"{kernels_table(rows).text()}\n")
+    says = _lines(config, found)
+    print("\n".join(says))
     if options.json is not None:
-        content = {"model": options.model, "engines": [_record(verdict) for verdict in found]}
+        engines = [_record(verdict) for verdict in found]
+        content = {"model": options.model, "engines": engines, "says": says}
         result = enveloped("serve-check", command_line("serve-check", options), content)
         write_result(options.json, result, options.overwrite)
 

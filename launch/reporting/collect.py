@@ -51,6 +51,7 @@ def collect(paths: Sequence[Path], title: str = "", named: Sequence[Path] = ()) 
         spectra={name: results.spectra[name] for name in runs if name in results.spectra},
         bench=results.bench,
         sweeps=results.sweeps,
+        serving=results.serving,
         loss_curves=curves,
         kept=kept,
         method=method,

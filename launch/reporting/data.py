@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.drawing.table import Table
 from launch.ranks.rank_plots import Plot
 from launch.ranks.spectra import Spectrum
 from launch.reporting.lineage import Lineage, colours
@@ -89,6 +90,8 @@ class Results:
     spectra: dict[str, list[Spectrum]] = field(default_factory=dict)
     bench: list[dict[str, Any]] = field(default_factory=list)
     sweeps: list[dict[str, Any]] = field(default_factory=list)
+    serving: dict[str, tuple[Sequence[str], Table]] = field(default_factory=dict)
+    """By heading: sentences and a table of `slimstate capacity` or `serve-check`."""
     seconds: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -136,6 +139,9 @@ class ReportData:
 
     sweeps: Sequence[Mapping[str, Any]] = ()
     """What `slimstate sweep` left as results.json."""
+
+    serving: Mapping[str, tuple[Sequence[str], Table]] = field(default_factory=dict)
+    """By heading: sentences and a table of `slimstate capacity` or `serve-check`."""
 
     loss_curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """By model: steps and training losses in nats per token."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flame.errors import UserError
 from launch.drawing.figure import SERIES
@@ -154,6 +154,31 @@ def _owners(runs: Mapping[str, RunFolder], wanted: set[str]) -> dict[str, _Owner
                 if mark in wanted:
                     owners.setdefault(mark, _Owner(name, step or 0))
     return owners
+
+
+def run_of_record(runs: Mapping[str, RunFolder], record: Mapping[str, Any]) -> str | None:
+    """Return whose an evaluation is: by the weights' path or, if that is gone, fingerprint."""
+    weights = record.get("weights") or record["model"]
+    name = run_of(runs, weights)
+    if name is None and not Path(str(weights)).exists():
+        mark = record.get("fingerprint")
+        name = next((run for run in runs if mark and mark == last_mark(runs[run])), None)
+    return name
+
+
+def run_of(runs: Mapping[str, RunFolder], reference: Any) -> str | None:
+    """Return the run that a path leads into; another step than its last has a name of its own.
+
+    None for the path of a model that is no run here.
+    """
+    if not isinstance(reference, str):
+        return None
+    path = Path(reference).resolve()
+    for name, run in runs.items():
+        if path.is_relative_to(run.folder):
+            step = path.name if path.name.startswith("step-") else ""
+            return name if step in ("", f"step-{run.step}") else f"{name}/{step}"
+    return None
 
 
 def last_mark(run: RunFolder) -> str:

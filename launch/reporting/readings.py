@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch.drawing.table import Table
 from launch.ranks.rank_plots import Plot, Series, plots
+from launch.serving.tables import capacity_table, kernels_table
 
 if TYPE_CHECKING:
     from pruning.states.analysis import Analysis
@@ -113,3 +115,18 @@ def _score(value: float, beside: float = 0.0) -> str:
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def capacities(record: Mapping[str, Any], names: Sequence[str]) -> Table:
+    """Return the figures of `slimstate capacity` under other names of its models."""
+    measures = [
+        {**each, "values": dict(zip(names, each["values"].values(), strict=True))}
+        for each in record["measures"]
+    ]
+    return capacity_table(measures, names)
+
+
+def engines(record: Mapping[str, Any]) -> tuple[list[str], Table]:
+    """Return what `slimstate serve-check` said of each engine, and its table of kernels."""
+    rows = [kernel for engine in record["engines"] for kernel in engine["kernels"]]
+    return record["says"], kernels_table(rows)

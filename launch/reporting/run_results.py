@@ -14,10 +14,12 @@ from launch.ranks.analysis_files import TABLE_FILE, read_table
 from launch.ranks.spectra import spectra_of
 from launch.reporting.data import Measured, RankAnalysis, Recall, Results
 from launch.reporting.envelope import read_result
-from launch.reporting.lineage import last_mark
+from launch.reporting.lineage import run_of, run_of_record
 from launch.reporting.readings import (
     analysis_plots,
+    capacities,
     decoding_speeds,
+    engines,
     is_number,
     noise_by_layer,
     recall_curves,
@@ -65,6 +67,8 @@ class Collector:
             "bench": self._bench,
             "sweep": self._sweep,
             "demo": self._demo,
+            "capacity": self._capacity,
+            "serve-check": self._serve_check,
             # Of a sweep over several models, whose own sweeps lie in folders below it.
             "comparison": lambda result: None,
         }
@@ -85,7 +89,7 @@ class Collector:
         """Take perplexities, scores and recall; a single model's record may be the whole file."""
         models = result.get("models", {result.get("model"): result})
         for record in models.values():
-            name = self._name_of(record)
+            name = run_of_record(self.runs, record)
             # States in fewer bits are a property of an engine, not of the run: no table has both.
             if name is not None and not record.get(STORED_STATES):
                 self._evaluation(name, record)
@@ -95,7 +99,7 @@ class Collector:
     def _bench(self, record: dict[str, Any]) -> None:
         """Take a benchmark if a model of it is a run here; rename its models as the runs are."""
         names = {
-            name: self._name(model.get("reference", name)) or self._foreign(name)
+            name: run_of(self.runs, model.get("reference", name)) or self._foreign(name)
             for name, model in record.get("models", {}).items()
         }
         if not any(name in self.runs for name in names.values()):
@@ -120,10 +124,26 @@ class Collector:
 
     def _sweep(self, results: dict[str, Any]) -> None:
         """Take what `slimstate sweep` found, if it is about a run here."""
-        if any(self._name(results[key]) is not None for key in ("weights", "model")):
+        if any(run_of(self.runs, results[key]) is not None for key in ("weights", "model")):
             older = [r for r in self.found.sweeps if r["command"] == results["command"]]
             self.found.sweeps = [r for r in self.found.sweeps if r not in older] + [results]
             self.found.versions |= results["versions"]
+
+    def _capacity(self, record: dict[str, Any]) -> None:
+        """Take the requests that a GPU holds, if a model of them is a run here."""
+        found = [run_of(self.runs, reference) for reference in record["models"]]
+        if not any(name in self.runs for name in found):
+            return
+        pairs = zip(found, record["models"], strict=True)
+        names = [name or self._foreign(Path(reference).name) for name, reference in pairs]
+        heading = f"Requests on one GPU: {' and '.join(names)}"
+        self.found.serving[heading] = (record["notes"], capacities(record, names))
+
+    def _serve_check(self, record: dict[str, Any]) -> None:
+        """Take which engines serve a run here."""
+        name = run_of(self.runs, record["model"])
+        if name is not None:
+            self.found.serving[f"Engines that serve {name}"] = engines(record)
 
     def _demo(self, summary: dict[str, Any]) -> None:
         """Take the summary of `slimstate demo`."""
@@ -158,7 +178,7 @@ class Collector:
 
     def _analysis(self, summary: dict[str, Any], folder: Path) -> None:
         """Take what `slimstate analyze` wrote into `folder`, if it is about a run here."""
-        names = [self._name(summary.get(f"{key}_reference")) for key in ("model", "against")]
+        names = [run_of(self.runs, summary.get(f"{key}_reference")) for key in ("model", "against")]
         if names[0] is None and names[1] is None:
             return
         layers = [
@@ -202,30 +222,6 @@ class Collector:
             drawn = {n: ([x for x, _ in ps], [y for _, y in ps]) for n, ps in ordered.items()}
             self.found.recall.append(Recall(heading, x_label, drawn))
 
-    def _name_of(self, record: Mapping[str, Any]) -> str | None:
-        """Return whose an evaluation is: by the weights' path or, if that is gone, fingerprint."""
-        weights = record.get("weights") or record["model"]
-        name = self._name(weights)
-        if name is None and not Path(str(weights)).exists():
-            mark = record.get("fingerprint")
-            names = (run for run in self.runs if mark and mark == last_mark(self.runs[run]))
-            name = next(names, None)
-        return name
-
-    def _name(self, reference: Any) -> str | None:
-        """Return the run that a path leads into; another step than its last has a name of its own.
-
-        None for the path of a model that is no run here.
-        """
-        if not isinstance(reference, str):
-            return None
-        path = Path(reference).resolve()
-        for name, run in self.runs.items():
-            if path.is_relative_to(run.folder):
-                step = path.name if path.name.startswith("step-") else ""
-                return name if step in ("", f"step-{run.step}") else f"{name}/{step}"
-        return None
-
     def _foreign(self, name: str) -> str:
         """A name for a model that is no run here, though it may be called like one."""
         return f"{name} (elsewhere)" if name in self.runs else name
@@ -235,7 +231,13 @@ class Collector:
         scores = sum(map(len, found.tasks.values())) + len(found.fidelity)
         perplexities = sum(map(len, self._perplexities.values()))
         recalls = sum(map(len, self._recalls.values())) + len(found.query_noise)
-        others = len(found.bench) + len(found.ranks) + len(found.seconds) + len(found.sweeps)
+        others = (
+            len(found.serving)
+            + len(found.bench)
+            + len(found.ranks)
+            + len(found.seconds)
+            + len(found.sweeps)
+        )
         return scores + perplexities + recalls + others
 
 

@@ -87,6 +87,9 @@ def all_tables(data: ReportData) -> Iterator[Titled]:
         yield Titled(analysis.heading, analysis.note, ranks_table(analysis))
     for record in data.bench:
         yield Titled(bench_heading(record), " ".join(kernel_lines(record)), bench_table(record))
+    for heading, (sentences, table) in data.serving.items():
+        if table.rows:
+            yield Titled(heading, " ".join(sentences), table)
     for results in data.sweeps:
         for table in sweep_of(results).tables():
             yield Titled(SWEEP_HEADING, SWEEP_NOTE, table)

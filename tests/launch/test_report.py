@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.storage.json_file import read_object_if_any
-from launch import report
+from launch import capacity, report, serve_check
 from launch.ranks.analysis_files import write_analysis
 from launch.report import STAGE, check
 from launch.reporting.collect import collect
 from launch.reporting.envelope import enveloped
 from launch.reporting.lineage import control_of, lineages
+from launch.reporting.page import page
 from launch.reporting.run_folders import find_runs
 from launch.speed.bench_table import cell
 from pruning import prune
@@ -254,6 +256,30 @@ def test_results_are_read_from_anywhere(runs: Path, tmp_path: Path) -> None:
     (elsewhere / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="plan.json holds no result of a slimstate command"):
         collect([runs / "half"], named=[elsewhere / "plan.json"])
+
+
+def test_capacity_and_engines_have_sections(runs: Path, tmp_path: Path) -> None:
+    stranger = tmp_path / "config.json"
+    stranger.write_text((runs / "dense" / "config.json").read_text())
+    for name, words in {
+        "mine": [str(runs / "half"), "--against", str(runs / "dense")],
+        "foreign": [str(stranger)],
+    }.items():
+        capacity.STAGE.main([*words, "--json", str(tmp_path / f"{name}.json")])
+    serve_check.STAGE.main([str(runs / "half"), "--json", str(tmp_path / "served.json")])
+    data = collect([runs / "dense", runs / "half"], named=[tmp_path])
+    assert list(data.serving) == ["Requests on one GPU: half and dense", "Engines that serve half"]
+    notes, table = data.serving["Requests on one GPU: half and dense"]
+    assert notes[0].startswith("80 GiB") and [c.heading or c.key for c in table.columns][1:3] == [
+        "half",
+        "dense",
+    ]
+    ratios = {row["label"]: row["ratio"] for row in table.rows}
+    assert ratios["recurrent states a sequence"] == AFTER / BEFORE
+    text = page(data)
+    for heading, (sentences, _) in data.serving.items():
+        assert heading in text
+        assert [s for s in sentences if str(escape(s)) not in text] == []
 
 
 def fingerprint_of(folder: Path) -> str:
