@@ -86,17 +86,18 @@ def markdown(data: ReportData) -> str:
 
 
 def _contents(data: ReportData) -> list[str]:
-    counted = {
-        "models": len(data.rows),
-        "plans": len(data.plans),
-        "scores of tasks": len(data.tasks),
-        "recall curves": len(data.recall),
-        "rank analyses": len(data.ranks),
-        "benchmarks": len(data.bench),
-        "sweeps": len(data.sweeps),
-        "loss curves": len(data.loss_curves),
-    }
-    return [f"{count} {name}" for name, count in counted.items() if count]
+    counted = (
+        ("model", "models", data.rows),
+        ("plan", "plans", data.plans),
+        ("score of tasks", "scores of tasks", data.tasks),
+        ("recall curve", "recall curves", data.recall),
+        ("rank analysis", "rank analyses", data.ranks),
+        ("benchmark", "benchmarks", data.bench),
+        ("sweep", "sweeps", data.sweeps),
+        ("table of serving", "tables of serving", data.serving),
+        ("loss curve", "loss curves", data.loss_curves),
+    )
+    return [f"{len(have)} {one if len(have) == 1 else many}" for one, many, have in counted if have]
 
 
 STAGE = Stage(
