@@ -16,6 +16,7 @@ _OF_OTHERS = frozenset({
     "task_specific_params", "tokenizer_class", "attn_implementation", "use_cache", "model_type",
     "unsloth_version", "unsloth_fixed", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "linear_attn_config",
+    "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "num_nextn_predict_layers",
 })  # fmt: skip
 """Keys that every config may have: those of transformers itself, of now and of earlier versions."""
 

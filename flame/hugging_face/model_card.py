@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from flame.hugging_face.companions import GENERATION_CONFIG, README_FILE, SOURCE_README
+from flame.hugging_face.config_file import CONFIG_FILE
+from flame.hugging_face.outer_model import text_config
 from flame.models import MODULES
+from flame.storage.json_file import read_object
 from flame.versions import versions
 
 GENERATING = ">=5.6.2,<5.24"
@@ -27,9 +30,9 @@ A `{model_type}` language model.
 ## Loading it
 
 ```python
-{imports}from transformers import AutoModelForCausalLM{tokenizer_import}
+{imports}from transformers import {auto}{tokenizer_import}
 
-model = AutoModelForCausalLM.from_pretrained({name!r})
+model = {auto}.from_pretrained({name!r})
 {tokenizer}```
 
 {notes}
@@ -48,6 +51,10 @@ def write_model_card(
         made: sentences that say how it was made, in Markdown.
     """
     model_type = str(config.get("model_type"))
+    whole = read_object(folder / CONFIG_FILE)
+    is_text = text_config(whole) is None or model_type not in MODULES
+    # The class of ours is of the text model alone; the whole is of transformers.
+    model_type = model_type if is_text else str(whole["model_type"])
     has_tokenizer = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
     said = versions()
     software = ", ".join(f"{key} {said[key]}" for key in sorted(said))
@@ -59,6 +66,7 @@ def write_model_card(
         model_type=model_type,
         made="\n".join(f"- {line}" for line in lines),
         imports=imports_for(model_type),
+        auto="AutoModelForCausalLM" if is_text else "AutoModelForImageTextToText",
         tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
         tokenizer=f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n" if has_tokenizer else "",
         notes="\n".join(notes),
@@ -85,7 +93,10 @@ def imports_for(model_type: str) -> str:
 def _notes(folder: Path, model_type: str) -> list[str]:
     notes = []
     if model_type in MODULES:
-        notes.append("Without the first line transformers refuses `model_type` in config.json.")
+        notes.append(
+            "Without the first line transformers has no causal class for `model_type` in "
+            "config.json."
+        )
     if imports_for(model_type):
         if model_type not in MODULES:
             notes.append(

@@ -1,6 +1,5 @@
 """Writing a text model as transformers does, or back into the model that it is part of."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flame.checkpoint.source import Read, TensorInfo
 from flame.errors import UserError, some
 from flame.hugging_face.model_folder import Recorded, check_ties, with_dtype, write_files, write_hf
-from flame.hugging_face.outer_model import MTP, OuterModel
+from flame.hugging_face.outer_model import OuterModel
 from flame.hugging_face.regrouped_source import (
     Group,
     HasTensors,
@@ -21,16 +20,31 @@ from flame.hugging_face.stock_form import StockForm, complain, stock_form
 if TYPE_CHECKING:
     from flame.checkpoint.reference import ModelReference
 
-log = logging.getLogger(__name__)
-
 
 def outer_of(reference: "ModelReference") -> OuterModel | None:
     """Return what a model lies in that is written along with it: a vision tower, an MTP head."""
     if reference.outer is not None or reference.kind == "dcp" or reference.is_lora:
         return reference.outer
     stored = SafetensorsSource(reference.folder, weights_name(reference.config))
-    has_mtp = any(name.startswith(MTP) for name in stored.names())
-    return OuterModel(reference.folder, reference.config) if has_mtp else None
+    around = OuterModel(reference.folder, reference.config)
+    return around if around.has_mtp(stored.names()) else None
+
+
+def check_around(reference: "ModelReference", form: str) -> None:
+    """Raise UserError if what lies around a model lacks tensors that its config promises.
+
+    Args:
+        reference: the model.
+        form: what is written of it; a run folder (`dcp`) takes the text model alone.
+    """
+    if form == "hf" and reference.outer is not None:
+        _check_mtp(reference.outer)
+
+
+def _check_mtp(outer: OuterModel) -> SafetensorsSource:
+    stored = SafetensorsSource(outer.folder, weights_name(outer.config))
+    outer.check_mtp(stored.names())
+    return stored
 
 
 def write_stock_folder(
@@ -71,19 +85,13 @@ def write_around(
 
     Raises:
         UserError: the tensors do not fit the config, are others than those of the text model in
-            `outer`, or the disk gives back something else than what was written.
+            `outer`, that lacks an MTP head of its config, or the disk gives back something else
+            than what was written.
     """
     form = stock_form(config)
     form.check(infos)
     check_ties(form, infos, read)
-    stored = SafetensorsSource(outer.folder, weights_name(outer.config))
-    if outer.promises_mtp and not any(name.startswith(MTP) for name in stored.names()):
-        log.warning(
-            "slimstate: note: config.json of %s has an MTP head, but no tensor %s… is there, so "
-            "the output has none either",
-            outer.folder,
-            MTP,
-        )
+    stored = _check_mtp(outer)
     text = PromisedTensors(dict(infos), read)
     disk = _Places({name: (stored, name) for name in stored.names()})
     disk.places |= _text_places(form, stored, text)

@@ -3,7 +3,8 @@
 fla's models and ours take `cu_seqlens`, the boundaries of the documents in one row. Transformers'
 hybrids take `cu_seq_lens_q` for the delta rule and restarting positions for softmax attention, but
 their short convolutions run on across the boundaries unless the package causal_conv1d is there.
-Qwen4's layers of token n-grams (`ple`) know of no boundaries at all, and run document by document.
+Qwen4's layers of token n-grams (`ple`) and GLM-5.3's indexed attention know of no boundaries at
+all, and run document by document.
 """
 
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from flame.errors import UserError
 from flame.models.document_bounds import on_host
 
-KDA = ("kimi_linear",)
+KDA = ("kimi_linear", "glm5_next_text")
 """Those of Kimi Delta Attention, which hand `cu_seqlens` on to the operator under that name."""
 
 HYBRIDS = (
@@ -44,7 +45,7 @@ def take_packed_documents(model: nn.Module) -> None:
     Raises:
         UserError: this version of transformers builds its hybrids in another way.
     """
-    modeling = sys.modules[type(model).__module__]
+    modeling = sys.modules[type(model.base_model).__module__]
     if not callable(getattr(modeling, "causal_conv1d_fn", None)):
         raise UserError(
             f"{type(model).__name__} of transformers {metadata.version('transformers')} calls its "
@@ -57,6 +58,35 @@ def take_packed_documents(model: nn.Module) -> None:
         if isinstance(ngrams := getattr(layer, "ple", None), nn.Module):
             ngrams.forward = partial(_each_document, ngrams)  # type: ignore[method-assign]
             layer.register_forward_pre_hook(_tell_ngrams, with_kwargs=True)
+        if hasattr(layer, "build_attention_mask_from_topk"):
+            layer.forward = partial(_attend_in_each, layer)  # type: ignore[method-assign]
+
+
+def _attend_in_each(
+    attention: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    prev_topk_indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None, Tensor | None]:
+    """The forward of indexed attention within each document of a packed row.
+
+    The chosen tokens that one layer hands to the next are counted from their document's beginning.
+    """
+    forward = partial(type(attention).forward, attention)
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return forward(hidden_states, attention_mask, prev_topk_indices=prev_topk_indices, **kwargs)
+    lengths = on_host(bounds).diff().tolist()
+    before = (
+        [None] * len(lengths) if prev_topk_indices is None else prev_topk_indices.split(lengths, 1)
+    )
+    parts = zip(
+        hidden_states.split(lengths, 1), attention_mask.split(lengths, 1), before, strict=True
+    )
+    found = [forward(x, mask, prev_topk_indices=chosen) for x, mask, chosen in parts]
+    outputs, _, after = zip(*found, strict=True)
+    return torch.cat(outputs, 1), None, None if after[0] is None else torch.cat(after, 1)
 
 
 def _tell_ngrams(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

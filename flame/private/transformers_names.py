@@ -23,6 +23,11 @@ NAMES = (
         "5.23",
         "hugging_face.stock_form: tensors that a class leaves out",
     ),
+    PrivateName(
+        "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+        "5.23",
+        "models.glm5_next_text: tensors of the whole class, without `language_model`",
+    ),
     *(
         PrivateName(
             f"transformers.{path}",

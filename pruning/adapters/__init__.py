@@ -39,7 +39,6 @@ ADAPTERS: dict[str, Adapter] = {
 TIED: dict[str, str] = {
     "bailing_hybrid": "linear_head_dim is both its key and its value width, and linear_num_heads "
     "is shared with its latent attention",
-    "glm5_next": "linear_head_dim is both its key and its value width",
     "lightning": "head_dim is both its key and its value width",
     "mesa_net": "head_dim is both its key and its value width",
     "rwkv7": "head_dim is both its key and its value width",

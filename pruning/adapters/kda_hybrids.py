@@ -1,4 +1,4 @@
-"""Transformers' hybrids of Kimi Delta Attention: `kimi_linear`.
+"""Transformers' hybrids of Kimi Delta Attention: `kimi_linear` and `glm5_next_text`.
 
 One `linear_head_dim` d is the width of q, k and v and the inner width of two low-rank gates, the
 decay's (f_a_proj, then f_b_proj) and the output's (g_a_proj, then g_b_proj). So key and value
@@ -29,7 +29,7 @@ from pruning.adapters.projections import (
 from pruning.layouts import SharedHeads
 from pruning.spaces import Axis, Kind, Space
 
-LINEAR, SOFTMAX = "linear_attention", "full_attention"
+LINEAR, SOFTMAX = "linear_attention", ("full_attention", "indexed_attention")
 """Entries of `layer_types`."""
 
 NESTED = "linear_attn_config"
@@ -38,6 +38,11 @@ others."""
 
 NESTED_KEYS = {"linear_head_dim": "head_dim", "linear_num_heads": "num_heads"}
 """What the sizes are called there."""
+
+
+def _sites(module: str) -> tuple[Site, ...]:
+    names = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+    return tuple(Site(module, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,10 @@ class KimiLinear(ProjectionFamily):
         "transformers.models.kimi_linear.modeling_kimi_linear",
         "KimiLinearDeltaAttention",
     )
-    op_sites: tuple[Site, ...] = (
-        Site(mixer_class[0], "chunk_kimi_delta_attention"),
-        Site(mixer_class[0], "recurrent_kimi_delta_attention"),
-    )
+    op_sites: tuple[Site, ...] = _sites(mixer_class[0])
     norm_sites: tuple[Site, ...] = ()
+    decay_dim: ClassVar[int] = 2
+    """The dimension of A_log that has an entry for each head."""
 
     def completed(self, config: Config) -> Config:
         """The config with every size under its own key, as the stock class reads it."""
@@ -85,15 +89,18 @@ class KimiLinear(ProjectionFamily):
         """The layers with a recurrent state, from `layer_types` or the nested lists, from 1."""
         depth, types = full["num_hidden_layers"], full.get("layer_types")
         nested = full.get(NESTED) or {}
-        if types is None and {"kda_layers", "full_attn_layers"} <= nested.keys():
-            return sorted(layer - 1 for layer in nested["kda_layers"])
         if types is None:
-            return [layer for layer in range(depth) if layer == 0 or layer % 4]
-        if not isinstance(types, list) or len(types) != depth or set(types) - {LINEAR, SOFTMAX}:
-            raise UserError(
-                f"config: layer_types is {types!r}, expected {depth} of {LINEAR} and {SOFTMAX}"
-            )
+            return self.layers_without_types(depth, nested)
+        if not isinstance(types, list) or len(types) != depth or set(types) - {LINEAR, *SOFTMAX}:
+            known = ", ".join((LINEAR, *SOFTMAX))
+            raise UserError(f"config: layer_types is {types!r}, expected {depth} of {known}")
         return [layer for layer, name in enumerate(types) if name == LINEAR]
+
+    def layers_without_types(self, depth: int, nested: Config) -> list[int]:
+        """Those of a config without `layer_types`, from its nested object."""
+        if {"kda_layers", "full_attn_layers"} <= nested.keys():
+            return sorted(layer - 1 for layer in nested["kda_layers"])
+        return [layer for layer in range(depth) if layer == 0 or layer % 4]
 
     def sizes(self, full: Config) -> MixerSizes:
         """The sizes that the config leads to."""
@@ -125,7 +132,7 @@ class KimiLinear(ProjectionFamily):
             "head": (1, sizes.heads),
         }
         return [
-            Space(f"layers.{layer}.{kind}", kind, layer, *grid, _axes(layer, kind, sizes))
+            Space(f"layers.{layer}.{kind}", kind, layer, *grid, self._axes(layer, kind, sizes))
             for layer in self.linear_layers(full)
             for kind, grid in grids.items()
         ]
@@ -140,38 +147,63 @@ class KimiLinear(ProjectionFamily):
         """One state of d x d a head and linear layer."""
         return super().states(self.completed(config))
 
+    def _axes(self, layer: int, kind: Kind, sizes: MixerSizes) -> tuple[Axis, ...]:
+        axes: list[Axis] = []
+        if kind != "value":
+            channels = key_channels(kind, sizes)
+            axes += [Axis(f"{name}_proj.weight", 0, channels) for name in "qk"]
+            axes += [
+                Axis("forget_gate.f_b_proj.weight", 0, channels, "gate"),
+                Axis("forget_gate.dt_bias", 0, channels, "vector"),
+            ]
+        if kind != "key":
+            channels = value_channels(kind, sizes)
+            axes += [
+                Axis("v_proj.weight", 0, channels),
+                Axis("g_b_proj.weight", 0, channels, "gate"),
+                Axis("o_proj.weight", 1, channels),
+            ]
+        axes.append(Axis("conv1d.weight", 0, qkv_flat(kind, sizes), "convolution"))
+        one = SharedHeads(1, sizes.value_width)
+        if kind == "value":
+            axes += [
+                Axis("o_norm.weight", 0, one, "norm"),
+                Axis("forget_gate.f_a_proj.weight", 0, one, "inner"),
+                Axis("forget_gate.f_b_proj.weight", 1, one, "inner"),
+                Axis("g_a_proj.weight", 0, one, "inner"),
+                Axis("g_b_proj.weight", 1, one, "inner"),
+            ]
+        if kind == "head":
+            axes.append(Axis("b_proj.weight", 0, value_heads(kind, sizes)))
+            axes.append(
+                Axis("forget_gate.A_log", self.decay_dim, value_heads(kind, sizes), "vector")
+            )
+        prefix = f"model.layers.{layer}.self_attn"
+        return tuple(replace(axis, fqn=f"{prefix}.{axis.fqn}") for axis in axes)
 
-def _axes(layer: int, kind: Kind, sizes: MixerSizes) -> tuple[Axis, ...]:
-    axes: list[Axis] = []
-    if kind != "value":
-        channels = key_channels(kind, sizes)
-        axes += [Axis(f"{name}_proj.weight", 0, channels) for name in "qk"]
-        axes += [
-            Axis("forget_gate.f_b_proj.weight", 0, channels, "gate"),
-            Axis("forget_gate.dt_bias", 0, channels, "vector"),
-        ]
-    if kind != "key":
-        channels = value_channels(kind, sizes)
-        axes += [
-            Axis("v_proj.weight", 0, channels),
-            Axis("g_b_proj.weight", 0, channels, "gate"),
-            Axis("o_proj.weight", 1, channels),
-        ]
-    axes.append(Axis("conv1d.weight", 0, qkv_flat(kind, sizes), "convolution"))
-    one = SharedHeads(1, sizes.value_width)
-    if kind == "value":
-        axes += [
-            Axis("o_norm.weight", 0, one, "norm"),
-            Axis("forget_gate.f_a_proj.weight", 0, one, "inner"),
-            Axis("forget_gate.f_b_proj.weight", 1, one, "inner"),
-            Axis("g_a_proj.weight", 0, one, "inner"),
-            Axis("g_b_proj.weight", 1, one, "inner"),
-        ]
-    if kind == "head":
-        axes.append(Axis("b_proj.weight", 0, value_heads(kind, sizes)))
-        axes.append(Axis("forget_gate.A_log", 2, value_heads(kind, sizes), "vector"))
-    prefix = f"model.layers.{layer}.self_attn"
-    return tuple(replace(axis, fqn=f"{prefix}.{axis.fqn}") for axis in axes)
+
+@dataclass(frozen=True)
+class Glm5Next(KimiLinear):
+    """The text model of GLM-5.3: the same mixer among hyper-connections and indexed attention."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 45,
+        "linear_num_heads": 64,
+        "linear_head_dim": 128,
+        "rms_norm_eps": 1e-5,
+    }
+    model_type: str = "glm5_next_text"
+    mixer_class: tuple[str, str] = (
+        "transformers.models.glm5_next.modeling_glm5_next",
+        "Glm5NextTextLinearAttention",
+    )
+    op_sites: tuple[Site, ...] = _sites(mixer_class[0])
+    decay_dim: ClassVar[int] = 0
+
+    def layers_without_types(self, depth: int, nested: Config) -> list[int]:
+        """All but every fourth; the nested object's lists of layers are not read there."""
+        return [layer for layer in range(depth) if layer % 4 != 3]
 
 
-KDA_HYBRIDS: tuple[KimiLinear, ...] = (KimiLinear(),)
+KDA_HYBRIDS: tuple[KimiLinear, ...] = (KimiLinear(), Glm5Next())

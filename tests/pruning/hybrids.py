@@ -91,7 +91,7 @@ def reloaded(folder: Any) -> nn.Module:
 
 def one_by_one(model: nn.Module) -> nn.Module:
     """The model, its experts run one after another: torch's grouped product has no float64."""
-    if getattr(model.config, "num_experts", None):
+    if any(getattr(model.config, key, None) for key in ("num_experts", "n_routed_experts")):
         model.set_experts_implementation("eager")
     return model
 

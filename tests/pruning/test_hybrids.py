@@ -249,7 +249,6 @@ def test_layers_without_layer_types_are_those_of_the_class(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "way_out"),
     [
-        ("glm5_next", "linear_head_dim"),
         ("bailing_hybrid", "linear_num_heads"),
     ],
 )

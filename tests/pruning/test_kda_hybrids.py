@@ -32,7 +32,10 @@ KINDS = ("square", "head", "key,value,head")
 FORMS = {
     "flat": CONFIGS["kimi_linear"],
     "nested": nested(CONFIGS["kimi_linear"]),
+    "glm": CONFIGS["glm5_next_text"],
 }
+OTHER_EPS = {"kimi_linear": ("o_norm", "kv_a_layernorm"), "glm5_next_text": ("o_norm", "k_norm")}
+"""Norms whose eps is not the config's, in the masked model or at all."""
 
 
 def pruned(folder: Path, config: dict[str, Any], space: str) -> tuple[nn.Module, Plan]:
@@ -58,9 +61,11 @@ def masked(dense: nn.Module, plan: Plan) -> nn.Module:
     spaces = planned_spaces(plan, plan.config_before)
     mask(dense, spaces, plan.kept)
     replace_gates_(dense, plan)
+    others = OTHER_EPS[plan.config_before["model_type"]]
     for name, module in dense.named_modules():
-        if hasattr(module, "variance_epsilon") and not name.endswith(("o_norm", "kv_a_layernorm")):
-            module.variance_epsilon = plan.config_after["rms_norm_eps"]
+        for key in ("variance_epsilon", "eps"):
+            if hasattr(module, key) and not name.endswith(others):
+                setattr(module, key, plan.config_after["rms_norm_eps"])
     return dense
 
 
@@ -83,9 +88,10 @@ def test_masked_is_sliced_is_reloaded(form: str, space: str, tmp_path: Path) -> 
         assert difference(logits(model, tokens(2, length)), expected) < FLOAT32_NORMS
 
 
-def test_a_gradient_step_on_both_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_gradient_step_on_both_is_the_same(family: str, tmp_path: Path) -> None:
     """By heads and by a square: with a norm's weight c times as large a step counts 1 / c²."""
-    dense, plan = pruned(tmp_path, FORMS["flat"], "key,value,head")
+    dense, plan = pruned(tmp_path, CONFIGS[family], "key,value,head")
     reference = masked(dense, plan)
     sliced = build(plan.config_after).double()
     cuts = slices_of(plan, plan.config_before)
@@ -112,9 +118,19 @@ def test_a_gradient_step_on_both_is_the_same(tmp_path: Path) -> None:
         assert tensor.grad is None or difference(step, after - before) < 1e-3, name
 
 
-def test_packed_documents_are_separate() -> None:
+SHARED = CONFIGS["glm5_next_text"] | {
+    "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+    "indexer_types": ["full", "full", "shared"],
+}
+"""The last layer attends to the tokens that the one before it chose."""
+
+
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.values(), SHARED], ids=[*CONFIGS, "glm5_next_text shared"]
+)
+def test_packed_documents_are_separate(config: dict[str, Any]) -> None:
     """Forward and gradients: convolutions, delta rule and latent attention stop at boundaries."""
-    alone, packed = alone_and_packed(CONFIGS["kimi_linear"])
+    alone, packed = alone_and_packed(config)
     ids, bounds = tokens(1, 150), torch.tensor([0, 3, 70, 150])
     found = packed(input_ids=ids, cu_seqlens=bounds, use_cache=False).logits
     parts = [ids[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -131,8 +147,9 @@ def test_packed_documents_are_separate() -> None:
             assert difference(parameter.grad, of_alone[name].grad) < 1e-5, name
 
 
-def test_cached_generation_is_recomputation(tmp_path: Path) -> None:
-    pruned(tmp_path, CONFIGS["kimi_linear"], "square")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_cached_generation_is_recomputation(family: str, tmp_path: Path) -> None:
+    pruned(tmp_path, CONFIGS[family], "square")
     model = reloaded(tmp_path / "hf").float()
     prompt = sequence = tokens(2, 20, seed=3)
     for _ in range(12):
@@ -152,11 +169,12 @@ def test_cached_generation_is_recomputation(tmp_path: Path) -> None:
         (("--space", "key,value", "--allocate", "model", "--pad"), "--allocate uniform"),
     ],
 )
+@pytest.mark.parametrize("family", CONFIGS)
 def test_one_kind_of_channels_is_refused(
-    words: tuple[str, ...], expected: str, tmp_path: Path
+    family: str, words: tuple[str, ...], expected: str, tmp_path: Path
 ) -> None:
-    state = {k: v.clone() for k, v in build(CONFIGS["kimi_linear"]).state_dict().items()}
-    model = write_hf(tmp_path / "dense", CONFIGS["kimi_linear"], state)
+    state = {k: v.clone() for k, v in build(CONFIGS[family]).state_dict().items()}
+    model = write_hf(tmp_path / "dense", CONFIGS[family], state)
     ratio = () if "--ratio" in words else ("--ratio", "0.5")
     command = [str(model), str(tmp_path / "out"), "--method", "l1", *ratio, *words]
     with pytest.raises(UserError, match=expected):
@@ -166,7 +184,7 @@ def test_one_kind_of_channels_is_refused(
 def test_axes_are_those_of_the_class() -> None:
     for config in FORMS.values():
         shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
-        spaces = ADAPTERS["kimi_linear"].spaces(config)
+        spaces = ADAPTERS[config["model_type"]].spaces(config)
         assert {space.layer for space in spaces} == {0, 2}
         for space in spaces:
             for axis in space.axes:

@@ -115,7 +115,8 @@ def test_every_family_space_and_method_is_in_the_table() -> None:
     assert [row.split("`")[1] for row in rows] == [*families, *METHODS]
     assert all(f"`{name}` (" in text for name in TIED)
     assert "| `kda` | yes, but for `pca` | no | yes | yes (`num_v_heads`) | no |" in text
-    assert "| `kimi_linear` | in a square only | in a square only | yes | no | yes |" in text
+    for family in kda_hybrids.CONFIGS:
+        assert f"| `{family}` | in a square only | in a square only | yes | no | yes |" in text
     assert "value channels of `kda` (its value width is also" in text
     yes = sum(cell.strip().startswith("yes") for row in rows for cell in row.split("|")[2:7])
     groups = {cell[:2] for cell in cells()} | {(cell.method, cell.space) for cell in cells()}

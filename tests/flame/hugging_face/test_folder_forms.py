@@ -339,6 +339,12 @@ RENAMED: dict[str, dict[str, Any]] = {
         "v_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 2,
         "mlp_layer_types": ["dense", "sparse"],
     },
+    "glm5_next_text": {
+        **HYBRID, "num_key_value_heads": 2, "moe_intermediate_size": 8, "n_routed_experts": 3,
+        "num_experts_per_tok": 2, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 2, "hc_mult": 2,
+        "index_n_heads": 2, "index_head_dim": 8, "mlp_layer_types": ["dense", "sparse"],
+    },
     "mixtral": {**HYBRID, "num_local_experts": 3},
     "qwen3_moe": {**HYBRID, **EXPERTS},
 }  # fmt: skip

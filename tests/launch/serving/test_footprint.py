@@ -63,6 +63,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_expert_group": 1,
         "topk_group": 1,
     },
+    "glm5_next_text": HYBRID
+    | {
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+        "kv_lora_rank": 24,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "mlp_layer_types": ["dense", "sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    },
 }
 TOKENS = 70
 
