@@ -7,6 +7,7 @@ from pathlib import Path
 from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import Form, ModelReference, check_destination
 from flame.errors import UserError
+from flame.hugging_face.put_back import check_around
 from flame.models.widths import kernel_warning
 from flame.options import argument, group, option
 from flame.process.atomic_output import replacing_folder
@@ -41,6 +42,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the plan does not fit the model, or the output must not be written."""
     reference = options.given.resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
+    check_around(reference, form_of(options.to, reference))
     adapter_for(reference.config)
     plan = read_plan(options.plan)
     check_plan(plan, reference.config, f"plan {options.plan}")

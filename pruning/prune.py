@@ -15,6 +15,7 @@ from flame.checkpoint.reference import (
 )
 from flame.errors import UserError
 from flame.hugging_face.config_file import vocabulary_size
+from flame.hugging_face.put_back import check_around
 from flame.options import argument, group, option, words
 from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank
@@ -100,6 +101,7 @@ def check(options: Options, world_size: int = 1) -> None:
     """Raise UserError if the model, budget, method, statistics, data or output cannot work."""
     reference = options.given.resolve(options.model)
     check_destination(reference, options.out, options.overwrite)
+    check_around(reference, form_of(options.to, reference))
     budget = fitted(options.budget, reference.config, options.method, reference.outer)
     widths = check_budget(budget, reference.config, options.method)
     needs = options.needs(budget, reference.config)

@@ -30,7 +30,7 @@ from flame.hugging_face.companions import (
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.model_folder import Recorded, check_ties
 from flame.hugging_face.outer_model import OuterModel
-from flame.hugging_face.put_back import outer_of, write_stock_folder
+from flame.hugging_face.put_back import check_around, outer_of, write_stock_folder
 from flame.hugging_face.stock_form import stock_form
 from flame.lora.peft_folder import (
     base_name,
@@ -85,6 +85,8 @@ def convert(
             write_adapters(folder, reference, base_name(reference, base), str(dst))
         said = f"the adapters of {_origin(reference)}, {_contents(source_infos(source), copied)}"
         return f"{said}\nload both: {loading_line(dst)}"
+    if within is None:
+        check_around(reference, to)
     config = complete_config(reference.config)
     source = reference.source()
     infos = source_infos(source)

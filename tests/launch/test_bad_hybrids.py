@@ -36,6 +36,10 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in CONFIG_ONLY.items():
         shutil.copytree(folder / "hybrid", folder / name)
         (folder / name / "config.json").write_text(json.dumps(config))
+    write_outer(folder / "no-mtp", mtp=False)
+    config = json.loads((folder / "no-mtp" / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "no-mtp" / "config.json").write_text(json.dumps(config))
     write_text(folder)
     return folder
 
@@ -54,7 +58,10 @@ TOWER = r"config\.json is of a vision tower alone \(qwen3_5\w*\): .*give the che
 WRONG_LAYERS = (
     r"no tensor model\.layers\.1\.linear_attn\.\S+: is config\.json its own, with the layer_t"
 )
+NO_MTP = r"has an MTP head, but no tensor mtp\.layers\.0\.… is there: .*mtp_num_hidden_layers to 0"
 CASES = {
+    f"prune no-mtp out --to hf {L1}": NO_MTP,
+    "convert no-mtp out --to hf": NO_MTP,
     f"prune no-types out {L1}": WRONG_LAYERS,
     f"plan no-types out {L1}": WRONG_LAYERS,
     f"eval no-types {TEXT}": r"has model\.layers\.1\.self_attn.*is config\.json its own\?",
@@ -91,20 +98,3 @@ def test_it_is_refused_in_one_line(
     assert end.value.code not in (0, None)
     assert re.fullmatch(rf"slimstate: error: [^\n]*{CASES[line]}[^\n]*\n", said), said
     assert sorted(folder.rglob("*")) == before
-
-
-def test_an_mtp_head_without_its_tensors_is_one_line_beside_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nothing that is there is lost by it, so the model is pruned and the line is a note."""
-    write_outer(tmp_path / "m", mtp=False)
-    monkeypatch.chdir(tmp_path)
-    config = json.loads(Path("m/config.json").read_text())
-    config["text_config"]["mtp_num_hidden_layers"] = 1
-    Path("m/config.json").write_text(json.dumps(config))
-    cli.main(shlex.split(f"prune m out --to hf {L1}"))
-    found = [line for line in caplog.text.splitlines() if "has an MTP head" in line]
-    assert len(found) == 1 and "has an MTP head, but no tensor mtp." in found[0]
-    assert (
-        json.loads(Path("out/config.json").read_text())["vision_config"] == config["vision_config"]
-    )
