@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_formulas import Sizes, bounds, resident
+from benchmarks.peak_rss import RETURNS_MEMORY
 from launch.drawing.table import Column, Table
 
 FOLDER = "SLIMSTATE_MEMORY_FOLDER"
@@ -82,7 +83,7 @@ def started(model: str, ranks: int, folder: Path) -> dict[str, tuple[int, int]]:
     """Run every stage on real processes."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     given = {FOLDER: str(folder), MODEL: model}
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **given}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **RETURNS_MEMORY, **given}
     words = [sys.executable, *command, "-m", "benchmarks.memory"]
     subprocess.run(words, check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads((folder / "found.json").read_text())

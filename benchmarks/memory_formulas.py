@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from benchmarks.cost_formulas import Shapes, shapes_of
+import torch
 
-BUFFER = 48 << 20
-"""File blocks, indexes, collectives' buffers and what an allocator keeps."""
-STORED = 2
-"""Bytes of a stored number: bfloat16."""
+from benchmarks.cost_formulas import Shapes, shapes_of
+from flame.checkpoint.source import TensorInfo
+from flame.checkpoint.streaming import BUFFER, held_by_streaming
+
 REPLAYED = 2**25
 """`pruning.replay.NUMBERS_AT_ONCE`."""
 
@@ -38,14 +38,19 @@ class Sizes:
         return shapes_of(self.config)
 
     @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """The tensors as they are on a disk."""
+        return {name: TensorInfo(shape, torch.bfloat16) for name, shape in self.tensors.items()}
+
+    @property
     def stored(self) -> int:
         """Bytes of the whole model on a disk."""
-        return STORED * sum(map(math.prod, self.tensors.values()))
+        return sum(info.nbytes for info in self.infos.values())
 
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor on a disk."""
-        return STORED * max(map(math.prod, self.tensors.values()))
+        return max(info.nbytes for info in self.infos.values())
 
     @cached_property
     def spaces(self) -> Any:
@@ -63,6 +68,18 @@ class Sizes:
         found = zeros(self.spaces, kinds, int(self.config["hidden_size"]), "meta")
         every = [statistic for of_space in found.values() for statistic in of_space.values()]
         return sum(total.nbytes for one in every for total in one.state_dict().values())
+
+    def choosing(self, method: str, repairs: bool = False) -> int:
+        """Bytes that a plan for key channels holds."""
+        from pruning.methods import METHODS
+        from pruning.planning.held import held_by_choosing
+
+        of_kind = [space for space in self.spaces if space.kind == "key"]
+        layers = [space for space in self.spaces if space.kind == "head" and repairs]
+        chosen = METHODS[method]()
+        return held_by_choosing(
+            dict(self.config), self.infos, of_kind, chosen, chosen.needs, layers
+        )
 
     @property
     def mixers(self) -> int:
@@ -93,29 +110,27 @@ def bounds(sizes: Sizes, ranks: int, tokens: int, width: int) -> dict[str, int]:
         config[f"linear_{n}"] for n in ("num_key_heads", "key_head_dim", "value_head_dim")
     )
     out = config["linear_num_value_heads"] * d_v
-    of_group, hidden = out // heads, config["hidden_size"]
+    of_group = out // heads
     widest = max(shape[0] for block in sizes.shapes.blocks for shape in block if len(shape) == 2)
     share = resident(sizes, ranks)
     # Several tensors as wide as the widest layer, and a layer's own operator.
     working = gathered(sizes, width) + 16 * width * tokens * widest
     replay = 8 * width * min(REPLAYED, 2 * d_k * tokens * (d_k + of_group))
     replay += d_k * of_group * (width * tokens + 16 * min(tokens, 512))
-    fit = 8 * (5 * hidden * out + 5 * out * out)
-    largest = sizes.largest
+    streaming = held_by_streaming(sizes.infos)
     found = {
-        "load": share + 3 * largest // ranks,
+        "load": share + 3 * sizes.largest // ranks,
         "calibrate": share + working + replay + sizes.sums("output-error", "drrqr"),
-        "plan, by weights": 4 * largest,
-        "plan, by statistics": 4 * largest,
         "calibrate for the repair": share
         + 4 * sizes.mixers // ranks
         + working
         + 4 * width * tokens * out
         + sizes.sums("repair"),
-        "plan with the repair": 4 * largest + fit,
-        "apply": 4 * largest,
-        "apply to dcp": 4 * largest,
-        "convert to dcp": 4 * largest,
-        "convert to hf": 4 * largest,
     }
-    return {stage: size + BUFFER for stage, size in found.items()}
+    found = {stage: size + BUFFER for stage, size in found.items()}
+    return found | {
+        "plan, by weights": sizes.choosing("l1"),
+        "plan, by statistics": sizes.choosing("output-error"),
+        "plan with the repair": sizes.choosing("output-error", repairs=True),
+        **dict.fromkeys(("apply", "apply to dcp", "convert to dcp", "convert to hf"), streaming),
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.foreign import GIVEN, GivenFiles
 from flame.checkpoint.reference import ModelReference
+from flame.checkpoint.source import source_infos
 from flame.errors import UserError
 from flame.hugging_face.outer_model import OuterModel
 from flame.options import argument, group, option
@@ -23,6 +24,7 @@ from pruning.options import BUDGET, MODEL_HELP, OVERWRITE_HELP, MethodOptions, s
 from pruning.planning.budgets import Budget
 from pruning.planning.choose import check_budget, choose
 from pruning.planning.fitting import fitted
+from pruning.planning.held import held_by_choosing, say_choosing
 from pruning.planning.plan import Plan, planned_spaces, spaces_of_kinds
 from pruning.planning.plan_file import plan_text, with_saved_tensors
 from pruning.repair.gates import needs_of, refits
@@ -78,6 +80,7 @@ def run(options: Options) -> None:
     def write() -> None:
         reference, method = options.given.resolve(options.model), options.method
         budget = fitted(options.budget, reference.config, method, reference.outer)
+        _say_bound(options, reference, method, budget)
         plan = planned(reference, method, budget, options.stats)
         if options.repair_stats is not None:
             plan = _repaired(plan, options, options.repair_stats)
@@ -91,6 +94,15 @@ def run(options: Options) -> None:
 
     with process_group(RANK_ZERO_WORKS):
         on_first(write)
+
+
+def _say_bound(options: Options, reference: ModelReference, method: Method, budget: Budget) -> None:
+    config = reference.config
+    spaces = spaces_of_kinds(adapter_for(config), config, budget.kinds)
+    needs = needed(method, budget, config)
+    layers = layers_of(config) if options.repair != "none" else []
+    infos = source_infos(reference.source())
+    say_choosing(held_by_choosing(config, infos, spaces, method, needs, layers))
 
 
 def needed(method: Method, budget: Budget, config: Config) -> tuple[type[Statistic], ...]:

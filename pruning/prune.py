@@ -3,6 +3,7 @@
 A method that needs no statistics reads no data, and takes a model without a tokenizer.
 """
 
+import gc
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,12 +189,14 @@ def make_plan(options: Options, reference: ModelReference) -> Plan:
         return plan
     plan = from_rank_zero(plan)
     data = calibration_data(reference, options.data)
+    _let_go()
     sums, meta = calibrate(reference, (OutputEquations,), data, plan=plan)
     # By every process, since all have the sums, and a plan's tensors that are made later cannot be
     # sent.
     plan = Peers().agree(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
     if options.repair != "layer":
         return plan
+    _let_go()
     return with_fitted_layers(reference, plan, data, options.local)
 
 
@@ -215,8 +218,14 @@ def _chosen(options: Options, reference: ModelReference) -> Plan:
 
     if options.is_measured:
         data = calibration_data(reference, options.data)
+        _let_go()
         return auto_plan(reference, data, options.heldout_sequences, budget, chosen)
     return on_first(lambda: chosen(budget))
+
+
+def _let_go() -> None:
+    """Free the sharded model of the pass before: its modules refer to one another."""
+    gc.collect()
 
 
 STAGE = Stage("prune", "Calibrate, plan and apply in one.", Options, run, check)

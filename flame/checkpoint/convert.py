@@ -19,7 +19,8 @@ from flame.checkpoint.reference import (
     resolve,
 )
 from flame.checkpoint.save import save_step
-from flame.checkpoint.source import Read, TensorInfo, TensorSource, total_bytes
+from flame.checkpoint.source import Read, TensorInfo, source_infos, total_bytes
+from flame.checkpoint.streaming import say_streaming
 from flame.errors import UserError
 from flame.hugging_face.companions import (
     companions,
@@ -90,7 +91,8 @@ def convert(
     config = complete_config(reference.config)
     source = reference.source()
     infos = source_infos(source)
-    check_space(dst, sum(info.nbytes for info in infos.values()))
+    check_space(dst, total_bytes(source))
+    say_streaming(infos, total_bytes(source))
     with replacing_folder(dst, overwrite) as folder:
         copied = copy_beside(reference, folder) + copy_plan(reference.folder, folder)
         if to == "hf":
@@ -103,11 +105,6 @@ def convert(
 
 
 _FORMS = {"hf": "a Hugging Face folder", "dcp": "a run folder with step 0"}
-
-
-def source_infos(source: TensorSource) -> dict[str, TensorInfo]:
-    """Return shape and dtype of every tensor of a source, by name."""
-    return {name: source.info(name) for name in source.names()}
 
 
 def made_from(reference: ModelReference, folder: Path) -> list[str]:

@@ -49,6 +49,11 @@ class TensorSource(Protocol):
         """
 
 
+def source_infos(source: TensorSource) -> dict[str, TensorInfo]:
+    """Return shape and dtype of every tensor of a source, by name."""
+    return {name: source.info(name) for name in source.names()}
+
+
 def total_bytes(source: TensorSource) -> int:
     """Return the bytes that all tensors of `source` take."""
     return sum(source.info(name).nbytes for name in source.names())

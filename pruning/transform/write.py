@@ -18,14 +18,14 @@ from flame.checkpoint.convert import (
     copy_beside,
     copy_recipe,
     made_from,
-    source_infos,
     write_run,
 )
 from flame.checkpoint.dcp_source import TRAINING_PREFIXES
 from flame.checkpoint.fingerprint import fingerprint
 from flame.checkpoint.reference import CHECKPOINT_FOLDER, CONFIG_FILE, Form, ModelReference
 from flame.checkpoint.save import save_step
-from flame.checkpoint.source import TensorSource, total_bytes
+from flame.checkpoint.source import source_infos, total_bytes
+from flame.checkpoint.streaming import say_streaming
 from flame.hugging_face.model_card import write_model_card
 from flame.hugging_face.put_back import outer_of, write_stock_folder
 from flame.hugging_face.stock_form import stock_form
@@ -42,9 +42,6 @@ from pruning.planning.plan_file import (
 from pruning.transform.model_reader import ModelReader, small_files
 from pruning.transform.sliced_source import SlicedSource
 from pruning.transform.slices import slices_of
-
-_BUFFER = 48 << 20
-"""Bytes of file blocks and indexes beside the tensors."""
 
 
 def write_pruned(
@@ -76,7 +73,7 @@ def write_pruned(
     replaced = _copy_tensors(plan, plan_folder, folder)
     sliced = SlicedSource(reader.source, slices_of(plan, reference.config), replaced)
     check_space(destination, total_bytes(sliced))
-    _say_bound(reader.source, total_bytes(sliced))
+    say_streaming(source_infos(reader.source), total_bytes(sliced))
     copy_beside(reference, folder)
     config = complete_config(plan.config_after)
     (folder / PLAN_FILE).write_text(plan_text(plan))
@@ -91,18 +88,6 @@ def write_pruned(
     reader.finish()
     if form == "dcp":
         copy_recipe(reference, folder, destination)
-
-
-def _say_bound(source: TensorSource, written: int) -> None:
-    """Print what one process does alone, and the most that it holds of it in memory."""
-    largest = max(source.info(name).nbytes for name in source.names())
-    # Read, stacked or sliced, and on its way to the disk (measured by benchmarks.memory).
-    held = 4 * largest + _BUFFER
-    print(
-        f"rank 0 alone writes {written / 1e9:,.1f} GB, tensor by tensor: in memory at most "
-        f"{held / 2**20:,.0f} MiB of it",
-        flush=True,
-    )
 
 
 def check_model(plan: Plan, reference: ModelReference, name: str = "the plan") -> None:

@@ -49,8 +49,8 @@ def check(bench: Bench, task: str, number: int, folder: Path, every: int) -> Non
         if outcome.statuses == (0,):
             assert (place / "came-too-late").exists() and at > every
             return
-        # What an apply is about to hold is said before the work.
-        words = [line for line in outcome.words.splitlines() if "alone writes" not in line]
+        # What rank 0 is about to hold is said before the work.
+        words = [line for line in outcome.words.splitlines() if "rank 0 alone" not in line]
         assert (outcome.statuses, words) == ((128 + number,), []), f"{task} at {at}"
         left, whole = digests(place / "work"), digests(reference / "work", reference)
         assert not left or set(left) == set(whole), f"{task} at {at}: {sorted(left)}"
