@@ -1,6 +1,5 @@
 """Stage `calibrate`: sum a model's statistics over training data."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,12 @@ from flame.stage import Stage
 from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.calibration.collect import Resumed, ResumePoints, collect
-from pruning.calibration.data import CalibrationData, calibration_data, check_data
+from pruning.calibration.data import (
+    CalibrationData,
+    calibration_data,
+    check_data,
+    warn_of_few_tokens,
+)
 from pruning.calibration.gradients import check_gradients
 from pruning.calibration.resuming import check_resume, offer_resume, saying_how_to_go_on
 from pruning.calibration.stats_file import (
@@ -35,16 +39,14 @@ from pruning.calibration.stats_file import (
     save_statistics,
     writing_statistics,
 )
+from pruning.cost.table import EstimateOptions, estimate_text
 from pruning.methods import METHODS
 from pruning.options import MODEL_HELP, OVERWRITE_HELP, DataOptions
 from pruning.planning.plan import Plan, check_fingerprint, check_plan
 from pruning.planning.plan_file import read_plan, with_loaded_tensors
 from pruning.repair.gates import refits
 from pruning.repair.repaired import choice_mark
-from pruning.spaces import Space
 from pruning.statistics import GateMoments, OutputEquations, Statistic
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Options:
     resume: bool = option(False, "finish a calibration that was cut short")
     overwrite: bool = option(False, OVERWRITE_HELP)
     data: DataOptions = group(DataOptions, "calibration")
+    cost: EstimateOptions = group(EstimateOptions, "estimate")
     given: GivenFiles = group(GivenFiles, GIVEN)
 
     def kinds(self, config: Config) -> tuple[type[Statistic], ...]:
@@ -183,20 +186,6 @@ def examined(reference: ModelReference, peers: Peers) -> str:
     return peers.from_first(mark)
 
 
-def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
-    """Log a warning if there are fewer calibration tokens than key channels in a head."""
-    tokens = data.sequences * data.seq_len
-    channels = max((space.head_dim for space in spaces if space.kind == "key"), default=0)
-    if tokens < channels:
-        log.warning(
-            "slimstate: warning: %d calibration tokens for %d key channels a head: the Gram "
-            "matrix of the activations has no full rank, so the choice among the channels beyond "
-            "its rank is arbitrary: give more (--sequences, --seq-len)",
-            tokens,
-            channels,
-        )
-
-
 def kinds_of(methods: tuple[str, ...], config: Config) -> tuple[type[Statistic], ...]:
     """Return the statistics that methods and a refit of the model's gates need.
 
@@ -241,7 +230,17 @@ def _points(options: Options | None) -> ResumePoints | None:
     return ResumePoints(options.save_every, write)
 
 
-STAGE = Stage("calibrate", "Sum a model's statistics over training data.", Options, run, check)
+def answer(options: Options, nproc: int, nnodes: int) -> str | None:
+    """Return the table that `--estimate` asks for; None without that option."""
+    if not options.cost.estimate:
+        return None
+    ranks = nproc * nnodes
+    return estimate_text(options.model, options.given, options.data, options.cost, ranks)
+
+
+STAGE = Stage(
+    "calibrate", "Sum a model's statistics over training data.", Options, run, check, answer=answer
+)
 
 if __name__ == "__main__":
     STAGE.main()

@@ -28,6 +28,7 @@ from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
 from pruning.calibration.data import CalibrationData, calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
+from pruning.cost.table import EstimateOptions, estimate_text
 from pruning.damage.auto import auto_plan
 from pruning.damage.meter import check_measurement, measured_data
 from pruning.methods import Method
@@ -71,6 +72,7 @@ class Options:
     budget: Budget = group(Budget, BUDGET)
     data: DataOptions = group(DataOptions, "calibration")
     local: LayerOptions = group(LayerOptions, "repair layer")
+    cost: EstimateOptions = group(EstimateOptions, "estimate")
     given: GivenFiles = group(GivenFiles, GIVEN)
 
     @property
@@ -228,7 +230,16 @@ def _let_go() -> None:
     gc.collect()
 
 
-STAGE = Stage("prune", "Calibrate, plan and apply in one.", Options, run, check)
+def answer(options: Options, nproc: int, nnodes: int) -> str | None:
+    """Return the table that `--estimate` asks for; None without that option."""
+    if not options.cost.estimate:
+        return None
+    kinds, ranks = options.budget.kinds, nproc * nnodes
+    given, data, cost = options.given, options.data, options.cost
+    return estimate_text(options.model, given, data, cost, ranks, kinds, options.local)
+
+
+STAGE = Stage("prune", "Calibrate, plan and apply in one.", Options, run, check, answer=answer)
 
 if __name__ == "__main__":
     STAGE.main()

@@ -4,6 +4,7 @@ The defaults are those that the model was trained with, from its run folder's re
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -16,6 +17,9 @@ from flame.errors import UserError
 from flame.recipe import data_config, read_tables, sequence_length
 from pruning.calibration.products import Products
 from pruning.options import REPLAY_TOKENS, SEQ_LEN, SEQUENCES, DataOptions
+from pruning.spaces import Space
+
+log = logging.getLogger(__name__)
 
 NOT_RECORDED = ("heldout", "heldout_split", "max_bad_rows", "repeat", "seed", "tokenizer")
 """Fields that do not identify the calibration text, or are recorded elsewhere."""
@@ -58,8 +62,7 @@ class CalibrationData:
 
     def is_replayed(self, sequence: int) -> bool:
         """Whether layers are repeated on the `sequence`-th sequence, from 0: spread evenly."""
-        part = Fraction(repr(self.replay_fraction))
-        return ceil((sequence + 1) * part) > ceil(sequence * part)
+        return _is_replayed(sequence, self.replay_fraction)
 
     def too_short(self, found: str = "it ends before") -> str:
         """The message for data that has fewer sequences than asked for."""
@@ -133,6 +136,17 @@ def calibration_data(reference: ModelReference, options: DataOptions) -> Calibra
     )
 
 
+def replayed_tokens(options: DataOptions, seq_len: int) -> int:
+    """Tokens on which layers are repeated, with sequences of `seq_len` tokens."""
+    part = _replay_fraction(options, seq_len)
+    return seq_len * sum(_is_replayed(sequence, part) for sequence in range(options.sequences))
+
+
+def _is_replayed(sequence: int, fraction: float) -> bool:
+    part = Fraction(repr(fraction))
+    return ceil((sequence + 1) * part) > ceil(sequence * part)
+
+
 def _replay_fraction(options: DataOptions, seq_len: int) -> float:
     """The part that is asked for, or that of the fewest sequences with enough tokens."""
     if options.replay_fraction is not None:
@@ -158,6 +172,20 @@ def check_data(data: CalibrationData, vocab_size: int, world_size: int) -> None:
         check_enough(documents, tokenizer, data.config, data.seq_len, data.sequences)
     except TooShortError as error:
         raise UserError(data.too_short(error.found)) from error
+
+
+def warn_of_few_tokens(data: CalibrationData, spaces: list[Space]) -> None:
+    """Log a warning if there are fewer calibration tokens than key channels in a head."""
+    tokens = data.sequences * data.seq_len
+    channels = max((space.head_dim for space in spaces if space.kind == "key"), default=0)
+    if tokens < channels:
+        log.warning(
+            "slimstate: warning: %d calibration tokens for %d key channels a head: the Gram "
+            "matrix of the activations has no full rank, so the choice among the channels beyond "
+            "its rank is arbitrary: give more (--sequences, --seq-len)",
+            tokens,
+            channels,
+        )
 
 
 def _asked(options: DataOptions, seq_len: int, of_recipe: bool) -> str:

@@ -30,8 +30,15 @@ def refits(spaces: Iterable[Space]) -> bool:
 
 
 def needs_of(method: Method, spaces: Iterable[Space]) -> tuple[type[Statistic], ...]:
-    """The statistics that a plan in these spaces needs: the method's, and those of the gates."""
-    return (*method.needs, *([GateMoments] if refits(spaces) else []))
+    """The statistics that a plan in these spaces needs: the method's, and those of the gates.
+
+    Of the method's only those for such spaces: its errors of value channels take longer than those
+    of key channels.
+    """
+    spaces = list(spaces)
+    kinds = {space.kind for space in spaces}
+    of_method = [kind for kind in method.needs if kinds & set(kind.kinds)]
+    return (*of_method, *([GateMoments] if refits(spaces) else []))
 
 
 def refitted_gates(

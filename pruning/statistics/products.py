@@ -54,7 +54,7 @@ def add_products_in_pieces_(
     The module says how large the error is.
     """
     heads, d = gram.shape[0], gram.shape[-1]
-    with _ieee_products():
+    with ieee_products():
         for x in rows:
             length = piece_length(x.dtype)
             tokens = x.detach().flatten(0, 1)
@@ -87,7 +87,7 @@ def error_bound(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _ieee_products() -> Iterator[None]:
+def ieee_products() -> Iterator[None]:
     """Keep CUDA's float32 products from being cut to TF32 in the block, whatever a user allows."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -11,7 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.linalg import strong_rrqr
 from pruning.spaces import Space
-from pruning.statistics import HeadOutputGram, NormalisedGrams, QueryKeyGram, QueryKeySample
+from pruning.statistics import (
+    HeadOutputErrors,
+    HeadOutputGram,
+    KeyOutputErrors,
+    NormalisedGrams,
+    QueryKeyGram,
+    QueryKeySample,
+    ValueOutputErrors,
+)
+from pruning.statistics.output_errors import add_changes_, root
 from pruning.statistics.products import (
     SCRATCH,
     add_products_,
@@ -19,7 +28,8 @@ from pruning.statistics.products import (
     error_bound,
     piece_length,
 )
-from tests.pruning.statistics.test_statistics import HEADS, SPACE, op_call, outputs
+from tests.pruning.replays import replay_of
+from tests.pruning.statistics.test_statistics import HEADS, SPACE, VALUES, op_call, outputs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -108,9 +118,12 @@ def test_every_gram_matrix_of_the_statistics_can_be_summed_in_pieces() -> None:
         QueryKeySample: op_call(1, 90, dtype=torch.bfloat16),
         NormalisedGrams: op_call(1, 90, dtype=torch.bfloat16),
         HeadOutputGram: outputs(1),
+        KeyOutputErrors: replay_of(op_call(1, 90)),
+        ValueOutputErrors: replay_of(op_call(1, 90)),
+        HeadOutputErrors: replay_of(op_call(1, 90)),
     }
     for kind, given in seen.items():
-        space: Space = HEADS if kind is HeadOutputGram else SPACE
+        space: Space = {"head": HEADS, "value": VALUES, "key": SPACE}[kind.kinds[0]]
         exact, pieces = kind.zeros(space), kind.zeros(space)
         called: list[int] = []
 
@@ -125,6 +138,28 @@ def test_every_gram_matrix_of_the_statistics_can_be_summed_in_pieces() -> None:
         for name, total in exact.state_dict().items():
             scale = float(total.abs().max())
             torch.testing.assert_close(pieces.state_dict()[name], total, rtol=0, atol=1e-5 * scale)
+
+
+def test_errors_of_channels_summed_in_pieces_are_within_their_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Projections that nearly lose a direction, and changes that lie mostly in it.
+    scales = torch.logspace(0, -3, 12, dtype=torch.float64)
+    mixing = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))[0]
+    weight = torch.randn(40, 12, generator=generator, dtype=torch.float64) * scales @ mixing
+    changes = torch.randn(8, 900, 12, generator=generator) / scales @ mixing
+    changes = changes.float()
+    exact, pieces = (torch.zeros(8, 8, dtype=torch.float64) for _ in range(2))
+    factor = root(weight)
+    add_changes_(add_products_, exact, changes, factor)
+    add_changes_(add_products_in_pieces_, pieces, changes, factor)
+    wanted = torch.einsum("itw,jtw->ij", changes.double() @ weight.mT, changes.double() @ weight.mT)
+    torch.testing.assert_close(exact, wanted, rtol=1e-10, atol=1e-10 * float(wanted.max()))
+    g = exact.diagonal().sqrt()
+    e = (12 + 2) * 2.0**-24 * (changes.double().abs() @ factor.abs().mT).flatten(1).norm(dim=1)
+    bound = e[:, None] * g + g[:, None] * e + e[:, None] * e
+    bound += error_bound(torch.float32) * (g + e)[:, None] * (g + e)
+    error = (pieces - exact).abs() / bound
+    assert 0 < float(error.max()) <= 1
 
 
 def test_float32_products_are_not_cut_to_tf32_and_a_users_choice_stays() -> None:
