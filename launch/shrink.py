@@ -184,6 +184,7 @@ def _settings(options: Options, phases: list[Phase]) -> dict[str, Any]:
         "phases": [asdict(phase) for phase in phases],
         "method": words(options.choice),
         "repair": options.repair,
+        **({"gain": options.budget.gain} if options.budget.gain else {}),
         "calibration": words(options.data),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError, first_line
-from flame.options import flag_of, option, options_of
+from flame.options import flag_of, option, options_of, words
 from pruning.calibration.products import Products
 from pruning.methods import METHODS, Method
 
@@ -69,6 +69,14 @@ class DataOptions:
         "sum Gram matrices in float64, or in short float32 pieces that are added in float64; auto "
         "takes pieces on GPUs that are slow at float64",
     )
+
+
+def check_no_data(data: DataOptions, stats: Path) -> None:
+    """Raise UserError if `data` says anything, beside statistics that stand in for it."""
+    for word in words(data):
+        raise UserError(
+            f"{word} is for a calibration, which --stats {stats} stands in for: leave one out"
+        )
 
 
 @dataclass(frozen=True)

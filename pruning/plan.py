@@ -67,6 +67,11 @@ def check(options: Options, world_size: int = 1) -> None:
             "--allocate auto runs the model on held-out text, and plan reads none: use slimstate "
             "prune, which leaves the plan in its output"
         )
+    if budget.gain == "measured":
+        raise UserError(
+            "--gain measured runs pruned models on held-out text, and plan reads none: use "
+            "slimstate prune, which leaves the plan in its output"
+        )
     spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, budget.kinds)
     if hasattr(method, "new_tensors") or refits(spaces) or options.repair != "none":
         check_file_output(tensors_beside(options.plan), options.overwrite, reference.folder)

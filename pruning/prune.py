@@ -14,10 +14,9 @@ from flame.checkpoint.reference import (
     ModelReference,
     check_destination,
 )
-from flame.errors import UserError
 from flame.hugging_face.config_file import vocabulary_size
 from flame.hugging_face.put_back import check_around
-from flame.options import argument, group, option, words
+from flame.options import argument, group, option
 from flame.process.atomic_output import replacing_folder
 from flame.process.distributed import RANK_ZERO_WORKS, from_rank_zero, process_group, rank
 from flame.process.peers import Peers, on_first
@@ -26,10 +25,12 @@ from pruning.adapters import adapter_for
 from pruning.adapters.interface import Config
 from pruning.apply import form_of, say_what_to_know
 from pruning.calibrate import calibrate
-from pruning.calibration.data import CalibrationData, calibration_data, check_data
+from pruning.calibration.data import calibration_data, check_data
 from pruning.calibration.gradients import check_gradients
+from pruning.cost.default import said_default
 from pruning.cost.table import EstimateOptions, estimate_text
 from pruning.damage.auto import auto_plan
+from pruning.damage.gain import with_measured_gain, with_measured_repair
 from pruning.damage.meter import check_measurement, measured_data
 from pruning.methods import Method
 from pruning.options import (
@@ -39,6 +40,7 @@ from pruning.options import (
     SEQUENCES,
     DataOptions,
     MethodOptions,
+    check_no_data,
 )
 from pruning.plan import check_stats, needed, planned, summary
 from pruning.planning.budgets import Budget
@@ -59,11 +61,13 @@ class Options:
     to: Form | None = option(None, "format to write (default: the model's)")
     stats: Path | None = option(None, "use the statistics of slimstate calibrate")
     repair: Repair | None = option(
-        None, f"{REPAIR_HELP} (default: output where neither --method nor --paper is given)"
+        None,
+        f"{REPAIR_HELP} (default: output where neither --method nor --paper is given, if that is "
+        "measured to help)",
     )
     heldout_sequences: int = option(
         SEQUENCES,
-        "sequences after those calibrated on, on which --allocate auto measures",
+        "sequences after those calibrated on, on which --gain measured and --allocate auto measure",
         least=1,
         metavar="N",
     )
@@ -91,9 +95,28 @@ class Options:
         return not self.choice.method and not self.budget.paper
 
     @property
-    def is_measured(self) -> bool:
-        """Whether shares of channels are chosen by what they do to the model's predictions."""
+    def measures_gain(self) -> bool:
+        """Whether pruned models' predictions decide about the gain."""
+        if self.budget.gain is not None:
+            return self.budget.gain == "measured"
+        return self.is_default and (self.stats is None or self.repairs)
+
+    @property
+    def measures_repair(self) -> bool:
+        """Whether they decide about the repair too."""
+        return self.repair is None and self.is_default and self.measures_gain
+
+    @property
+    def shares_by_damage(self) -> bool:
+        """Whether masked models' predictions decide how heads share channels."""
         return self.budget.allocate == "auto"
+
+    @property
+    def measures(self) -> str:
+        """What measures on held-out text, as messages name it; empty if nothing does."""
+        if self.shares_by_damage:
+            return "--allocate auto"
+        return "--gain measured (--gain undo needs none)" if self.measures_gain else ""
 
     def needs(self, budget: Budget, config: Config) -> tuple[type[Statistic], ...]:
         """The statistics that the plan needs and that no folder gives."""
@@ -111,58 +134,27 @@ def check(options: Options, world_size: int = 1) -> None:
     if options.stats is not None:
         wanted = needed(options.method, budget, reference.config)
         check_stats(options.stats, options.method, wanted)
-    reads = bool(needs) or options.repairs or options.is_measured
+    reads = bool(needs or options.repairs or options.measures)
     if options.stats is not None and not reads:
-        _check_no_data(options)
-    _check_local(options)
+        check_no_data(replace(options.data, seed=DataOptions.seed), options.stats)
+    options.local.check(options.repair, options.data.sequences)
     if reads:
         check_gradients(needs, reference.config)
         data = calibration_data(reference, options.data)
-        if options.is_measured:
+        if options.shares_by_damage:
             check_measurement(options.stats, data)
-            data = measured_data(data, options.heldout_sequences)
-        check_data(data, vocabulary_size(reference.config), world_size)
+        text = data
+        if options.measures:
+            text = measured_data(data, options.heldout_sequences, options.measures)
+        check_data(text, vocabulary_size(reference.config), world_size)
         if options.is_default:
-            print(f"note: {_said(options, reference, data)}", flush=True)
+            spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, budget.kinds)
+            measured = options.heldout_sequences if options.measures_gain else 0
+            said = said_default(spaces, data, options.stats is None, options.repairs, measured)
+            print(f"note: no --method is named: {options.method.name} {said}", flush=True)
         # Also in the plan's notes; here it is said before the work.
         for note in ratio_notes(budget, reference.config, widths):
             print(f"note: {note}", flush=True)
-
-
-def _said(options: Options, reference: ModelReference, data: CalibrationData) -> str:
-    """What is done where no method is named, and what it costs."""
-    spaces = spaces_of_kinds(adapter_for(reference.config), reference.config, options.budget.kinds)
-    runs = max((space.head_dim + 1 for space in spaces if space.kind == "key"), default=1)
-    twice = options.stats is None and options.repairs
-    passes = f"{'two passes' if twice else 'a pass'} over {data.tokens:,} tokens"
-    repair = ", refits the output projections (--repair output)" if options.repairs else ""
-    cost = (
-        ""
-        if options.stats
-        else (
-            f", {runs} runs of each head's delta rule on {data.replayed_tokens:,} of them "
-            "(--replay-fraction F: on another part)"
-        )
-    )
-    return f"no --method is named: {options.method.name} chooses{repair}; {passes}{cost}"
-
-
-def _check_no_data(options: Options) -> None:
-    """Raise UserError for options about calibration data beside `--stats`."""
-    for word in words(replace(options.data, seed=DataOptions.seed)):
-        raise UserError(
-            f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
-            "out"
-        )
-
-
-def _check_local(options: Options) -> None:
-    """Raise UserError for options of local steps without them, or too few sequences for them."""
-    if options.repair == "layer":
-        options.local.trained_on(options.data.sequences)
-        return
-    for word in words(options.local):
-        raise UserError(f"{word} is for --repair layer: give it, or leave it out")
 
 
 def run(options: Options) -> None:
@@ -184,28 +176,39 @@ def make_plan(options: Options, reference: ModelReference) -> Plan:
     """Return the plan on rank 0, and a meaningless value on others. Collective.
 
     Calibrates if the method needs statistics and the options name none, and once more, with the
-    pruned layers beside the dense ones, for a repair.
+    pruned layers beside the dense ones, for a repair. The gain is measured before that, since
+    refitted projections make up for most of it.
     """
     plan = _chosen(options, reference)
-    if not options.repairs:
+    if not (options.repairs or options.measures_gain):
         return plan
     plan = from_rank_zero(plan)
-    data = calibration_data(reference, options.data)
+    data, count = calibration_data(reference, options.data), options.heldout_sequences
+    damage = None
+    if options.measures_gain:
+        _let_go()
+        plan, damage = with_measured_gain(reference, plan, data, count)
+    if not options.repairs:
+        return plan
     _let_go()
     sums, meta = calibrate(reference, (OutputEquations,), data, plan=plan)
     # By every process, since all have the sums, and a plan's tensors that are made later cannot be
     # sent.
-    plan = Peers().agree(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
-    if options.repair != "layer":
-        return plan
+    whole = Peers().agree(lambda: repaired(plan, reference.source(), sums, meta.for_plan()))
     _let_go()
-    return with_fitted_layers(reference, plan, data, options.local)
+    if options.repair == "layer":
+        return with_fitted_layers(reference, whole, data, options.local)
+    if damage is None or not options.measures_repair:
+        return whole
+    return with_measured_repair(reference, plan, damage, whole, data, count)
 
 
 def _chosen(options: Options, reference: ModelReference) -> Plan:
     """The plan before any repair, on rank 0. Collective."""
     method = options.method
     budget = fitted(options.budget, reference.config, method, reference.outer)
+    if options.measures_gain:
+        budget = replace(budget, gain="measured")
     needs = options.needs(budget, reference.config)
     sums = None
     if needs:
@@ -218,7 +221,7 @@ def _chosen(options: Options, reference: ModelReference) -> Plan:
         source, record = reference.source(), meta.for_plan()
         return choose(reference.config, source, method, budget, collected, record, damage)
 
-    if options.is_measured:
+    if options.shares_by_damage:
         data = calibration_data(reference, options.data)
         _let_go()
         return auto_plan(reference, data, options.heldout_sequences, budget, chosen)

@@ -68,7 +68,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         if name not in kept:
             parameter.data = parameter.data.to(dtype)
-    return _filled(model, reference, device)
+    return filled(model, reference.source(), device)
 
 
 def build_sharded(
@@ -91,15 +91,19 @@ def build_sharded(
     verify_model(reference)
     with phase("building the model"):
         model = shard(meta_model(reference.config), mesh, dtype)
-    return Peers().agree(lambda: _filled(model, reference, local_device()))
+    return Peers().agree(lambda: filled(model, reference.source(), local_device()))
 
 
-def _filled(model: nn.Module, reference: "ModelReference", device: torch.device | str) -> nn.Module:
+def filled(model: nn.Module, source: TensorSource, device: torch.device | str) -> nn.Module:
+    """`model`, which is on the meta device, on `device` and in evaluation mode with these weights.
+
+    Not collective; a rank of a sharded model reads its own rows.
+    """
     from flame.model import restore_after_to_empty
 
     model.to_empty(device=device)
     restore_after_to_empty(model)
-    load_weights(model, reference.source())
+    load_weights(model, source)
     return model.eval()
 
 

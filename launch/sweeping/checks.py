@@ -25,6 +25,7 @@ from pruning import calibrate, prune
 from pruning.adapters.interface import Config
 from pruning.calibration.data import calibration_data, check_data
 from pruning.calibration.stats_file import check_kinds, check_model, read_meta
+from pruning.options import check_no_data
 from pruning.plan import needed
 from pruning.planning.choose import check_budget
 from pruning.planning.fitting import fitted
@@ -125,6 +126,11 @@ def check_points(options: Options, reference: ModelReference) -> None:
 def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
     """Return a key for what a point keeps; raise UserError if method or budget do not fit."""
     pruning = prune.STAGE.parse([options.model, "", *options.budget_words, *point.words])
+    if pruning.measures_gain:
+        raise UserError(
+            "--gain measured runs pruned models on more text than a sweep's statistics are of: "
+            "sweep undo and keep, or use slimstate prune"
+        )
     budget = fitted(pruning.budget, reference.config, pruning.method, reference.outer)
     widths = check_budget(budget, reference.config, pruning.method)
     # Heads of all layers together are a finer measure than those of one.
@@ -135,11 +141,8 @@ def _widths(options: Options, point: Point, reference: ModelReference) -> Any:
 def _check_statistics(options: Options, reference: ModelReference) -> None:
     """Raise UserError if `--stats` is not whole, of another model, or lacks what a method needs."""
     assert options.stats is not None
-    for word in () if options.repairs else words(options.data):
-        raise UserError(
-            f"{word} is for a calibration, which --stats {options.stats} stands in for: leave one "
-            "out"
-        )
+    if not options.repairs:
+        check_no_data(options.data, options.stats)
     needs = needing(options, reference.config)
     if not needs:
         raise UserError(

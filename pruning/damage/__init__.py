@@ -1,5 +1,6 @@
-"""Damage: what a selection does to the model's predictions, measured on text of the calibration.
+"""Damage: what pruning does to the model's predictions, measured on text of the calibration.
 
-`masked` turns a dense model into its pruned form for a while, `DamageMeter` runs it on rows that no
-statistic has seen, and `auto_plan` chooses by what it finds how heads share channels.
+`masked` turns a dense model into its pruned form for a while, `pruned_model` makes what a plan
+writes; `DamageMeter` runs them on rows that no statistic has seen. By what it finds, `auto_plan`
+chooses how heads share channels, and `least_harmful` whether the gain and a repair stay.
 """

@@ -4,7 +4,7 @@ Scores say which channels of a head matter, but not how the rest of the model ta
 layer or another. So each space is pruned alone, to the uniform width, and what this does to the
 predictions is measured: that gives all scores one unit. The shares that follow, those of the other
 ways of sharing, and the uniform widths are then measured as whole masked models, and the best stay:
-the earlier one where two agree in `DIGITS` digits.
+the earlier one where two agree in three digits.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,9 @@ from flame.checkpoint.reference import ModelReference
 from flame.process.distributed import from_rank_zero, rank
 from flame.process.peers import on_first
 from pruning.calibration.data import CalibrationData
-from pruning.damage.meter import Damage, DamageMeter
+from pruning.damage.meter import Damage, DamageMeter, least
 from pruning.planning.budgets import Budget
 from pruning.planning.plan import Plan
-
-DIGITS = 3
 
 Choose = Callable[[Budget, dict[str, float] | None], Plan]
 """Makes a plan within a budget of `layer`, `model` or `uniform`, from damages of single spaces for
@@ -68,12 +66,6 @@ def auto_plan(
         for name, other in same.items():
             print(f"--allocate auto: {name}: the same channels as {other}", flush=True)
     return _recorded(candidates, damages, best, budget)
-
-
-def least(damages: Sequence[Damage]) -> int:
-    """The number of the candidate with the least KL, the earlier one of those that agree."""
-    rounded = [float(f"{found.kl:.{DIGITS - 1}e}") for found in damages]
-    return rounded.index(min(rounded))
 
 
 def _simple(budget: Budget, choose: Choose) -> list[Candidate]:

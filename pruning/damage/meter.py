@@ -1,19 +1,21 @@
-"""The meter: how far masked models are from the dense one, on rows that follow a calibration's.
+"""The meter: how far other models are from the dense one, on rows that follow a calibration's.
 
-One model a process, sharded as in a calibration. Each row runs once as it is and once under each
-selection; what is found of a row does not depend on who ran it, and rows are added in their order,
-so that every world size finds the same.
+The others are the dense one with zeros, or what plans make of it. All are sharded as in a
+calibration. Each row runs once in each model; what is found of a row does not depend on who ran it,
+and rows are added in their order, so that every world size finds the same.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flame.checkpoint.load import build_sharded
 from flame.checkpoint.reference import ModelReference
@@ -32,8 +34,13 @@ from flame.process.progress import progress
 from pruning.adapters import adapter_for
 from pruning.calibration.data import CalibrationData
 from pruning.calibration.stats_file import read_meta
+from pruning.damage.applied import pruned_model
 from pruning.damage.masking import masked
+from pruning.planning.plan import Plan
 from pruning.spaces import Kept
+
+DIGITS = 3
+"""Of a KL, by which models are compared."""
 
 POSITIONS = 512
 """Tokens whose distributions are compared at once: bounds the fp32 copies of the logits."""
@@ -42,18 +49,28 @@ Row = tuple[dict[str, Tensor], Tensor]
 """Inputs and labels, as the loader gives them."""
 
 
+Other = Callable[[], AbstractContextManager[nn.Module]]
+"""Gives a model that is compared with the dense one, for the time of a row."""
+
+
 @dataclass(frozen=True)
 class Damage:
-    """How far a masked model is from the dense one, in nats a predicted token."""
+    """How far a model is from the dense one, in nats a predicted token."""
 
     kl: float
-    """KL(dense ‖ masked)."""
+    """KL(dense ‖ model)."""
     loss: float
     """The rise of the cross entropy, which on little text may be negative by chance."""
 
 
+def least(damages: Sequence[Damage]) -> int:
+    """The number of the model with the least KL, the earlier one of those that agree."""
+    rounded = [float(f"{found.kl:.{DIGITS - 1}e}") for found in damages]
+    return rounded.index(min(rounded))
+
+
 class DamageMeter:
-    """Measures selections of one model on `count` rows after those of a calibration.
+    """Compares models with a dense one on `count` rows after those of a calibration.
 
     Making and using one is collective.
 
@@ -62,7 +79,7 @@ class DamageMeter:
     """
 
     def __init__(self, reference: ModelReference, data: CalibrationData, count: int) -> None:
-        self.peers = Peers()
+        self.peers, self.reference = Peers(), reference
         self.spaces = adapter_for(reference.config).spaces(reference.config)
         self.rows = self.peers.agree(lambda: _own_rows(data, count))
         self.rounds = max(gather_objects(len(self.rows)))
@@ -74,39 +91,61 @@ class DamageMeter:
         Raises:
             UserError: on every rank, if a prediction is not finite.
         """
+        return self._found([partial(self._masked, kept) for kept in selections])
+
+    def damages_of(self, plans: Sequence[Plan]) -> list[Damage]:
+        """The damage of what each plan writes. Collective.
+
+        All of them are in memory beside the dense model, in fp32, sharded like it.
+
+        Args:
+            plans: the same on every rank, with new tensors that are in memory.
+
+        Raises:
+            UserError: on every rank, if a tensor or a prediction is not finite.
+        """
+        mesh, dtype = data_parallel_mesh(), compute_dtype()
+        models = [pruned_model(self.reference, plan, mesh, dtype) for plan in plans]
+        return self._found([partial(nullcontext, model) for model in models])
+
+    @contextmanager
+    def _masked(self, kept: Mapping[str, Kept]) -> Iterator[nn.Module]:
+        with masked(self.model, self.spaces, kept):
+            yield self.model
+
+    def _found(self, others: Sequence[Other]) -> list[Damage]:
         numbers = list(self.rows)
         found: dict[int, list[tuple[float, float, int]]] = {}
         for turn in progress(range(self.rounds), "measure damage", self.rounds):
             counts = turn < len(numbers)
-            of_row = list(self._row(self.rows[numbers[turn]] if counts else _NOTHING, selections))
+            of_row = list(self._row(self.rows[numbers[turn]] if counts else _NOTHING, others))
             if counts:
                 found[numbers[turn]] = of_row
         rows = {number: row for part in gather_objects(found) for number, row in part.items()}
-        return [_mean([rows[number][i] for number in sorted(rows)]) for i in range(len(selections))]
+        return [_mean([rows[number][i] for number in sorted(rows)]) for i in range(len(others))]
 
     @torch.no_grad()
-    def _row(
-        self, row: Row, selections: Sequence[Mapping[str, Kept]]
-    ) -> Iterator[tuple[float, float, int]]:
-        """Yield KL, rise of the loss and number of predicted tokens, summed, of each selection."""
+    def _row(self, row: Row, others: Sequence[Other]) -> Iterator[tuple[float, float, int]]:
+        """Yield KL, rise of the loss and number of predicted tokens, summed, of each model."""
         inputs, labels = row
         targets = labels.flatten().to(local_device())
         predicted = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
-        dense, targets = self._logits(inputs, predicted), targets[predicted]
-        for kept in selections:
-            with masked(self.model, self.spaces, kept):
-                other = self._logits(inputs, predicted)
+        dense, targets = _logits(self.model, inputs, predicted), targets[predicted]
+        for give in others:
+            with give() as model:
+                other = _logits(model, inputs, predicted)
             parts = zip(*(x.split(POSITIONS) for x in (dense, other, targets)), strict=True)
             sums = torch.zeros(2, dtype=torch.float64)
             for part in parts:
                 sums += _compared(*part).cpu()
             yield float(sums[0]), float(sums[1]), len(predicted)
 
-    def _logits(self, inputs: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        given: dict[str, Any] = {name: value.to(local_device()) for name, value in inputs.items()}
-        tokens = given.pop("input")
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False, **given).logits
-        return logits.flatten(0, 1)[predicted]
+
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
+    given: dict[str, Any] = {name: value.to(local_device()) for name, value in inputs.items()}
+    tokens = given.pop("input")
+    logits: Tensor = model(input_ids=tokens, use_cache=False, **given).logits
+    return logits.flatten(0, 1)[predicted]
 
 
 _NOTHING: Row = (
@@ -116,13 +155,17 @@ _NOTHING: Row = (
 """What a rank without a row runs, since FSDP2's gathers need every rank."""
 
 
-def measured_data(data: CalibrationData, count: int) -> CalibrationData:
-    """`data` with the `count` rows that are measured on, to ask whether there is enough text."""
+def measured_data(data: CalibrationData, count: int, why: str) -> CalibrationData:
+    """`data` with the `count` rows that are measured on, to ask whether there is enough text.
+
+    Args:
+        why: the option that measures, for messages.
+    """
     asked = data.asked or f"{data.sequences} sequences of {data.seq_len} tokens"
     return replace(
         data,
         sequences=data.sequences + count,
-        asked=f"{asked}, and {count} held-out ones after them for --allocate auto",
+        asked=f"{asked}, and {count} held-out ones after them for {why}",
     )
 
 
@@ -153,7 +196,7 @@ def _own_rows(data: CalibrationData, count: int) -> dict[int, Row]:
         mine = range(rank(), end, world_size())
         rows = list(islice(loader, len(mine)))
         if len(rows) < len(mine):
-            raise UserError(measured_data(data, count).too_short())
+            raise UserError(measured_data(data, count, "measuring").too_short())
         numbered = zip(mine, rows, strict=True)
         return {number: row for number, row in numbered if number >= data.sequences}
     finally:
@@ -172,7 +215,7 @@ def _mean(rows: Sequence[tuple[float, float, int]]) -> Damage:
     kl, loss, tokens = (math.fsum(column) for column in zip(*rows, strict=True))
     if not math.isfinite(kl):
         raise UserError(
-            "a masked model's predictions are not finite: check the model's weights and the "
+            "a pruned model's predictions are not finite: check the model's weights and the "
             "precision that calibration runs in"
         )
     # Text without a token to predict says nothing: no damage.

@@ -64,9 +64,10 @@ def check_floor(budget: Budget, widths: Mapping[Kind, int]) -> None:
 
 def _check_measurable(budget: Budget, method: Method) -> None:
     """Raise UserError if zeros in a dense model do not show what the pruned one will do."""
-    if budget.paper:
+    if budget.keeps_gain:
+        word = "--paper" if budget.paper else "--gain keep"
         raise UserError(
-            "--allocate auto measures models whose gain is undone, and --paper leaves it: leave "
+            f"--allocate auto measures models whose gain is undone, and {word} leaves it: leave "
             "one out"
         )
     if hasattr(method, "new_tensors"):

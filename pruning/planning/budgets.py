@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flame.errors import UserError, first_line
+from flame.errors import UserError
 from flame.options import option
 from pruning.adapters.interface import Adapter, Config
 from pruning.planning.per_kind import (
@@ -21,12 +21,15 @@ from pruning.planning.per_kind import (
     parse_width,
 )
 from pruning.planning.rounding import check_width, default_multiple, departure, width
+from pruning.planning.state_width import width_of_bytes
 from pruning.serving.contract import ENGINES
 from pruning.spaces import HEAD_KINDS, KINDS, NOUNS, Kind, Space
 
 PAD_HELP = "where heads differ, write a stock model, filled up with zeros to the largest width"
 
 Allocate = Literal["uniform", "layer", "model", "auto"]
+
+Gain = Literal["undo", "keep", "measured"]
 
 SQUARE = "square"  # key and value channels of one width
 
@@ -91,6 +94,12 @@ class Budget:
     paper: bool = option(
         False, "as published: --multiple-of 1, the method's own settings, outputs left to grow"
     )
+    gain: Gain | None = option(
+        None,
+        "what becomes of the gain of fewer channels: undone, kept as published, or by what its "
+        "model predicts on held-out text (default: keep with --paper; measured in prune and shrink "
+        "where no --method is given; else undo)",
+    )
     fitted: str = ""
     """What became of a budget for engines or for a square (`pruning.planning.fitting`)."""
 
@@ -99,11 +108,18 @@ class Budget:
         """What kept widths are multiples of, if asked for.
 
         Raises:
-            UserError: `paper` and `multiple_of` contradict each other.
+            UserError: `paper` and `multiple_of` or `gain` contradict each other.
         """
         if self.paper and self.multiple_of not in (None, 1):
             raise UserError(f"--paper means --multiple-of 1, not {self.multiple_of}: leave one out")
+        if self.paper and self.gain not in (None, "keep"):
+            raise UserError(f"--paper means --gain keep, not {self.gain}: leave one out")
         return 1 if self.paper else self.multiple_of
+
+    @property
+    def keeps_gain(self) -> bool:
+        """Whether outputs are left to grow; not if that is still to be measured."""
+        return self.paper or self.gain == "keep"
 
     def multiple(self, kind: Kind, size: int) -> int:
         """What the kept width of a space of `kind` with `size` channels or heads is a multiple of.
@@ -138,6 +154,7 @@ class Budget:
             "multiple_of": self.asked_multiple,
             "allocate": self.allocate if self.allocate != "uniform" else None,
             "floor": self.floor,
+            "gain": self.gain,
             "for": ",".join(self.for_) or None,
         }
         return {name: value for name, value in found.items() if value is not None}
@@ -157,6 +174,7 @@ def uniform_widths(
     Raises:
         UserError: a width would not change, or no width satisfies the budget.
     """
+    spaces = list(spaces)
     sizes = {space.kind: space.head_dim for space in spaces}
     if (budget.ratio, budget.width, budget.state_bytes).count(None) != 2:
         raise UserError("give exactly one of --ratio, --width and --state-bytes")
@@ -171,7 +189,15 @@ def uniform_widths(
         for kind, size in sizes.items():
             check_width(wanted[kind], size, budget.multiple(kind, size), kind)
         return wanted
-    return _widths_of_bytes(budget, adapter, config, list(spaces))
+    assert budget.state_bytes is not None
+    if len(budget.kinds) != 1:
+        raise UserError(
+            f"--state-bytes sets the width of one kind, not of {budget.space}: choose one, or give "
+            "--width or --ratio"
+        )
+    (kind,) = budget.kinds
+    step = budget.multiple(kind, sizes[kind])
+    return {kind: width_of_bytes(budget.state_bytes, step, adapter, config, spaces)}
 
 
 def departures(
@@ -202,41 +228,3 @@ def kept_heads(budget: Budget, heads: int) -> int:
     """How many of `heads` heads, those of all layers, the ratio of `budget` leaves."""
     ratio = for_kinds(budget.ratio, dict.fromkeys(budget.kinds, heads), "--ratio")["head"]
     return width(heads, ratio, 1, NOUNS["head"])
-
-
-def _widths_of_bytes(
-    budget: Budget, adapter: Adapter, config: Config, spaces: list[Space]
-) -> dict[Kind, int]:
-    """The largest width of the one kind with which the state fits into the bytes."""
-    limit = budget.state_bytes
-    assert limit is not None
-    if len(budget.kinds) != 1:
-        raise UserError(
-            f"--state-bytes sets the width of one kind, not of {budget.space}: choose one, or give "
-            "--width or --ratio"
-        )
-    (kind,) = budget.kinds
-    size, dense = spaces[0].head_dim, adapter.state_bytes(config)
-    step = budget.multiple(kind, size)
-    if dense <= limit:
-        raise UserError(f"--state-bytes {limit}: the state takes {dense} already, nothing to prune")
-    for kept in range((size - 1) // step * step, 0, -step):
-        if _state_bytes(adapter, config, spaces, kept) <= limit:
-            return {kind: kept}
-    if step >= size:
-        raise UserError(
-            f"no multiple of {step} is below the {size} {NOUNS[kind]}: give a smaller --multiple-of"
-        )
-    least = _state_bytes(adapter, config, spaces, step)
-    raise UserError(
-        f"--state-bytes {limit} is too little: {step} of {size} {NOUNS[kind]}, the fewest in "
-        f"multiples of {step}, take {least} (all take {dense})"
-    )
-
-
-def _state_bytes(adapter: Adapter, config: Config, spaces: list[Space], kept: int) -> int:
-    widths = {space.name: (kept,) * space.num_heads for space in spaces}
-    try:
-        return adapter.state_bytes(adapter.resize(config, widths))
-    except ValueError as error:
-        raise UserError(f"{adapter.model_type} cannot have {kept}: {first_line(error)}") from error

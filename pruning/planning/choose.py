@@ -20,7 +20,7 @@ from pruning.methods import Method
 from pruning.planning.allocation import groups, in_units_of_loss, shared_widths
 from pruning.planning.applicable import check_floor, check_method
 from pruning.planning.budgets import Budget, departures, kept_heads, uniform_widths
-from pruning.planning.gain import gain_notes
+from pruning.planning.gain import gain_notes, why_kept
 from pruning.planning.plan import Plan, options_of, pruned_config, spaces_of_kinds
 from pruning.planning.tied import check_one_width, check_tied
 from pruning.repair.gates import needs_of, refit_note, refitted_gates
@@ -108,7 +108,7 @@ def choose(
             new_tensors |= new
     refitted = refitted_gates(spaces, kept, source, statistics or {})
     new_tensors |= refitted
-    undo_gain = adapter.can_undo_gain and not budget.paper
+    undo_gain = adapter.can_undo_gain and not budget.keeps_gain
     return Plan(
         method=method.name,
         options=options_of(method),
@@ -126,7 +126,7 @@ def choose(
             *departures(budget, spaces, uniform),
             *_notes(method, config, budget.kinds),
             *refit_note(refitted),
-            *([] if undo_gain else gain_notes(spaces, kept, budget, config)),
+            *([] if undo_gain else gain_notes(spaces, kept, budget.pad, why_kept(budget, config))),
         ),
         new_tensors=new_tensors,
     )

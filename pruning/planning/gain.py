@@ -6,15 +6,19 @@ where the outputs' mean square is far above its eps. A norm over d' of d value c
 divides by a mean that is d / d' times as large. Whole heads have no gain: each has its own outputs.
 
 A plan undoes both exactly for a layer's output (`Adapter.resize`, `pruning.transform.slices`),
-or leaves them as arXiv 2602.04852 publishes the pruned models.
+or leaves them as arXiv 2602.04852 publishes the pruned models. Neither is better for every model:
+what half the channels give back of a value may be smaller than what all of them did, and the gain
+makes up for that (`pruning.damage.gain` measures it).
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from pruning.adapters.interface import Config
 from pruning.planning.budgets import Budget
 from pruning.planning.padding import padded
+from pruning.planning.plan import Plan, planned_spaces, pruned_config
 from pruning.spaces import Kept, Kind, Space, widths_of
 
 _EFFECTS: dict[Kind, str] = {
@@ -24,21 +28,18 @@ _EFFECTS: dict[Kind, str] = {
 
 
 def gain_notes(
-    spaces: Iterable[Space], kept: Mapping[str, Kept], budget: Budget, config: Config
+    spaces: Iterable[Space], kept: Mapping[str, Kept], pad: bool, reason: str
 ) -> list[str]:
     """One sentence for each kind whose gain a plan leaves, with its size.
 
     Args:
         spaces: the planned spaces.
         kept: their selections.
-        budget: says whether heads are filled up, and whether all is to be as published.
-        config: the dense model's.
+        pad: whether heads are filled up.
+        reason: why it is left.
     """
     spaces = list(spaces)
-    widths = widths_of(spaces, padded(spaces, kept) if budget.pad else kept)
-    reason = f"no key of a {config['model_type']} config undoes it; training on may"
-    if budget.paper:
-        reason = "as published (--paper); without --paper it is undone"
+    widths = widths_of(spaces, padded(spaces, kept) if pad else kept)
     notes = []
     for kind, effect in _EFFECTS.items():
         of_kind = [space for space in spaces if space.kind == kind]
@@ -46,6 +47,25 @@ def gain_notes(
         if gains and max(gains) > 1:
             notes.append(f"removing {of_kind[0].noun} {effect} {_range(gains)}: {reason}")
     return notes
+
+
+def why_kept(budget: Budget, config: Config) -> str:
+    """Why a plan within `budget` leaves the gain of a model of this config."""
+    if budget.paper:
+        return "as published (--paper); without --paper it is undone"
+    if budget.gain == "keep":
+        return "as asked for (--gain keep)"
+    return f"no key of a {config['model_type']} config undoes it; training on may"
+
+
+def with_gain(plan: Plan) -> Plan | None:
+    """`plan`, which undoes the gain, with the gain kept; None if there is none or it keeps it."""
+    spaces = planned_spaces(plan, plan.config_before)
+    notes = gain_notes(spaces, plan.kept, plan.pad, "this is kept")
+    if not plan.undo_gain or not notes:
+        return None
+    config = pruned_config(plan.config_before, plan.kept, plan.pad, undo_gain=False)
+    return replace(plan, undo_gain=False, config_after=config, notes=(*plan.notes, *notes))
 
 
 def _range(gains: Iterable[float]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from flame.options import option
+from flame.options import option, words
 
 GIB = 1 << 30
 
@@ -47,6 +47,14 @@ class LayerOptions:
     def bound(self) -> int:
         """Bytes of hidden states that a process holds in memory."""
         return int(self.repair_memory * GIB)
+
+    def check(self, repair: str | None, sequences: int) -> None:
+        """Raise UserError for options without `--repair layer`, or too few sequences for it."""
+        if repair == "layer":
+            self.trained_on(sequences)
+            return
+        for word in words(self):
+            raise UserError(f"{word} is for --repair layer: give it, or leave it out")
 
     def trained_on(self, sequences: int) -> int:
         """How many of the sequences, the first ones, are trained on; the others are held out.

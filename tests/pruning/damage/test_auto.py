@@ -18,9 +18,8 @@ from flame.process.distributed import data_parallel_mesh, process_group
 from pruning import calibrate, plan, prune
 from pruning.adapters import adapter_for
 from pruning.calibration.data import calibration_data
-from pruning.damage.auto import least
 from pruning.damage.masking import masked
-from pruning.damage.meter import Damage, DamageMeter
+from pruning.damage.meter import Damage, DamageMeter, least
 from pruning.options import DataOptions
 from pruning.planning.plan_file import read_plan
 from pruning.spaces import Kept

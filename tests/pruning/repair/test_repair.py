@@ -204,9 +204,9 @@ def test_without_a_method_the_best_proven_one_is_taken_and_said(
 ) -> None:
     words = ("--ratio", "0.5", *data_words(home))
     pairs = {
-        (): ("--method", "output-error", "--repair", "output"),
+        ("--gain", "undo"): ("--method", "output-error", "--repair", "output", "--gain", "undo"),
         ("--paper",): ("--method", "drrqr", "--repair", "none", "--paper"),
-        ("--repair", "none"): ("--method", "output-error"),
+        ("--repair", "none"): ("--method", "output-error", "--gain", "measured"),
     }
     for number, (left, said) in enumerate(pairs.items()):
         plans = []
