@@ -16,16 +16,23 @@ from flame.errors import UserError
 from flame.process.distributed import data_parallel_mesh, process_group
 from launch import sweep
 from pruning import plan, prune
+from pruning.adapters import adapter_for
 from pruning.calibration.data import calibration_data
 from pruning.damage.applied import pruned_model
 from pruning.options import DataOptions
 from pruning.planning.plan_file import read_plan, with_loaded_tensors
 from tests.distributed import run_distributed
+from tests.pruning import families, hybrids
 from tests.pruning.models import GATED_DELTANET, tensors_in, weights, write_hf, write_text
 
 SEQUENCES, HELDOUT, TOKENS = 6, 5, 80
 CONFIG = GATED_DELTANET | {"norm_eps": 1e-3}
 """Outputs lie near such an eps, which takes the gain of none of them back."""
+FAMILIES = {
+    name: config
+    for name, config in (families.CONFIGS | hybrids.CONFIGS).items()
+    if name in {"gated_deltaproduct", "kda", "qwen3_next", "qwen3_5_text", "olmo_hybrid"}
+}
 CHOICE = ("--method", "l1", "--ratio", "0.5", "--heldout-sequences", str(HELDOUT))
 
 
@@ -148,6 +155,20 @@ def test_plans_are_the_same_at_every_world_size(wins: str, home: Path, tmp_path:
     assert ("is taken" in repair) == (texts[0]["repair"] is not None) != texts[0]["replaced"]
     with_it, without = (float(x) for x in re.findall(r"\d[\d.e-]*", repair))
     assert (with_it <= without) if "is taken" in repair else (with_it >= without)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_measured(name: str, home: Path, tmp_path: Path) -> None:
+    """Where a config has no eps to undo the gain by, there is nothing to choose."""
+    config = FAMILIES[name] | {"vocab_size": 300}
+    write_hf(tmp_path / "model", config, weights(config))
+    choice = (*CHOICE, "--gain", "measured", *data_words(home))
+    pruned(tmp_path / "model", tmp_path / "out", *choice)
+    found = read_plan(tmp_path / "out/plan.json")
+    said = [note for note in found.notes if note.startswith("--gain measured: ")]
+    assert len(said) == int(adapter_for(config).can_undo_gain)
+    assert found.undo_gain is any("measured: undone" in note for note in said)
 
 
 @pytest.mark.parametrize(
