@@ -11,7 +11,6 @@ percent, of a model that was trained on it.
 """
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +89,7 @@ def _repaired(reference: ModelReference, plan: Plan, data: CalibrationData) -> P
     return repaired(plan, reference.source(), sums, meta.for_plan())
 
 
-def _recall(reference: ModelReference, plan: Plan, options: Any) -> Mapping[str, float]:
+def _recall(reference: ModelReference, plan: Plan, options: Any) -> dict[str, float]:
     """Percent of values that are right, by numbers of pairs."""
     from launch.evaluation.recall_score import accuracy
     from launch.evaluation.recall_tasks import mqar_examples
