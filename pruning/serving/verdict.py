@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flame.errors import UserError
-from flame.hugging_face.outer_model import OuterModel
+from flame.hugging_face.outer_model import OuterModel, text_config
 from pruning.adapters.interface import Config
+from pruning.adapters.kda_hybrids import KDA_HYBRIDS
 from pruning.serving.contract import ENGINES, EVIDENCE, Engine, Evidence, Kernel
 from pruning.serving.shape import ServedShape, served_shape
 
@@ -166,6 +167,9 @@ def _flags(engine: Engine, shape: ServedShape) -> Iterator[str]:
 
 
 def _no_class(config: Config) -> str:
+    text = text_config(config) or config
+    if text.get("model_type") in {family.model_type for family in KDA_HYBRIDS}:
+        return f"the serving contract says nothing of {config.get('model_type')} yet"
     return f"no serving engine has a class for {config.get('model_type')}"
 
 

@@ -116,6 +116,18 @@ def test_a_family_without_a_class_anywhere_is_one_line() -> None:
             check()
 
 
+@pytest.mark.parametrize("family", ["kimi_linear", "glm5_next"])
+def test_engines_that_were_not_read_are_not_denied(family: str) -> None:
+    """vLLM and SGLang do have classes for hybrids of Kimi Delta Attention."""
+    config: dict[str, Any] = {"model_type": family}
+    if family == "glm5_next":
+        config["text_config"] = {"model_type": "glm5_next_text"}
+    said = f"the serving contract says nothing of {family} yet"
+    assert serving_lines(config) == [f"{said}: transformers loads it"]
+    with pytest.raises(UserError, match=f"vllm-gpu does not serve this model: {said}"):
+        check_family(config, ["vllm-gpu"])
+
+
 def test_a_line_for_each_engine() -> None:
     lines = serving_lines(KEY, DENSE)
     assert [line.split()[0] for line in lines] == list(ENGINES)
