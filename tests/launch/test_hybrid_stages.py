@@ -10,6 +10,7 @@ from flame.model import meta_model
 from flame.recipe.sections import Lora
 from flame.recovery.lora import inject
 from launch import cli
+from tests.pruning import kda_hybrids
 from tests.pruning.families import build as build_fla
 from tests.pruning.families import tiny_config
 from tests.pruning.hybrids import CONFIGS, build
@@ -17,7 +18,9 @@ from tests.pruning.models import write_hf, write_text
 
 FLA = tiny_config("gated_deltanet grouped values, hybrid", vocab_size=300)
 QWEN = CONFIGS["qwen3_5_text"] | {"vocab_size": 300}
-HEADS = {"fla": 4, "qwen": 6}
+KDA = {name: config | {"vocab_size": 300} for name, config in kda_hybrids.CONFIGS.items()}
+HEADS = {"fla": 4, "qwen": 6} | {name: config["linear_num_heads"] for name, config in KDA.items()}
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in KDA else []) for name in HEADS]
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hybrids")
     write_text(folder)
     write_hf(folder / "fla", FLA, dict(build_fla(FLA).state_dict()))
-    write_hf(folder / "qwen", QWEN, dict(build(QWEN).state_dict()))
+    for name, config in {"qwen": QWEN, **KDA}.items():
+        write_hf(folder / name, config, dict(build(config).state_dict()))
     return folder
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_are_those_of_the_linear_layers(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +48,7 @@ def test_ranks_are_those_of_the_linear_layers(
         assert {layer for layer, _ in split["high"]} <= {0, 2}
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", NAMES)
 def test_heads_of_high_and_of_low_rank_are_pruned_apart(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +68,7 @@ def test_heads_of_high_and_of_low_rank_are_pruned_apart(
     assert high != low
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", NAMES)
 def test_recall_and_bench_take_them(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     options = "--pairs 2 --length 32 --examples 4 --tokenizer tokenizer"
