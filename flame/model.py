@@ -92,7 +92,18 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     model.tie_weights()
     if is_hybrid(stock):
         take_packed_documents(model)
+    _freeze_indexers(model)
     return model
+
+
+def _freeze_indexers(model: nn.Module) -> None:
+    """Freeze what chooses the tokens of indexed attention: no gradient of the loss reaches it.
+
+    An optimizer would keep no state of these parameters, which a resumed run would miss.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(".indexer"):
+            module.requires_grad_(False)
 
 
 @torch.no_grad()

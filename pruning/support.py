@@ -57,8 +57,8 @@ and what comes out when `--allocate` gives heads widths of their own: a class of
 of zeros. Value heads can go where each key head serves several: the same number from every key
 head's group, by the key that the column names; `--allocate` leaves them alike. Square is key and
 value channels at one width. For each family, space and method a test prunes a small model, and
-loads the result in its stock class; that of `glm5_next_text` is transformers' text model with a head
-of ours, and what is pruned of it lies in the whole `glm5_next` as well.
+loads the result in its stock class; that of `glm5_next_text` is transformers' text model with a
+head of ours, and what is pruned of it lies in the whole `glm5_next` as well.
 
 {_families()}
 

@@ -42,6 +42,7 @@ def inject(model: nn.Module, lora: Any) -> None:
     from peft import inject_adapter_in_model
 
     check_targets(model, lora.target_modules)
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     try:
         config = peft_config(lora)
         for name, pattern in exact_patterns(lora, _targets(model, lora.target_modules)).items():
@@ -55,7 +56,7 @@ def inject(model: nn.Module, lora: Any) -> None:
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if _is_trained(name, lora)
-    }
+    } - frozen
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 

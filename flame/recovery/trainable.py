@@ -9,7 +9,7 @@ from flame.errors import UserError
 
 
 def freeze_others(model: nn.Module, modules: Sequence[str]) -> None:
-    """Freeze the parameters whose name contains none of `modules` and unfreeze the others.
+    """Freeze the parameters whose name contains none of `modules`.
 
     A parameter with several names is trained if one of them matches. An empty list changes nothing.
     An entry that is in no parameter's name raises UserError.
@@ -23,7 +23,7 @@ def freeze_others(model: nn.Module, modules: Sequence[str]) -> None:
         if any(part in name for part in modules)
     }
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
 
 def check_modules(model: nn.Module, modules: Sequence[str]) -> None:

@@ -195,6 +195,7 @@ def test_packed_documents_are_separate(family: str) -> None:
     of_alone = dict(alone.named_parameters())
     for name, parameter in packed.named_parameters():
         assert parameter.grad is not None or of_alone[name].grad is None
+        assert parameter.requires_grad or of_alone[name].grad is None
         if parameter.grad is not None:
             assert difference(parameter.grad, of_alone[name].grad) < 1e-5, name
 

@@ -143,6 +143,7 @@ def test_packed_documents_are_separate(config: dict[str, Any]) -> None:
     of_alone = dict(alone.named_parameters())
     for name, parameter in packed.named_parameters():
         assert (parameter.grad is None) == (of_alone[name].grad is None)
+        assert parameter.requires_grad == (".indexer." not in name)
         if parameter.grad is not None:
             assert difference(parameter.grad, of_alone[name].grad) < 1e-5, name
 

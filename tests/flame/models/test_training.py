@@ -1,4 +1,7 @@
-"""Our model classes in the trainer: two gloo processes, resumed, reloaded, adapted, converted."""
+"""Our model classes in the trainer: two gloo processes, resumed, reloaded, adapted, converted.
+
+And the hybrids of Kimi Delta Attention, one of which has a class of ours.
+"""
 
 import json
 from pathlib import Path
@@ -8,8 +11,10 @@ import pytest
 import torch
 
 from flame.errors import UserError
+from flame.models import MODULES
 from tests.distributed import run_distributed
 from tests.flame.jobs import TINY, largest_difference, make_job, train_job
+from tests.pruning import kda_hybrids
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "slim_gated_deltanet": TINY
@@ -22,10 +27,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "delta_net2": {key: TINY[key] for key in TINY if key not in ("head_dim", "expand_v")}
     | {"model_type": "delta_net2", "architectures": ["DeltaNet2ForCausalLM"]}
     | {"share_kv_conv": True, "qk_activation": "identity"},
+    **{name: {**config, "vocab_size": 300} for name, config in kda_hybrids.CONFIGS.items()},
 }
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in kda_hybrids.CONFIGS else [])
+    for name in CONFIGS
+]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=NAMES)
 def run(
     request: pytest.FixtureRequest,
     assets: Path,
@@ -61,7 +71,9 @@ def test_one_process_trains_as_two(
     done, overrides = run
     run_distributed(train_job, 1, assets, tmp_path / "run", **overrides)
     final = "checkpoint/step-3"
-    assert largest_difference(done / final, tmp_path / "run" / final) < 1e-4
+    # Gradients of hyper-connections nearly cancel (1e-6 of others), and AdamW divides by their size.
+    bound = 1e-3 if "glm5" in overrides["model__config"] else 1e-4
+    assert largest_difference(done / final, tmp_path / "run" / final) < bound
 
 
 def test_reloaded_by_transformers_and_back(run: tuple[Path, dict], tmp_path: Path) -> None:
@@ -74,7 +86,8 @@ def test_reloaded_by_transformers_and_back(run: tuple[Path, dict], tmp_path: Pat
     done, _ = run
     convert(done, tmp_path / "hf", "hf")
     convert(tmp_path / "hf", tmp_path / "dcp", "dcp")
-    assert "import flame.register" in (tmp_path / "hf" / "README.md").read_text()
+    ours = resolve(done).config["model_type"] in MODULES
+    assert ("import flame.register" in (tmp_path / "hf" / "README.md").read_text()) == ours
     expected = load_model(resolve(done)).state_dict()
     for found in (
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict(),
@@ -94,6 +107,7 @@ def test_adapters_are_trained_and_merged(
 
     done, overrides = run
     job = overrides | {"lora__rank": 4, "lora__alpha": 8.0, "model__init": str(done)}
+    job |= {"distill__teacher": str(done), "distill__temperature": 2.0}
     run_distributed(train_job, 2, assets, tmp_path / "run", **job)
     base, merged = (load_model(resolve(each)) for each in (done, tmp_path / "run" / "merged"))
     assert type(merged) is type(base)
@@ -101,9 +115,9 @@ def test_adapters_are_trained_and_merged(
         name: float((tensor - base.state_dict()[name]).abs().max())
         for name, tensor in merged.state_dict().items()
     }
-    assert change["model.layers.0.attn.q_proj.weight"] > 0
-    assert change["model.layers.0.attn.q_conv1d.weight"] > 0
-    assert change["model.embeddings.weight"] == 0
+    for part, moves in ((".q_proj.", True), ("conv1d.", True), ("embed", False)):
+        changes = {value for name, value in change.items() if part in name and ".1." not in name}
+        assert changes and all((value > 0) == moves for value in changes), part
 
 
 def test_a_config_with_wrong_widths_is_refused_before_work(assets: Path, tmp_path: Path) -> None:
