@@ -71,7 +71,7 @@ def test_one_process_trains_as_two(
     done, overrides = run
     run_distributed(train_job, 1, assets, tmp_path / "run", **overrides)
     final = "checkpoint/step-3"
-    # Gradients of hyper-connections nearly cancel (1e-6 of others), and AdamW divides by their size.
+    # Gradients of hyper-connections nearly cancel (1e-6), and AdamW divides by their size.
     bound = 1e-3 if "glm5" in overrides["model__config"] else 1e-4
     assert largest_difference(done / final, tmp_path / "run" / final) < bound
 
