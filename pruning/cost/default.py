@@ -21,8 +21,9 @@ def said_default(
     passes = "two passes" if calibrates and repairs else "a pass"
     said = f"chooses{', refits the output projections (--repair output)' if repairs else ''}; "
     said += f"{passes} over {data.tokens:,} tokens"
+    widths = [space.head_dim for space in spaces if space.kind == "key"]
     if calibrates:
-        runs = max((space.head_dim + 1 for space in spaces if space.kind == "key"), default=1)
+        runs = max(widths, default=0) + 1
         said += (
             f", {runs} runs of each head's delta rule on {data.replayed_tokens:,} of them "
             "(--replay-fraction F: on another part)"
@@ -32,4 +33,6 @@ def said_default(
             f"; pruned models beside the dense one on {measured} held-out sequences, to keep what "
             "helps (--gain measured)"
         )
+    if repairs and widths:
+        said += ". Closer still, and slower: --method taylor --repair layer"
     return said

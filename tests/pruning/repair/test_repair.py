@@ -219,6 +219,7 @@ def test_without_a_method_the_best_proven_one_is_taken_and_said(
     default = "output-error chooses, refits the output projections (--repair output); two passes"
     assert found.count("no --method is named") == 2
     assert f"no --method is named: {default} over 480 tokens, {costs}" in found
+    assert found.count("Closer still, and slower: --method taylor --repair layer") == 1
 
 
 def test_moments_of_refitted_tensors_begin_anew(home: Path, tmp_path: Path) -> None:
