@@ -54,7 +54,9 @@ def gram_matrices(*rows: Float[Tensor, "n m H K"]) -> Float64[Tensor, "H K K"]:
         left, right, sums, len(left), second, *left.stride()[:2], *right.stride()[:2],
         triton.cdiv(pieces, runs), heads, width, ROWS=ROWS, TILE=TILE, WIDEN=INTERPRETED,
     )  # fmt: skip
-    return sums.sum((0, 1), dtype=torch.float64)
+    # A block of a channel with itself is no more symmetric than the products that made it.
+    lower = sums.sum((0, 1), dtype=torch.float64).tril()
+    return lower + lower.tril(-1).mT
 
 
 def _flat(x: Float[Tensor, "n m H K"]) -> Float[Tensor, "rows H K"]:

@@ -53,7 +53,8 @@ def say_choosing(held: int) -> None:
 
 
 def _numbers(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> int:
-    return sum(math.prod(infos[name].shape) for name in set(names))
+    # A tensor that is missing is complained of by what reads it.
+    return sum(math.prod(infos[name].shape) for name in set(names) if name in infos)
 
 
 def _sums(space: Space, needs: Iterable[type[Statistic]], hidden: int) -> int:
