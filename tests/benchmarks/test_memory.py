@@ -30,6 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_pruning_holds_its_share_of_one_model(home: Path) -> None:
     text = ["--data", str(home / "text" / "text.jsonl")]
     text += ["--tokenizer", str(home / "text" / "tokenizer")]

@@ -39,7 +39,7 @@ ROUNDS = {
 }
 """Fifty-seven, in the slow part."""
 
-FEW = {"train in the background": 116, "apply to dcp": 101, "convert to hf": 106}
+FEW = {"apply to dcp": 101, "convert to hf": 106}
 """Seeds, for the fast part, of moments in the middle of writing."""
 
 TRIES = 5

@@ -59,6 +59,7 @@ def prepare(inputs: Path, run: Path) -> None:
     prepare_run_folder(make_job(inputs / "assets", run, **RECIPE))
 
 
+@pytest.mark.slow
 def test_a_run_folder_killed_while_it_is_made(bench: Bench, tmp_path: Path) -> None:
     whole = tmp_path / "whole" / "work" / "run"
     job = Job(prepare, (bench.inputs, whole), 1, tmp_path / "whole")

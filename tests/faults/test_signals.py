@@ -13,9 +13,9 @@ from tests.faults.fork_server import Job
 from tests.faults.tasks import run_task
 
 SOME = {
-    ("convert to dcp", signal.SIGINT): 4,
-    ("apply to dcp", signal.SIGTERM): 5,
-    ("convert to hf", signal.SIGTERM): 6,
+    ("convert to dcp", signal.SIGINT): 9,
+    ("apply to dcp", signal.SIGTERM): 11,
+    ("convert to hf", signal.SIGTERM): 13,
 }
 """For the fast part: every so many operations."""
 

@@ -51,6 +51,7 @@ def test_llama_and_gated_deltanet_without_the_foreign_package():
     assert run() == "None"
 
 
+@pytest.mark.slow
 def test_llama_and_gated_deltanet_with_the_foreign_package(tmp_path: Path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
     if subprocess.run([*install, "kernels"], capture_output=True).returncode:

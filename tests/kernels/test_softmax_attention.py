@@ -183,6 +183,7 @@ assert attn.flash_attn_varlen_func(there[0], there[0], there[0])[0].is_meta
 """
 
 
+@pytest.mark.slow
 def test_an_accelerator_keeps_flash_attention_where_it_is_installed(tmp_path: Path) -> None:
     """A stand-in package that gives the queries back shows which of the two was called."""
     (tmp_path / "flash_attn.py").write_text(STAND_IN)

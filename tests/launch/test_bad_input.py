@@ -566,6 +566,7 @@ DISAGREEING = {
 
 
 @pytest.mark.parametrize(("line", "damage", "says"), [(k, *v) for k, v in DISAGREEING.items()])
+@pytest.mark.slow
 def test_two_processes(refused: Run, line: str, damage: Any, says: str) -> None:
     damage()
     assert says in refused(f"{line} --nproc 2")

@@ -190,6 +190,7 @@ def test_command_writes_json_and_prints_a_table(
     assert f"{record['perplexity']:,.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_on_two_processes(assets: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "launch.cli", "eval", str(assets / "run"), "--perplexity"]

@@ -124,6 +124,7 @@ def _sleep(*arguments: Any) -> Path:
     raise UserError("slept")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_the_background_is_named(tmp_path: Path) -> None:
     errors = run_distributed(save_beside_a_rank_that_hangs, 2, tmp_path)
     assert errors[0].startswith("rank 1 hangs: no answer in step 2 for ")

@@ -158,7 +158,7 @@ def _resume(step: Path, state: dict[str, Any]) -> None:
     load_step(state, step)
 
 
-@pytest.mark.parametrize("start", ["resume", "init"])
+@pytest.mark.parametrize("start", ["resume", pytest.param("init", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("written_by", [64, 8])
 def test_a_node_of_eight_reads_a_third_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, written_by: int

@@ -86,7 +86,9 @@ def one_process(
     return run_distributed(gradients_of_modes, 1, assets, out, jobs)[0]
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "replicas"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)]
+)
 def test_every_mode_has_the_gradients_of_one_process(
     assets: Path,
     two_ranks: Path,

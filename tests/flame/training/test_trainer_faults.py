@@ -150,6 +150,7 @@ def signalled(assets: Path, out: Path, rank: int, step: int, **overrides: Any) -
     return 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_after_the_step(
     assets: Path, two_ranks: Path, tmp_path: Path
 ) -> None:

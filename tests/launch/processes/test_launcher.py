@@ -275,6 +275,7 @@ def test_taken_port_is_refused() -> None:
             Topology(nproc=2, rdzv_endpoint=endpoint).check()
 
 
+@pytest.mark.slow
 def test_port_of_something_else_is_refused_by_the_nodes_that_join() -> None:
     """torchrun would wait there for ever; where a job's first node answers, the others go on."""
     import torch.distributed as dist

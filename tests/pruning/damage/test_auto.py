@@ -246,6 +246,7 @@ def test_too_little_text_is_refused_before_any_work(home: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_plan_file_has_no_figure(home: Path, tmp_path: Path) -> None:
     choice = ("--ratio", "0.5", "--allocate", "auto", "--method", "l1", "--space", "value")
     pruned(home / "delta_net", tmp_path / "out", *choice, *words(home))
