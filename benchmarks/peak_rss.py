@@ -11,8 +11,8 @@ from pathlib import Path
 RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """Environment in which glibc gives freed tensors back to the system. Otherwise its threshold grows
 to 32 MiB, tensors come from a heap whose freed pages stay resident, and small blocks that are made
-and freed later touch them anew: a process of 117 MiB of live blocks grew by 359. To be set before a
-process starts, since blocks that lie free in the heap are taken whatever the threshold."""
+and freed later touch them anew. To be set before a process starts, since blocks that lie free in
+the heap are taken whatever the threshold."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 

@@ -90,9 +90,9 @@ def convert(
         check_around(reference, to)
     config = complete_config(reference.config)
     source = reference.source()
-    infos = source_infos(source)
-    check_space(dst, total_bytes(source))
-    say_streaming(infos, total_bytes(source))
+    infos, size = source_infos(source), total_bytes(source)
+    check_space(dst, size)
+    say_streaming(infos, size)
     with replacing_folder(dst, overwrite) as folder:
         copied = copy_beside(reference, folder) + copy_plan(reference.folder, folder)
         if to == "hf":

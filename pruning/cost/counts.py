@@ -12,6 +12,7 @@ from typing import Any
 from flame.model import layers, meta_model
 from pruning.adapters import adapter_for
 from pruning.cost.work import Work, delta_rule_operations
+from pruning.repair.local_steps import LOOKS
 from pruning.spaces import HEAD_KINDS, Space, output_axis
 
 BACKWARD = 2.0
@@ -22,8 +23,6 @@ REPLAYED_KEY, REPLAYED_VALUE = 8, 16
 """The same of a channel of q or k, and of v, under one mask of a replay."""
 REPLAYED_WIDE = 8
 """Times that a float64 number of a replay's changes is read or written."""
-LOOKS = 8
-"""`pruning.repair.local_steps.LOOKS`."""
 
 
 @dataclass(frozen=True)

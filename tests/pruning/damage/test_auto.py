@@ -15,19 +15,19 @@ from flame.checkpoint.load import build_sharded, load_model
 from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.process.distributed import data_parallel_mesh, process_group
-from pruning import calibrate, plan, prune
+from pruning import calibrate, plan
 from pruning.adapters import adapter_for
 from pruning.calibration.data import calibration_data
 from pruning.damage.masking import masked
 from pruning.damage.meter import Damage, DamageMeter, least
-from pruning.options import DataOptions
 from pruning.planning.plan_file import read_plan
 from pruning.spaces import Kept
 from tests.distributed import run_distributed
+from tests.pruning.damage.heldout import HELDOUT, SEQUENCES, options_of, words
 from tests.pruning.masking import mask
 from tests.pruning.models import DELTA_NET, GATED_DELTANET, weights, write_hf, write_text
+from tests.pruning.stages import pruned, stage
 
-SEQUENCES, HELDOUT, TOKENS = 6, 5, 80
 MODELS = {"gated_deltanet": GATED_DELTANET, "delta_net": DELTA_NET}
 
 
@@ -41,29 +41,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors["model.layers.0.attn.o_proj.weight"] *= 0.1
         write_hf(folder / name, config, tensors)
     return folder
-
-
-def options_of(home: Path) -> DataOptions:
-    data, tokenizer = str(home / "text.jsonl"), str(home / "tokenizer")
-    return DataOptions(data=data, tokenizer=tokenizer, sequences=SEQUENCES, seq_len=TOKENS)
-
-
-def words(home: Path) -> list[str]:
-    found = ["--data", str(home / "text.jsonl"), "--tokenizer", str(home / "tokenizer")]
-    return [*found, "--sequences", str(SEQUENCES), "--seq-len", str(TOKENS)]
-
-
-def stage(of: Any, *arguments: Any) -> None:
-    """Run a stage as one of the processes of its job."""
-    from flame.process.distributed import world_size
-
-    options = of.STAGE.parse([str(word) for word in arguments])
-    of.check(options, world_size())
-    of.run(options)
-
-
-def pruned(*arguments: Any) -> None:
-    stage(prune, *arguments)
 
 
 def selections(config: dict[str, Any]) -> list[dict[str, Kept]]:

@@ -15,17 +15,18 @@ from flame.checkpoint.reference import resolve
 from flame.errors import UserError
 from flame.process.distributed import data_parallel_mesh, process_group
 from launch import sweep
-from pruning import plan, prune
+from pruning import plan
 from pruning.adapters import adapter_for
 from pruning.calibration.data import calibration_data
 from pruning.damage.applied import pruned_model
-from pruning.options import DataOptions
 from pruning.planning.plan_file import read_plan, with_loaded_tensors
 from tests.distributed import run_distributed
 from tests.pruning import families, hybrids
+from tests.pruning.damage.heldout import HELDOUT, SEQUENCES, options_of
+from tests.pruning.damage.heldout import words as words_of
 from tests.pruning.models import GATED_DELTANET, tensors_in, weights, write_hf, write_text
+from tests.pruning.stages import pruned, stage
 
-SEQUENCES, HELDOUT, TOKENS = 6, 5, 80
 CONFIG = GATED_DELTANET | {"norm_eps": 1e-3}
 """Outputs lie near such an eps, which takes the gain of none of them back."""
 FAMILIES = {
@@ -67,33 +68,9 @@ def constructed(wins: str) -> dict[str, Tensor]:
     return tensors
 
 
-def data_words(home: Path) -> list[str]:
-    found = ["--data", str(home / "text.jsonl"), "--tokenizer", str(home / "tokenizer")]
-    return [*found, "--sequences", str(SEQUENCES), "--seq-len", str(TOKENS)]
-
-
-def stage(of: Any, *arguments: Any) -> None:
-    """Run a stage as one of the processes of its job."""
-    from flame.process.distributed import world_size
-
-    options = of.STAGE.parse([str(word) for word in arguments])
-    of.check(options, world_size())
-    of.run(options)
-
-
-def pruned(*arguments: Any) -> None:
-    stage(prune, *arguments)
-
-
 def divergence(home: Path, dense: nn.Module, other: nn.Module) -> float:
     """KL(dense ‖ other) on the rows after a calibration, in float64."""
-    options = DataOptions(
-        data=str(home / "text.jsonl"),
-        tokenizer=str(home / "tokenizer"),
-        sequences=SEQUENCES,
-        seq_len=TOKENS,
-    )
-    loader = calibration_data(resolve(home / "undo"), options).loader(0, 1)
+    loader = calibration_data(resolve(home / "undo"), options_of(home)).loader(0, 1)
     total, count = 0.0, 0
     for inputs, labels in itertools.islice(loader, SEQUENCES, SEQUENCES + HELDOUT):
         given: dict[str, Any] = dict(inputs)
@@ -113,7 +90,7 @@ def divergence(home: Path, dense: nn.Module, other: nn.Module) -> float:
 def test_what_is_closer_to_the_dense_model_is_taken_by_a_plain_computation_too(
     wins: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruned(home / wins, tmp_path / "out", *CHOICE, "--gain", "measured", *data_words(home))
+    pruned(home / wins, tmp_path / "out", *CHOICE, "--gain", "measured", *words_of(home))
     said = capsys.readouterr().out
     name, *shown = re.search(
         r"--gain measured: (\w+): (\S+) nats .* on 5 held-out sequences, (\w+) (\S+);", said
@@ -142,7 +119,7 @@ def test_what_is_closer_to_the_dense_model_is_taken_by_a_plain_computation_too(
 @pytest.mark.parametrize("wins", ["undo", "keep"])
 def test_plans_are_the_same_at_every_world_size(wins: str, home: Path, tmp_path: Path) -> None:
     """With what `prune` does where no method is named: the repair is measured too."""
-    choice = ("--ratio", "0.5", "--heldout-sequences", HELDOUT, *data_words(home))
+    choice = ("--ratio", "0.5", "--heldout-sequences", HELDOUT, *words_of(home))
     texts = []
     for world in (1, 2, 4):
         run_distributed(pruned, world, home / wins, tmp_path / f"{world}", *choice)
@@ -163,7 +140,7 @@ def test_every_family_is_measured(name: str, home: Path, tmp_path: Path) -> None
     """Where a config has no eps to undo the gain by, there is nothing to choose."""
     config = FAMILIES[name] | {"vocab_size": 300}
     write_hf(tmp_path / "model", config, weights(config))
-    choice = (*CHOICE, "--gain", "measured", *data_words(home))
+    choice = (*CHOICE, "--gain", "measured", *words_of(home))
     pruned(tmp_path / "model", tmp_path / "out", *choice)
     found = read_plan(tmp_path / "out/plan.json")
     said = [note for note in found.notes if note.startswith("--gain measured: ")]
@@ -183,7 +160,7 @@ def test_every_family_is_measured(name: str, home: Path, tmp_path: Path) -> None
     ],
 )
 def test_what_is_measured_is_what_a_user_loads(words: str, home: Path, tmp_path: Path) -> None:
-    data = data_words(home) if "repair" in words else []
+    data = words_of(home) if "repair" in words else []
     pruned(home / "undo", tmp_path / "out", *CHOICE[:4], *words.split(), *data)
     found = with_loaded_tensors(read_plan(tmp_path / "out/plan.json"), tmp_path / "out")
     assert found.undo_gain is ("undo" in words)
@@ -237,7 +214,7 @@ def test_where_there_is_too_little_text_the_message_says_what_needs_none(
 ) -> None:
     measured = ("--ratio", "0.5", "--gain", "measured")
     with pytest.raises(UserError, match=r"after them for --gain measured \(--gain undo needs none"):
-        pruned(home / "undo", tmp_path / "out", *CHOICE[:2], *measured, *data_words(home),
+        pruned(home / "undo", tmp_path / "out", *CHOICE[:2], *measured, *words_of(home),
                "--heldout-sequences", 100000)  # fmt: skip
     with pytest.raises(UserError, match="and plan reads none: use slimstate prune"):
         stage(plan, home / "undo", tmp_path / "p", *CHOICE[:2], *measured)

@@ -30,6 +30,7 @@ from tests.pruning.models import (
     write_run,
     write_text,
 )
+from tests.pruning.stages import pruned, stage
 
 SEQUENCES, TOKENS = 6, 80
 MODELS = {
@@ -54,21 +55,8 @@ def data_words(home: Path) -> list[str]:
     return [w for key, value in (values | sizes).items() for w in (f"--{key}", str(value))]
 
 
-def stage(of: Any, *arguments: Any) -> None:
-    """Run a stage as one of the processes of its job."""
-    from flame.process.distributed import world_size
-
-    options = of.STAGE.parse([str(word) for word in arguments])
-    of.check(options, world_size())
-    of.run(options)
-
-
 def calibrated(*arguments: Any) -> None:
     stage(calibrate, *arguments)
-
-
-def pruned(*arguments: Any) -> None:
-    stage(prune, *arguments)
 
 
 def complaint(*arguments: Any) -> str:
